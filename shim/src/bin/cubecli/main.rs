@@ -1,0 +1,2 @@
+//! cubecli
+fn main() {}

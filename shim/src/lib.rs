@@ -1,0 +1,1 @@
+//! Parts of the shim, shared by its two programs.

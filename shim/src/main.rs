@@ -1,0 +1,2 @@
+//! containerd-shim-cube-v2
+fn main() {}
