@@ -1,1 +1,3 @@
+//! cube-agent: PID 1 of a Cubebox guest.
+
 fn main() {}

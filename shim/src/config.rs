@@ -1,0 +1,253 @@
+//! The configuration file, `/etc/cube/config.toml`.
+//!
+//! `docs/configuration.md` describes every key for operators; a key that is not known is an error.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the configuration is read from when nothing else names a file.
+pub const DEFAULT_PATH: &str = "/etc/cube/config.toml";
+
+/// Environment variable that names another configuration file.
+pub const PATH_VARIABLE: &str = "CUBE_CONFIG";
+
+/// The whole file. Every key has a default, so an empty or absent file is valid.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Which VMM runs the sandboxes.
+    pub vmm: VmmChoice,
+    /// Where sockets, mounts and state files of running sandboxes are. Lost at reboot, mode 0700.
+    pub run_dir: PathBuf,
+    /// What the guest boots.
+    pub guest: Guest,
+    /// Size of a VM whose spec and annotations do not say.
+    pub vm: Vm,
+    /// Programs that the shim runs: names to look for on `PATH`, or absolute paths.
+    pub tools: Tools,
+    /// Logs of containers.
+    pub log: Log,
+}
+
+/// The `vmm` key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmChoice {
+    /// Cloud Hypervisor if it is installed and KVM can run a virtual CPU, else QEMU.
+    Auto,
+    /// Cloud Hypervisor, or an error.
+    CloudHypervisor,
+    /// QEMU: with KVM if that works, else emulated.
+    Qemu,
+    /// No VM: the agent in fresh namespaces of the host. For tests and benchmarks; isolates nothing
+    /// that namespaces do not isolate.
+    Process,
+}
+
+/// The `[guest]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guest {
+    /// Compressed kernel for QEMU.
+    pub kernel: PathBuf,
+    /// Uncompressed ELF kernel with a PVH entry for Cloud Hypervisor.
+    pub vmlinux: PathBuf,
+    /// Initramfs with cube-agent as /init.
+    pub initrd: PathBuf,
+    /// Appended to the kernel command line.
+    pub cmdline: String,
+}
+
+/// The `[vm]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vm {
+    /// Virtual CPUs, 1 to 255.
+    pub vcpus: u32,
+    /// Memory in MiB, at least 64.
+    pub memory_mib: u64,
+}
+
+/// The `[tools]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tools {
+    /// The Cloud Hypervisor VMM.
+    pub cloud_hypervisor: PathBuf,
+    /// The QEMU system emulator.
+    pub qemu: PathBuf,
+    /// Exports directories to a VM.
+    pub virtiofsd: PathBuf,
+    /// Hybrid vsock for QEMU.
+    pub vhost_device_vsock: PathBuf,
+    /// cube-agent for the `process` backend.
+    pub agent: PathBuf,
+}
+
+/// The `[log]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// A directory, or the word `bundle` for the container's bundle.
+    pub dir: PathBuf,
+    /// Size in bytes at which a segment is closed; at least 64 KiB.
+    pub segment_bytes: u64,
+    /// Segments kept per stream, the one being written included; at least 2.
+    pub segments: u32,
+    /// How long the log of a deleted container is kept, in hours.
+    pub retention_hours: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            vmm: VmmChoice::Auto,
+            run_dir: "/run/cube".into(),
+            guest: Guest::default(),
+            vm: Vm::default(),
+            tools: Tools::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Guest {
+            kernel: "/usr/share/cube/guest/vmlinuz".into(),
+            vmlinux: "/usr/share/cube/guest/vmlinux".into(),
+            initrd: "/usr/share/cube/guest/initrd.img".into(),
+            cmdline: String::new(),
+        }
+    }
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Vm { vcpus: 1, memory_mib: 256 }
+    }
+}
+
+impl Default for Tools {
+    fn default() -> Self {
+        Tools {
+            cloud_hypervisor: "cloud-hypervisor".into(),
+            qemu: "qemu-system-x86_64".into(),
+            virtiofsd: "virtiofsd".into(),
+            vhost_device_vsock: "vhost-device-vsock".into(),
+            agent: "cube-agent".into(),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Log { dir: "/var/log/cube".into(), segment_bytes: 16 << 20, segments: 4, retention_hours: 24 }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or has a key or value that is not known.
+    #[error("the configuration file {path} is not valid")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is outside of its range.
+    #[error("{key} is {value} in the configuration file {path}: it must be {rule}")]
+    Range {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its table.
+        key: &'static str,
+        /// The value found.
+        value: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads the file that `explicit` names, else the one that [`PATH_VARIABLE`] names, else
+    /// [`DEFAULT_PATH`]. Only the last may be absent.
+    pub fn load(explicit: Option<&Path>) -> Result<Config, ConfigError> {
+        let named = explicit.map(Path::to_owned).or_else(|| std::env::var_os(PATH_VARIABLE).map(Into::into));
+        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if named.is_none() && e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(ConfigError::Read { path, source }),
+        };
+        Config::parse(&text, &path)
+    }
+
+    /// Parses and checks `text`, the contents of `path`.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+        let config: Config = toml::from_str(text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let range = |key, value: u64, valid, rule| {
+            if valid {
+                Ok(())
+            } else {
+                Err(ConfigError::Range { path: path.into(), key, value: value.to_string(), rule })
+            }
+        };
+        let Config { vm, log, .. } = self;
+        range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
+        range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
+        range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
+        range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    #[test]
+    fn an_empty_file_gives_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = parse("[log]\ndirectory = '/x'\n").unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("directory"), "{cause}");
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_refused_with_the_rule() {
+        for (text, rule) in [
+            ("[log]\nsegments = 0", "at least 2"),
+            ("[log]\nsegment_bytes = 0", "at least 65536"),
+            ("[vm]\nvcpus = 0", "from 1 to 255"),
+            ("[vm]\nmemory_mib = 8", "at least 64"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(rule), "{error}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Logs on disk: raw bytes in segments, an index beside each.
+
+pub mod format;
