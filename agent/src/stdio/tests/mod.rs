@@ -54,15 +54,27 @@ fn request(policy: Policy) -> Request {
 }
 
 /// Runs `script` with the stdio that `hub` makes for `process`.
-fn spawn(hub: &Arc<Hub>, process: &ProcessId, policy: Policy, script: &str) -> Child {
+fn spawn(hub: &Arc<Hub>, process: &ProcessId, policy: Policy, script: &str) -> Running {
     let ChildStdio::Pipes([stdin, stdout, stderr]) = hub.open(process, request(policy)).unwrap() else {
         panic!("a process without terminal gets pipes");
     };
-    Command::new("sh").args(["-c", script]).stdin(stdin).stdout(stdout).stderr(stderr).spawn().unwrap()
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).stdin(stdin).stdout(stdout).stderr(stderr);
+    Running(command.spawn().unwrap())
 }
 
-async fn exit(mut child: Child) -> ExitStatus {
-    soon(tokio::task::spawn_blocking(move || child.wait().unwrap())).await.unwrap()
+/// A process that does not outlive its test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn exit(mut child: Running) -> ExitStatus {
+    soon(tokio::task::spawn_blocking(move || child.0.wait().unwrap())).await.unwrap()
 }
 
 /// What `seq 1 n` prints.

@@ -9,7 +9,7 @@ const REQUEST: Request =
     Request { terminal: true, stdin: true, stdout: true, stderr: false, policy: Policy::Block };
 
 /// Runs `script` on the slave in a session of its own, as the init stage does.
-fn spawn_on(slave: OwnedFd, script: &str) -> Child {
+fn spawn_on(slave: OwnedFd, script: &str) -> Running {
     let stdio = || slave.try_clone().unwrap();
     let mut command = Command::new("sh");
     command.args(["-c", script]).stdin(stdio()).stdout(stdio()).stderr(stdio());
@@ -21,7 +21,7 @@ fn spawn_on(slave: OwnedFd, script: &str) -> Child {
             Ok(())
         });
     }
-    command.spawn().unwrap()
+    Running(command.spawn().unwrap())
 }
 
 #[tokio::test]
@@ -34,9 +34,9 @@ async fn a_terminal_carries_both_directions_and_ends_with_its_process() {
     hub.resize(&process(), 90, 33).unwrap();
 
     let pty = openpty(None, None).unwrap();
+    hub.attach_terminal(&process(), pty.master).unwrap();
     let child =
         spawn_on(pty.slave, "stty -echo; stty size; read line; echo \"<$line>\"; read line; stty size");
-    hub.attach_terminal(&process(), pty.master).unwrap();
     assert_eq!(stdin.expect(Kind::Ack).await.header.offset, 12);
     // EOF does nothing on a terminal, and more may follow.
     stdin.send_header(Header::new(Kind::Eof, 12)).await;
