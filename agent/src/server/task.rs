@@ -325,8 +325,7 @@ mod tests {
 
     use super::*;
 
-    const SPEC: &str =
-        r#"{"ociVersion": "1.1.0", "process": {"args": ["true"], "cwd": "/"}, "root": {"path": "rootfs"}}"#;
+    const SPEC: &str = r#"{"ociVersion": "1.1.0", "process": {"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}}, "root": {"path": "rootfs"}}"#;
 
     fn request(spec: &str) -> CreateTaskRequest {
         let options = CreateOptions { spec: spec.as_bytes().to_vec(), ..Default::default() };
