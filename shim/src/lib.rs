@@ -7,5 +7,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod config;
 pub mod log;
+pub mod rootfs;
+pub mod state;
 pub mod stdio;
 pub mod vmm;

@@ -11,8 +11,9 @@ const BLOCK: usize = 64 << 10;
 
 /// The first line that began at `time_ns` or later, nanoseconds since 1970.
 ///
-/// Found by binary search in the indices. Where an index is missing or ends early, the time of the
-/// file's last write decides, and in doubt more is shown: nothing of that time or later is left out.
+/// Found by binary search in the indices. Where an index is missing or ends early, the time decides at
+/// which the next segment was begun or the file last written, and in doubt more is shown: nothing of
+/// that time or later is left out.
 pub fn since(segments: &Segments, time_ns: u64) -> Result<Position, ReadError> {
     let at = first_write_since(segments, time_ns)?;
     if begins_line(segments, at)? { Ok(at) } else { next_line(segments, at) }
@@ -25,13 +26,13 @@ fn first_write_since(segments: &Segments, time_ns: u64) -> Result<Position, Read
                 let failed = |e| ReadError::io("cannot read the index of", segment.path(), e);
                 match index.first_since(time_ns).map_err(failed)? {
                     Some(record) => Some(record.file_offset),
-                    None if modified_since(segment, time_ns) => {
+                    None if written_since(segments, number, time_ns) => {
                         Some(index.last().map_err(failed)?.map_or(0, |record| record.file_offset))
                     }
                     None => None,
                 }
             }
-            None => modified_since(segment, time_ns).then_some(0),
+            None => written_since(segments, number, time_ns).then_some(0),
         };
         if let Some(offset) = offset {
             return Ok(Position { segment: number, offset: offset.min(segment.len()) });
@@ -40,7 +41,12 @@ fn first_write_since(segments: &Segments, time_ns: u64) -> Result<Position, Read
     Ok(segments.end())
 }
 
-fn modified_since(segment: &Segment, time_ns: u64) -> bool {
+/// Whether a segment may have been written to at `time_ns` or later.
+fn written_since(segments: &Segments, number: usize, time_ns: u64) -> bool {
+    let [segment, newer @ ..] = &segments.list()[number..] else { return false };
+    if let Some(index) = newer.first().and_then(Segment::index) {
+        return index.header().created_ns >= time_ns;
+    }
     let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(time_ns));
     match (segment.modified(), time) {
         (Some(modified), Some(time)) => modified >= time,

@@ -17,10 +17,15 @@ pub struct Index {
 impl Index {
     /// Reads the header. `None` if there is no valid one: the segment is then read without its index.
     pub(super) fn open(file: File) -> Option<Index> {
-        let mut bytes = [0; HEADER_LEN];
-        file.read_exact_at(&mut bytes, 0).ok()?;
-        let header = SegmentHeader::decode(&bytes).ok()?;
+        let header = read_header(&file)?;
         Some(Index { file, header })
+    }
+
+    /// Reads the header anew; keeps the old one if a new one is just being written.
+    pub(super) fn read_header_again(&mut self) {
+        if let Some(header) = read_header(&self.file) {
+            self.header = header;
+        }
     }
 
     /// What the segment is a part of.
@@ -74,6 +79,12 @@ impl Index {
     pub fn stream_offset_at_end(&self, file_offset: u64) -> io::Result<u64> {
         Ok(expected_offset(self.last()?.as_ref(), &self.header, file_offset))
     }
+}
+
+fn read_header(file: &File) -> Option<SegmentHeader> {
+    let mut bytes = [0; HEADER_LEN];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    SegmentHeader::decode(&bytes).ok()
 }
 
 fn position(n: u64) -> u64 {

@@ -51,9 +51,28 @@ impl Segment {
         }
     }
 
-    fn look_at_length(&mut self) -> Result<(), ReadError> {
+    fn new(number: u64, path: PathBuf, data: File) -> Result<Segment, ReadError> {
+        let inode = inode(&data, &path)?;
+        Ok(Segment { number, inode, path, data, index: None, len: 0 })
+    }
+
+    /// Takes its length, and its index or the index's header anew: an index may be renamed before its
+    /// data file, and its header is completed when the stream's epoch becomes known.
+    fn look_again(&mut self, dir: &Dir, stream: Stream) -> Result<(), ReadError> {
         let metadata = self.data.metadata().map_err(|e| ReadError::io("cannot examine", &self.path, e))?;
         self.len = metadata.len();
+        if let Some(index) = &mut self.index {
+            index.read_header_again();
+            return Ok(());
+        }
+        let name = stream.file_name();
+        for file in [format!("{name}.{}.idx", self.number), format!("{name}.idx")] {
+            let index = optional(dir.open_file(&file))?.and_then(Index::open);
+            self.index = index.filter(|index| index.header().number == self.number);
+            if self.index.is_some() {
+                break;
+            }
+        }
         Ok(())
     }
 }
@@ -112,17 +131,9 @@ impl Segments {
         let live_inode = live.map(|file| inode(&file, dir.path())).transpose()?;
         match self.list.last_mut() {
             // Nothing newer exists while the last segment still has the name of the live one.
-            Some(last) if Some(last.inode) == live_inode => last.look_at_length()?,
-            _ => return self.open_newer(dir),
+            Some(last) if Some(last.inode) == live_inode => last.look_again(dir, self.stream),
+            _ => self.open_newer(dir),
         }
-        // The writer may have made its data file before its index.
-        if self.list.last().is_some_and(|last| last.index.is_none()) {
-            let index = self.open_index(dir, &format!("{}.idx", self.stream.file_name()))?;
-            if let Some(last) = self.list.last_mut() {
-                last.index = index.filter(|index| index.header().number == last.number);
-            }
-        }
-        Ok(())
     }
 
     /// Appends the segments after the last one held.
@@ -132,51 +143,41 @@ impl Segments {
     fn open_newer(&mut self, dir: &Dir) -> Result<(), ReadError> {
         let name = self.stream.file_name();
         let live = optional(dir.open_file(name))?;
-        let live_index = self.open_index(dir, &format!("{name}.idx"))?;
+        let live_index = optional(dir.open_file(&format!("{name}.idx")))?.and_then(Index::open);
 
-        let mut closed = Vec::new();
-        for number in self.closed_numbers(dir)? {
-            // The oldest segments may be removed at any time.
-            if let Some(data) = optional(dir.open_file(&format!("{name}.{number}")))? {
-                closed.push((number, inode(&data, dir.path())?, data));
-            }
-        }
-        let newest_closed = closed.last().map_or(0, |(number, ..)| *number);
-        let mut held = 0;
-        if let Some(last) = self.list.last_mut() {
-            last.look_at_length()?;
-            held = closed.iter().find(|c| c.1 == last.inode).map_or(last.number, |c| c.0);
-            last.number = held;
-        }
         let mut found = Vec::new();
-        for (number, inode, data) in closed {
-            if number > held {
-                let index = self.open_index(dir, &format!("{name}.{number}.idx"))?;
-                let index = index.filter(|index| index.header().number == number);
-                let path = dir.path().join(format!("{name}.{number}"));
-                found.push(Segment { number, inode, path, data, index, len: 0 });
+        for number in self.closed_numbers(dir)? {
+            let file = format!("{name}.{number}");
+            // The oldest segments may be removed at any time.
+            if let Some(data) = optional(dir.open_file(&file))? {
+                found.push(Segment::new(number, dir.path().join(file), data)?);
             }
         }
+        let newest = found.last().map_or(0, |segment| segment.number);
         if let Some(data) = live {
             let path = dir.path().join(name);
-            let inode = inode(&data, &path)?;
-            let is_held = self.list.last().is_some_and(|last| last.inode == inode);
-            if !is_held && found.iter().all(|segment| segment.inode != inode) {
-                // An index of a number that is closed already is one that rotation has yet to rename.
-                let index = live_index.filter(|index| index.header().number > newest_closed.max(held));
-                let number = index.as_ref().map_or(newest_closed.max(held) + 1, |i| i.header().number);
-                found.push(Segment { number, inode, path, data, index, len: 0 });
+            let mut segment = Segment::new(newest + 1, path, data)?;
+            if found.iter().all(|closed| closed.inode != segment.inode) {
+                // An index of a closed number is one whose segment has just been closed.
+                let number = live_index.map_or(0, |index| index.header().number);
+                segment.number = segment.number.max(number);
+                found.push(segment);
             }
         }
+        if let Some(last) = self.list.last_mut() {
+            if let Some(same) = found.iter().find(|segment| segment.inode == last.inode) {
+                last.number = same.number;
+            }
+            last.look_again(dir, self.stream)?;
+        }
+        let held = self.list.last().map(|last| (last.number, last.inode));
         for mut segment in found {
-            segment.look_at_length()?;
-            self.list.push(segment);
+            if held.is_none_or(|(number, inode)| segment.number > number && segment.inode != inode) {
+                segment.look_again(dir, self.stream)?;
+                self.list.push(segment);
+            }
         }
         Ok(())
-    }
-
-    fn open_index(&self, dir: &Dir, name: &str) -> Result<Option<Index>, ReadError> {
-        Ok(optional(dir.open_file(name))?.and_then(Index::open))
     }
 
     /// Numbers of the closed segments, in order.
