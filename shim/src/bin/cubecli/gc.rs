@@ -32,7 +32,8 @@ const CGROUP_LIMIT: Duration = Duration::from_secs(2);
 const STATELESS_AGE: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), CliError> {
-    let mut gc = Gc { dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
+    let mut gc =
+        Gc { tasks: Tasks::new()?, dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
     gc.run_dirs(&config.run_dir)?;
     if config.log.dir.as_os_str() != locate::BUNDLE {
         gc.logs(config)?;
@@ -43,6 +44,7 @@ pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), Cl
 
 /// One run: says what it removes, goes on after a failure.
 struct Gc {
+    tasks: Tasks,
     dry_run: bool,
     output: BufWriter<File>,
     failures: usize,
@@ -68,7 +70,7 @@ impl Gc {
             Ok(None) | Err(StateError::Locked { .. }) => return Ok(()),
             Err(e) => return Err(e.into()),
         };
-        if Tasks::listens(&dir.path().join("shim.sock")) {
+        if self.tasks.listens(&dir.path().join("shim.sock")) {
             return Ok(());
         }
         let state = match dir.load()? {

@@ -1,11 +1,12 @@
 //! Asking shims for the state of their tasks.
 
-use std::{path::Path, time::Duration};
+use std::{io::ErrorKind, path::Path, time::Duration};
 
 use containerd_shim_protos::{
     api::{StateRequest, Status},
     shim_async::TaskClient,
 };
+use tokio::net::UnixStream;
 use ttrpc::r#async::Client;
 
 use crate::error::CliError;
@@ -47,9 +48,11 @@ impl Tasks {
         })
     }
 
-    /// Whether somebody listens on `socket`.
-    pub(crate) fn listens(socket: &Path) -> bool {
-        std::os::unix::net::UnixStream::connect(socket).is_ok()
+    /// Whether somebody listens on `socket`, be it without accepting.
+    pub(crate) fn listens(&self, socket: &Path) -> bool {
+        let connected = self.runtime.block_on(async { UnixStream::connect(socket).await });
+        let nobody = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+        connected.map_or_else(|e| !nobody.contains(&e.kind()), |_| true)
     }
 }
 
