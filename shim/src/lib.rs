@@ -7,5 +7,6 @@ pub mod agent;
 pub mod cgroup;
 pub mod config;
 pub mod log;
+pub mod rootfs;
 pub mod stdio;
 pub mod vmm;
