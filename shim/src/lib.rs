@@ -13,6 +13,7 @@ pub mod events;
 pub mod log;
 pub mod logging;
 pub mod options;
+pub mod rootfs;
 pub mod sandbox;
 pub mod state;
 pub mod stdio;
