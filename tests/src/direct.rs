@@ -24,7 +24,7 @@ use ttrpc::context::{self, Context};
 
 use crate::{
     command::{Finished, poll, start},
-    lab::{IMAGE, Lab, NAMESPACE},
+    lab::{IMAGE, Lab},
     leftovers, paths,
 };
 
@@ -64,7 +64,7 @@ impl<'lab> Direct<'lab> {
             .unwrap()
             .register_service(create_events(events.clone()));
         endpoint.start().unwrap();
-        lab.uses_sandbox(leftovers::key(&address, NAMESPACE, id));
+        lab.uses_sandbox(leftovers::key(&address, lab.namespace(), id));
         let direct = Direct { lab, id: id.into(), bundle, events, address, endpoint, client: None };
         direct.write_spec(&spec(argv));
         direct
@@ -78,10 +78,12 @@ impl<'lab> Direct<'lab> {
     /// Runs the shim's `action` ("start", "delete") as containerd does.
     pub fn shim(&self, action: &str) -> Finished {
         let mut command = Command::new(paths::shim());
-        command.args(["-namespace", NAMESPACE, "-id", &self.id, "-address"]).arg(self.lab.address());
+        command
+            .args(["-namespace", self.lab.namespace(), "-id", &self.id, "-address"])
+            .arg(self.lab.address());
         command.args(["-publish-binary", "containerd"]).arg("-bundle").arg(&self.bundle).arg(action);
         command.current_dir(&self.bundle).env("TTRPC_ADDRESS", &self.address).env("MAX_SHIM_VERSION", "2");
-        command.env("GRPC_ADDRESS", self.lab.address()).env("NAMESPACE", NAMESPACE);
+        command.env("GRPC_ADDRESS", self.lab.address()).env("NAMESPACE", self.lab.namespace());
         command.env("CUBE_CONFIG", self.lab.config_file()).stdin(Stdio::null());
         start(&mut command).wait(Duration::from_secs(30))
     }

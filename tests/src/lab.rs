@@ -23,11 +23,14 @@ use crate::{
     paths,
 };
 
-/// containerd namespace of every lab.
-pub const NAMESPACE: &str = "lab";
-
 /// Name of the image of every lab: busybox and `cube-test-writer`.
 pub const IMAGE: &str = "localhost/cube-test:latest";
+
+/// Runtime of every lab that does not say. The variable shows what containerd's own runtime does in
+/// the same test: `CUBE_TEST_RUNTIME=io.containerd.runc.v2`.
+fn default_runtime() -> String {
+    std::env::var("CUBE_TEST_RUNTIME").unwrap_or_else(|_| "io.containerd.cube.v2".to_owned())
+}
 
 /// How a lab differs from the default one.
 #[derive(Debug, Clone)]
@@ -35,7 +38,7 @@ pub struct Setup {
     /// What runs the sandboxes.
     pub backend: Backend,
     /// containerd's name of the runtime.
-    pub runtime: &'static str,
+    pub runtime: String,
     /// The `[log]` table without `dir`, as TOML.
     pub log: String,
     /// Whether logs are in the bundle.
@@ -44,7 +47,7 @@ pub struct Setup {
 
 impl From<Backend> for Setup {
     fn from(backend: Backend) -> Setup {
-        Setup { backend, runtime: "io.containerd.cube.v2", log: String::new(), log_in_bundle: false }
+        Setup { backend, runtime: default_runtime(), log: String::new(), log_in_bundle: false }
     }
 }
 
@@ -95,6 +98,12 @@ impl Lab {
         &self.dir
     }
 
+    /// containerd namespace, another one for each lab: runc has one directory and one cgroup per
+    /// namespace on the whole host.
+    pub fn namespace(&self) -> &str {
+        self.dir.file_name().unwrap().to_str().unwrap()
+    }
+
     /// What runs the sandboxes.
     pub fn backend(&self) -> Backend {
         self.setup.backend
@@ -132,12 +141,16 @@ impl Lab {
 
     /// Where containerd keeps the bundle of a container.
     pub fn bundle(&self, id: &str) -> PathBuf {
-        self.dir.join("state/io.containerd.runtime.v2.task").join(NAMESPACE).join(id)
+        self.dir.join("state/io.containerd.runtime.v2.task").join(self.namespace()).join(id)
     }
 
     /// Where the log of a container is.
     pub fn log_dir(&self, id: &str) -> PathBuf {
-        if self.setup.log_in_bundle { self.bundle(id) } else { self.dir.join("log").join(NAMESPACE).join(id) }
+        if self.setup.log_in_bundle {
+            self.bundle(id)
+        } else {
+            self.dir.join("log").join(self.namespace()).join(id)
+        }
     }
 
     /// Writes the configuration file; `extra` are tables beside those that every lab needs.
@@ -204,7 +217,7 @@ impl Lab {
     /// A `ctr` command for this containerd and namespace, to be started by the caller.
     pub fn ctr_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.address()).args(["--namespace", NAMESPACE]).args(args);
+        command.arg("--address").arg(self.address()).args(["--namespace", self.namespace()]).args(args);
         command.stdin(Stdio::null());
         command
     }
@@ -218,7 +231,7 @@ impl Lab {
     pub fn run_command(&self, flags: &[&str], id: &str, argv: &[&str]) -> Command {
         self.uses_sandbox(self.key(id));
         let fifos = self.dir.join("fifo");
-        let mut command = self.ctr_command(&["run", "--runtime", self.setup.runtime]);
+        let mut command = self.ctr_command(&["run", "--runtime", &self.setup.runtime]);
         command.args(["--snapshotter", self.snapshotter, "--fifo-dir"]).arg(fifos);
         command.args(flags).args([IMAGE, id]).args(argv);
         command
@@ -276,6 +289,16 @@ impl Lab {
         self.ctr(&["container", "delete", id]).succeeds();
     }
 
+    /// Deletes container `id` and its task, which has ended with `code`.
+    #[track_caller]
+    pub fn delete_stopped(&self, id: &str, code: i32) {
+        let deleted = self.ctr(&["task", "delete", id]);
+        // 1.6 and later tell the status in a warning, earlier ones pass it on.
+        let told = deleted.err().contains(&format!("exit code {code}")) || deleted.code() == code;
+        assert!(told, "exit code {code} expected: {deleted}");
+        self.ctr(&["container", "delete", id]).succeeds();
+    }
+
     /// State and pid of a task as `ctr task ls` shows them.
     pub fn task(&self, id: &str) -> Option<(String, i32)> {
         let list = self.ctr(&["task", "ls"]).succeeds().out();
@@ -310,7 +333,7 @@ impl Lab {
 
     /// Key of a container's sandbox.
     pub fn key(&self, id: &str) -> String {
-        leftovers::key(self.ttrpc_address().to_str().unwrap(), NAMESPACE, id)
+        leftovers::key(self.ttrpc_address().to_str().unwrap(), self.namespace(), id)
     }
 
     /// The shim of a container's sandbox.
@@ -378,6 +401,7 @@ impl Drop for Lab {
         if let Err(e) = leftovers::remove_all(&self.dir, &self.keys()) {
             eprintln!("cannot remove {}: {e}", self.dir.display());
         }
+        leftovers::remove_cgroups_of_runc(self.namespace());
     }
 }
 

@@ -57,8 +57,8 @@ pub fn key(ttrpc_address: &str, namespace: &str, id: &str) -> String {
     digest.iter().take(10).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Processes with `dir` in their command line or environment, as everything that a lab's containerd
-/// starts has it, and their children.
+/// Processes with `dir` in their command line or environment, as everything has it that a lab's
+/// containerd starts, or in a cgroup of the lab's namespace, as runc's containers are.
 pub fn processes(dir: &Path) -> Vec<Process> {
     let me = std::process::id().to_string();
     let mut found = Vec::new();
@@ -70,7 +70,9 @@ pub fn processes(dir: &Path) -> Vec<Process> {
         }
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
-        if contains(&line, dir) || contains(&environment, dir) {
+        let cgroups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        let namespace = format!("/{}/", dir.file_name().unwrap_or_default().to_string_lossy());
+        if contains(&line, dir) || contains(&environment, dir) || cgroups.contains(&namespace) {
             let line = String::from_utf8_lossy(&line).replace('\0', " ").trim_end().to_owned();
             found.push(Process { pid, line });
         }
@@ -154,4 +156,17 @@ pub fn remove_all(dir: &Path, keys: &[String]) -> io::Result<()> {
         umount2(&mount, MntFlags::MNT_DETACH).ok();
     }
     fs::remove_dir_all(dir)
+}
+
+/// runc makes a cgroup for each namespace in every hierarchy, and leaves it there.
+pub fn remove_cgroups_of_runc(namespace: &str) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for line in table.lines().filter(|line| line.contains(" - cgroup")) {
+        let Some(hierarchy) = line.split(' ').nth(4) else { continue };
+        let parent = Path::new(hierarchy).join(namespace);
+        for container in fs::read_dir(&parent).into_iter().flatten().flatten() {
+            fs::remove_dir(container.path()).ok();
+        }
+        fs::remove_dir(parent).ok();
+    }
 }

@@ -58,7 +58,16 @@ impl Terminal {
 
     /// Types `keys`.
     pub fn type_keys(&mut self, keys: &str) {
-        self.master.write_all(keys.as_bytes()).unwrap();
+        // The program may have ended meanwhile: what is on the screen tells.
+        self.master.write_all(keys.as_bytes()).ok();
+    }
+
+    /// Waits for `text` on the screen. Carriage returns do not count: runc's terminals send none, the
+    /// kernel's do by default.
+    pub fn wait_for(&self, text: &str, limit: Duration) {
+        self.screen.wait_until(&format!("{text:?}"), limit, |bytes| {
+            String::from_utf8_lossy(bytes).replace('\r', "").contains(text)
+        });
     }
 
     /// Changes the size of the window, of which the kernel tells the program with SIGWINCH.
@@ -66,6 +75,11 @@ impl Terminal {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: the descriptor is a terminal's, the pointer that of a live winsize.
         unsafe { ioctls::set_window_size(self.master.as_raw_fd(), &raw const size) }.unwrap();
+    }
+
+    /// Whether the program ends within `limit`.
+    pub fn ends_within(&mut self, limit: Duration) -> bool {
+        wait_child(&mut self.child, limit).is_some()
     }
 
     /// Waits for the program to end; panics after `limit`.

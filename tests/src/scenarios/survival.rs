@@ -39,8 +39,7 @@ pub fn a_task_outlives_containerd(backend: Backend) {
     assert_eq!(lab.exec("c", &["echo", "still here"]).succeeds().out(), "still here\n");
     lab.ctr(&["task", "kill", "--signal", "SIGTERM", "c"]).succeeds();
     lab.wait_for_state("c", Some("STOPPED"));
-    assert_eq!(lab.ctr(&["task", "delete", "c"]).code(), 143);
-    lab.ctr(&["container", "delete", "c"]).succeeds();
+    lab.delete_stopped("c", 143);
     lab.nothing_is_left();
 }
 

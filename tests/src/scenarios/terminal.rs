@@ -28,27 +28,33 @@ pub fn an_exec_on_a_terminal_feels_right(backend: Backend) {
 
 fn use_shell(lab: &Lab, terminal: &mut Terminal) {
     let limit = lab.limit();
-    terminal.screen.wait_for("# ", limit);
+    terminal.wait_for("# ", limit);
     terminal.type_keys("tty; stty size; echo a$((1+1))b\r");
-    terminal.screen.wait_for("/dev/pts/", limit);
-    terminal.screen.wait_for("24 80", limit);
-    terminal.screen.wait_for("a2b", limit);
+    terminal.wait_for("/dev/pts/", limit);
+    terminal.wait_for("24 80", limit);
+    terminal.wait_for("a2b", limit);
     terminal.type_keys("trap 'stty size' WINCH\r");
     terminal.resize(133, 41);
     wait_for_size(terminal, "41 133", limit);
     // Ctrl-C ends what runs in the foreground, not the shell.
     terminal.type_keys("echo st''arted; sleep 1000\r");
-    terminal.screen.wait_for("started", limit);
+    terminal.wait_for("started", limit);
     terminal.type_keys("\x03");
     terminal.type_keys("echo inter''rupted\r");
-    terminal.screen.wait_for("interrupted", Duration::from_secs(30));
-    // Ctrl-D is the end of input of what reads the terminal.
-    terminal.type_keys("cat; echo inp''ut ended\r");
+    terminal.wait_for("interrupted", Duration::from_secs(30));
+    // Ctrl-D is the end of input, first that of a program, then that of the shell.
+    terminal.type_keys("echo re''ading; cat; echo inp''ut ended; (exit 42)\r");
+    terminal.wait_for("reading", limit);
     terminal.type_keys("typed\r");
+    terminal.wait_for("typed\ntyped\n", limit);
     terminal.type_keys("\x04");
-    terminal.screen.wait_for("input ended", Duration::from_secs(30));
-    terminal.type_keys("(exit 42)\r");
-    terminal.type_keys("\x04");
+    terminal.wait_for("input ended", limit);
+    // The shell takes it at its prompt only, of which nothing tells when it is ready for input.
+    let ended = crate::command::poll(limit, || {
+        terminal.type_keys("\x04");
+        terminal.ends_within(Duration::from_millis(300))
+    });
+    assert!(ended, "Ctrl-D does not end the shell:\n{}", terminal.screen.text());
 }
 
 fn wait_for_size(terminal: &mut Terminal, size: &str, limit: Duration) {
@@ -66,10 +72,9 @@ pub fn a_terminal_shows_the_last_byte_of_a_short_command(backend: Backend) {
     let lab = Lab::new(backend);
     let argv = ["sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done; exit 3"];
     let terminal = Terminal::start(&mut lab.run_command(&["--rm", "--tty"], "c", &argv));
-    let screen = terminal.screen.clone();
+    terminal.wait_for("line 1999\n", lab.limit());
+    let text = terminal.screen.text();
     assert_eq!(terminal.wait(lab.limit()).code(), Some(3));
-    screen.wait_for("line 1999\r\n", Duration::from_secs(10));
-    let text = screen.text();
     let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("line ")).collect();
     assert_eq!(lines.len(), 2000);
     lab.nothing_is_left();
