@@ -1,0 +1,14 @@
+# Each target installs and builds what it needs first. The scripts do the work, and can be run alone.
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+.PHONY: setup build demo test bench install check clean
+
+setup:          ; scripts/setup
+build: setup    ; scripts/build
+demo: build     ; scripts/demo
+test: build     ; scripts/test
+bench: build    ; scripts/bench
+check:          ; scripts/check
+install:        ; DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install
+clean:          ; cargo clean

@@ -1,0 +1,88 @@
+//! What a process in a container sees, and what it is kept from.
+
+use std::fs;
+
+use super::lab_with_waiting_container;
+use crate::{command::start, lab::Lab, needs::Backend};
+
+/// cgroup v2 and its own namespaces; in a VM a kernel of its own too.
+pub fn a_container_sees_its_own_system(backend: Backend) {
+    let lab = Lab::new(backend);
+    let script = "uname -r; cat /proc/1/cgroup; echo $$; cat /proc/mounts; ls /dev";
+    let seen = lab.run("c", &["sh", "-c", script]).succeeds().out();
+    let mut lines = seen.lines();
+    let host = nix::sys::utsname::uname().unwrap().release().to_str().unwrap().to_owned();
+    assert_eq!(lines.next() != Some(host.as_str()), backend.is_vm(), "{seen}");
+    assert!(lines.any(|line| line == "0::/"), "not cgroup v2 in its own namespace: {seen}");
+    assert!(lines.any(|line| line == "1"), "not the first process: {seen}");
+    assert!(!seen.contains(lab.dir().to_str().unwrap()), "paths of the host: {seen}");
+    for device in ["null", "zero", "full", "random", "urandom", "tty", "pts", "shm"] {
+        assert!(seen.lines().any(|line| line == device), "no /dev/{device}: {seen}");
+    }
+    lab.nothing_is_left();
+}
+
+/// Directory, environment, a root that cannot be written to, limits; for an exec another user.
+pub fn what_the_spec_asks_of_a_process_is_done(backend: Backend) {
+    let lab = Lab::new(backend);
+    let script = "pwd; echo $GREETING; touch /new; ulimit -n; while :; do sleep 0.1; done";
+    let flags = ["--rm", "--cwd", "/tmp", "--env", "GREETING=hello there", "--read-only"];
+    let running = start(&mut lab.run_command(&flags, "c", &["sh", "-c", script]));
+    running.stdout.wait_for("/tmp\nhello there\n1024\n", lab.limit());
+    running.stderr.wait_for("Read-only file system", lab.limit());
+    let script = "id -u; id -g; pwd; grep -E 'NoNewPrivs|CapEff' /proc/self/status";
+    let flags = ["--user", "1000:1000", "--cwd", "/bin"];
+    let seen =
+        start(&mut lab.exec_command(&flags, "c", &["sh", "-c", script])).wait(lab.limit()).succeeds().out();
+    assert_eq!(seen, "1000\n1000\n/bin\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n");
+    lab.ctr(&["task", "kill", "--signal", "SIGKILL", "c"]).succeeds();
+    running.wait(lab.limit()).exits_with(137);
+    lab.nothing_is_left();
+}
+
+/// Files of the image can be read and written, and are gone with the container.
+pub fn a_container_writes_to_its_own_layer_only(backend: Backend) {
+    let lab = Lab::new(backend);
+    let script =
+        "cat /written; echo mine > /written && cat /written && rm /bin/vi && mkdir /d && mv /written /d/";
+    for id in ["a", "b"] {
+        let finished = lab.run(id, &["sh", "-c", script]).succeeds();
+        assert_eq!(finished.out(), "mine\n");
+    }
+    lab.run("c", &["ls", "/bin/vi"]).succeeds();
+    lab.nothing_is_left();
+}
+
+/// A directory of the host, writable and read-only.
+pub fn a_bind_mount_of_the_host_is_shared(backend: Backend) {
+    let lab = Lab::new(backend);
+    let shared = lab.dir().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(shared.join("in"), "from the host\n").unwrap();
+    let mount = |target: &str, mode: &str| {
+        format!("type=bind,src={},dst={target},options=rbind:{mode}", shared.display())
+    };
+    let (rw, ro) = (mount("/rw", "rw"), mount("/ro", "ro"));
+    let script = "cat /ro/in; echo from the guest > /rw/out; echo no > /ro/in";
+    let finished = lab.run_with(&["--mount", &rw, "--mount", &ro], "c", &["sh", "-c", script]);
+    assert_eq!(finished.out(), "from the host\n", "{finished}");
+    assert!(finished.err().contains("Read-only file system"), "{finished}");
+    assert_eq!(fs::read_to_string(shared.join("out")).unwrap(), "from the guest\n");
+    assert_eq!(fs::read_to_string(shared.join("in")).unwrap(), "from the host\n");
+    lab.nothing_is_left();
+}
+
+/// Neither the agent's ports nor the host can be dialled from a container.
+pub fn a_container_cannot_open_a_vsock(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    for cid in ["1", "2", "3"] {
+        for port in ["1024", "1025"] {
+            let seen = lab.exec("c", &["cube-test-writer", "vsock", cid, port]).succeeds().out();
+            assert!(seen.contains("not permitted") || seen.contains("denied"), "{cid}:{port}: {seen}");
+        }
+    }
+    let seen = lab.exec("c", &["cube-test-writer", "io-uring"]).succeeds().out();
+    assert!(seen.contains("was refused"), "{seen}");
+    lab.remove("c");
+    lab.nothing_is_left();
+}

@@ -1,0 +1,89 @@
+//! What happens when the parts around a sandbox die.
+
+use nix::sys::signal::{Signal, kill};
+
+use super::lab_with_waiting_container;
+use crate::{command::poll, lab::Lab, logs, needs::Backend};
+
+/// containerd runs `shim delete` then, which has nothing but the disk to go by.
+pub fn a_shim_that_is_killed_leaves_nothing_but_the_log(backend: Backend) {
+    let lab = Lab::new(backend);
+    lab.detached("c", &["sh", "-c", "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"]);
+    let log = lab.log_dir("c");
+    let logged = || logs::read(&log, "stdout");
+    assert!(poll(lab.limit(), || logged().len() > 50), "no output");
+    let before = logged();
+    kill(lab.shim_pid("c"), Signal::SIGKILL).unwrap();
+    assert!(
+        poll(lab.limit(), || lab.task("c").is_none_or(|(state, _)| state == "STOPPED")),
+        "the task lives on"
+    );
+    lab.ctr(&["task", "delete", "--force", "c"]);
+    lab.ctr(&["container", "delete", "c"]).succeeds();
+    lab.nothing_is_left();
+    let after = logged();
+    assert!(after.starts_with(&before), "the log lost what was acknowledged");
+    let lines = String::from_utf8(after).unwrap();
+    for (n, line) in lines.lines().enumerate().take(lines.matches('\n').count()) {
+        assert_eq!(line, format!("line {n}"), "the log is no exact prefix");
+    }
+}
+
+/// The same shim and pid, and everything works as before.
+pub fn a_task_outlives_containerd(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    let before = lab.task("c").unwrap();
+    lab.stop_containerd();
+    lab.start_containerd();
+    assert_eq!(lab.task("c").unwrap(), before);
+    assert_eq!(lab.exec("c", &["echo", "still here"]).succeeds().out(), "still here\n");
+    lab.ctr(&["task", "kill", "--signal", "SIGTERM", "c"]).succeeds();
+    lab.wait_for_state("c", Some("STOPPED"));
+    lab.delete_stopped("c", 143);
+    lab.nothing_is_left();
+}
+
+/// The VMM, or the agent where there is none.
+pub fn a_sandbox_that_dies_is_an_exit_with_137(backend: Backend) {
+    let lab = Lab::new(backend);
+    let running = lab.attached("c", &["sh", "-c", "echo up; while :; do sleep 1; done"]);
+    running.stdout.wait_for("up", lab.limit());
+    let (_, pid) = lab.task("c").unwrap();
+    kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    running.wait(lab.limit()).exits_with(137);
+    lab.nothing_is_left();
+    assert_eq!(logs::read(&lab.log_dir("c"), "stdout"), b"up\n");
+}
+
+/// One containerd, many sandboxes at a time, each with its own output.
+pub fn sandboxes_do_not_mix(backend: Backend) {
+    let lab = Lab::new(backend);
+    let count = if backend.is_vm() { 2 } else { 8 };
+    let ids: Vec<String> = (0..count).map(|n| format!("c{n}")).collect();
+    let running: Vec<_> = ids
+        .iter()
+        .map(|id| lab.attached(id, &["sh", "-c", &format!("echo {id}; exit {}", &id[1..])]))
+        .collect();
+    for (n, running) in running.into_iter().enumerate() {
+        let finished = running.wait(lab.limit()).exits_with(n as i32);
+        assert_eq!(finished.out(), format!("{}\n", ids[n]));
+    }
+    lab.nothing_is_left();
+    for id in &ids {
+        assert_eq!(logs::read(&lab.log_dir(id), "stdout"), format!("{id}\n").as_bytes());
+    }
+}
+
+/// An earlier log of the same id is kept under another name.
+pub fn a_second_container_of_the_same_name_keeps_the_first_ones_log(backend: Backend) {
+    let lab = Lab::new(backend);
+    lab.run("c", &["echo", "first"]).succeeds();
+    lab.run("c", &["echo", "second"]).succeeds();
+    assert_eq!(logs::read(&lab.log_dir("c"), "stdout"), b"second\n");
+    let parent = lab.log_dir("c").parent().unwrap().to_owned();
+    let kept = std::fs::read_dir(parent).unwrap().flatten().map(|entry| entry.path());
+    let kept: Vec<_> = kept.filter(|dir| *dir != lab.log_dir("c")).collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_eq!(logs::read(&kept[0], "stdout"), b"first\n");
+    lab.nothing_is_left();
+}
