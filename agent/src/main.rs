@@ -11,6 +11,7 @@ use std::{
 
 use cube_agent::{
     boot::{self, BootError, cgroup, console, power, process as process_backend},
+    container,
     errors::chain,
     server::{self, Config, ServeError, listen::Listener},
 };
@@ -43,10 +44,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     match args.next().as_deref().and_then(|arg| arg.to_str()) {
         Some("process") => process_backend(args),
-        Some("init") => {
-            eprintln!("cube-agent: this build cannot run containers");
-            ExitCode::FAILURE
-        }
+        Some("init") => container::init_stage(),
         Some("--version") => {
             println!("cube-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -39,7 +39,7 @@ pub(super) fn is_rootfs() -> Result<bool, BootError> {
 /// Type of the topmost mount on `/` in a mountinfo table, see proc_pid_mountinfo(5).
 fn root_type(table: &str) -> Option<&str> {
     let on_root = |line: &&str| line.split(' ').nth(4) == Some("/");
-    let last = table.lines().filter(on_root).next_back()?;
+    let last = table.lines().rfind(on_root)?;
     last.split_once(" - ")?.1.split(' ').next()
 }
 

@@ -1,11 +1,37 @@
 //! Containers: from an OCI spec to running processes.
+//!
+//! A process is made in two programs. This one, the agent, checks the spec ([`spec`]), makes the
+//! cgroup ([`cgroup`]) and clones a child that at once executes the agent's own binary again
+//! ([`spawn`]). That child is single threaded and may do anything ([`stage`]): it enters namespaces,
+//! mounts, drops privileges and finally executes the container's program.
 
-use std::{os::fd::OwnedFd, path::PathBuf};
+mod cgroup;
+mod error;
+mod mount_options;
+mod namespaces;
+mod readable;
+mod seccomp;
+mod spawn;
+mod spec;
+mod stage;
+
+use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 
+use self::{
+    cgroup::Cgroup,
+    namespaces::{Namespaces, PidNamespace},
+    spawn::{Child, Launch},
+    stage::protocol::{AgentEnd, Exec, Init, Instructions, Report},
+};
 use crate::stdio::ChildStdio;
+
+pub use self::{error::ContainerError, spawn::set_stage_executable, stage::init_stage};
+
+/// How long [`Container::delete`] waits for killed processes to be gone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a container is made from.
 #[derive(Debug)]
@@ -16,13 +42,18 @@ pub struct Config {
     pub spec: Spec,
     /// The mounted root file system.
     pub rootfs: PathBuf,
-    /// cgroup v2 directory in which the container's own is made; `None` where there is no cgroup v2.
+    /// cgroup v2 directory in which the container's own is made. It holds no process itself, and the
+    /// caller has enabled the controllers of its ancestors, down to its own `cgroup.controllers`.
     pub cgroup_parent: PathBuf,
     /// Whether its processes may create `AF_VSOCK` sockets.
     pub allow_vsock: bool,
 }
 
 /// A process that has been spawned. It is a child of this process, which must reap it.
+///
+/// It may have ended, and even have been reaped, before the future that gives this resolves: a reaper
+/// keeps the status of a pid that it does not know while a [`Container::create`] or
+/// [`Container::exec`] is under way.
 #[derive(Debug)]
 pub struct Spawned {
     /// Pid in the agent's pid namespace.
@@ -35,104 +66,196 @@ pub struct Spawned {
 
 /// A container. Its init process is spawned but waits in front of `execve` until [`Container::start`].
 #[derive(Debug)]
-pub struct Container {}
+pub struct Container {
+    cgroup: Cgroup,
+    /// The init process; its namespaces are the container's.
+    init: OwnedFd,
+    state: State,
+    allow_vsock: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The init stage waits for [`AgentEnd::go`].
+    Created(AgentEnd),
+    Started,
+    Deleted,
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            State::Created(_) => "created",
+            State::Started => "started",
+            State::Deleted => "deleted",
+        }
+    }
+}
 
 impl Container {
     /// Checks the spec, makes cgroup and namespaces, and runs the init stage up to `execve`. On an
-    /// error nothing is left. Everything that can be known to fail before start fails here: a field
-    /// that is not supported, a mount, a user, a program that does not exist.
-    pub async fn create(_config: Config, _stdio: ChildStdio) -> Result<(Container, Spawned), ContainerError> {
-        todo!()
+    /// error nothing is left but a zombie for the reaper. Everything that can be known to fail before
+    /// start fails here: a field that is not supported, a mount, a user, a program that does not exist.
+    ///
+    /// `spec.root.path` and `spec.linux.cgroupsPath` are the host's and play no part. A container
+    /// always gets a mount and a cgroup namespace of its own; a `network` namespace without a path is
+    /// the guest's network.
+    pub async fn create(config: Config, stdio: ChildStdio) -> Result<(Container, Spawned), ContainerError> {
+        check_terminal(spec::check(&config.spec)?, &stdio)?;
+        let cgroup = Cgroup::create(&config.cgroup_parent, &config.id)?;
+        let (id, allow_vsock) = (config.id.clone(), config.allow_vsock);
+        let (child, terminal) = match spawn_init(&cgroup, config, stdio).await {
+            Ok(spawned) => spawned,
+            Err(error) => {
+                if let Err(left) = cgroup.remove(KILL_TIMEOUT).await {
+                    log::warn!("container {id}: cannot undo a create that failed: {left}");
+                }
+                return Err(error);
+            }
+        };
+        let init = duplicate(&child.pidfd)?;
+        let (spawned, control) = child.release(terminal);
+        Ok((Container { cgroup, init, state: State::Created(control), allow_vsock }, spawned))
     }
 
     /// Lets the init process go on to `execve`, and returns when that has happened. Once.
     pub async fn start(&mut self) -> Result<(), ContainerError> {
-        todo!()
+        let State::Created(control) = &mut self.state else {
+            return Err(ContainerError::State { state: self.state.name(), needed: "created" });
+        };
+        control
+            .go()
+            .map_err(|source| ContainerError::stage("start the init process, which has ended", source))?;
+        let report = control.report().await;
+        self.state = State::Started;
+        executed(report)
     }
 
     /// Runs another process in the container, and returns when its `execve` has happened.
-    pub async fn exec(&self, _process: &Process, _stdio: ChildStdio) -> Result<Spawned, ContainerError> {
-        todo!()
+    pub async fn exec(&self, process: &Process, stdio: ChildStdio) -> Result<Spawned, ContainerError> {
+        if !matches!(self.state, State::Started) {
+            return Err(ContainerError::State { state: self.state.name(), needed: "started" });
+        }
+        spec::check_process(process)?;
+        check_terminal(process, &stdio)?;
+        let launch = Launch {
+            instructions: &Instructions::Exec(Box::new(Exec {
+                process: process.clone(),
+                allow_vsock: self.allow_vsock,
+            })),
+            stdio,
+            cgroup: self.cgroup.open_leaf()?,
+            extra: duplicate(&self.init)?,
+            pid_namespace: PidNamespace::Of(duplicate(&self.init)?),
+        };
+        let mut child = spawn::spawn(launch)?;
+        let terminal = child.await_ready().await?;
+        child
+            .control
+            .go()
+            .map_err(|source| ContainerError::stage("start a process, which has ended", source))?;
+        executed(child.control.report().await)?;
+        Ok(child.release(terminal).0)
     }
 
     /// Pids in the agent's pid namespace of every process in the container's cgroup.
     pub fn pids(&self) -> Result<Vec<i32>, ContainerError> {
-        todo!()
+        self.cgroup.pids()
     }
 
     /// Signals every process of the container; SIGKILL by `cgroup.kill`.
-    pub fn kill_all(&self, _signal: i32) -> Result<(), ContainerError> {
-        todo!()
+    pub fn kill_all(&self, signal: i32) -> Result<(), ContainerError> {
+        self.cgroup.signal(signal)
     }
 
     /// cgroup v2 metrics as containerd's own shim reports them.
     pub fn stats(&self) -> Result<Metrics, ContainerError> {
-        todo!()
+        self.cgroup.stats()
     }
 
-    /// Changes the limits of the cgroup.
-    pub fn update(&self, _resources: &LinuxResources) -> Result<(), ContainerError> {
-        todo!()
+    /// Changes the limits of the cgroup. What `resources` does not name stays as it is.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
+        if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+            return Err(ContainerError::Unsupported {
+                field: "linux.resources.devices".into(),
+                hint: Some("the device rules of a container are fixed when it is created"),
+            });
+        }
+        spec::check_resources(resources)?;
+        self.cgroup.limit(resources)
     }
 
     /// Resolves when the kernel has killed a process of the container for want of memory, after more
     /// than `seen` such kills in all; gives the new count. Cancel safe. Never resolves without a
     /// memory controller.
-    pub async fn oom_kills_after(&self, _seen: u64) -> u64 {
-        todo!()
+    pub async fn oom_kills_after(&self, seen: u64) -> u64 {
+        self.cgroup.oom_kills_after(seen).await
     }
 
     /// Kills what still runs, and removes the cgroup. Can be repeated. The rootfs stays mounted.
     pub async fn delete(&mut self) -> Result<(), ContainerError> {
-        todo!()
+        self.state = State::Deleted;
+        self.cgroup.remove(KILL_TIMEOUT).await
     }
 }
 
-/// What creating or running a container can fail with. Mapped to ttrpc codes by the server.
-#[derive(Debug, thiserror::Error)]
-pub enum ContainerError {
-    /// A field of the spec that this version cannot honour.
-    #[error("{field} is not supported{}", hint.map(|h| format!(": {h}")).unwrap_or_default())]
-    Unsupported {
-        /// Path of the field in config.json.
-        field: String,
-        /// What to do, if anything.
-        hint: Option<&'static str>,
-    },
-    /// A field of the spec that makes no sense.
-    #[error("{field} is {value:?}: {reason}")]
-    Invalid {
-        /// Path of the field in config.json.
-        field: String,
-        /// The value found.
-        value: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The init stage failed: what it did, to what, and the errno.
-    #[error("{action}")]
-    Stage {
-        /// "exec /bin/nosuch", "mount proc on /proc".
-        action: String,
-        /// The errno.
-        source: std::io::Error,
-    },
-    /// A cgroup operation failed.
-    #[error("{action} {path}")]
-    Cgroup {
-        /// "cannot write 4096 to", for example.
-        action: String,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The container is not in the state that the call needs.
-    #[error("the container is {state}, it must be {needed}")]
-    State {
-        /// Its state.
-        state: &'static str,
-        /// The state needed.
-        needed: &'static str,
-    },
+/// Limits the cgroup, and brings an init stage up to `execve`. Gives its terminal, if it has one.
+async fn spawn_init(
+    cgroup: &Cgroup,
+    config: Config,
+    stdio: ChildStdio,
+) -> Result<(Child, Option<OwnedFd>), ContainerError> {
+    let namespaces = Namespaces::from_spec(&config.spec)?;
+    let resources = config.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref());
+    cgroup.restrict_devices(rules.unwrap_or_default())?;
+    if let Some(resources) = resources {
+        cgroup.limit(resources)?;
+    }
+    let launch = Launch {
+        // Entering its own cgroup namespace while it is in the container's cgroup makes that cgroup the
+        // namespace's root; only then does it move itself into the leaf.
+        cgroup: cgroup.open()?,
+        extra: cgroup.open_leaf_procs()?,
+        pid_namespace: namespaces.pid()?,
+        instructions: &Instructions::Init(Box::new(Init {
+            rootfs: config.rootfs,
+            allow_vsock: config.allow_vsock,
+            namespaces,
+            spec: config.spec,
+        })),
+        stdio,
+    };
+    let mut child = spawn::spawn(launch)?;
+    let terminal = child.await_ready().await?;
+    cgroup.delegate_controllers();
+    Ok((child, terminal))
+}
+
+/// What the last report of a stage that was told to go says.
+fn executed(report: std::io::Result<Option<Report>>) -> Result<(), ContainerError> {
+    match report.map_err(|source| ContainerError::stage("read the report of the init stage", source))? {
+        // The socket is CLOEXEC: its end is the execve.
+        None => Ok(()),
+        Some(Report::Failed { action, errno }) => {
+            Err(ContainerError::stage(action, std::io::Error::from_raw_os_error(errno)))
+        }
+        Some(report) => Err(stage::protocol::unexpected(&report)),
+    }
+}
+
+fn check_terminal(process: &Process, stdio: &ChildStdio) -> Result<(), ContainerError> {
+    let wanted = process.terminal().unwrap_or(false);
+    match (wanted, stdio) {
+        (true, ChildStdio::Terminal) | (false, ChildStdio::Pipes(_)) => Ok(()),
+        _ => Err(ContainerError::invalid(
+            "process.terminal",
+            wanted,
+            "the request to create the process says otherwise",
+        )),
+    }
+}
+
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, ContainerError> {
+    fd.try_clone().map_err(|source| ContainerError::stage("duplicate a pidfd", source))
 }

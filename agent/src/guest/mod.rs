@@ -2,6 +2,7 @@
 
 pub mod identity;
 pub mod info;
+mod netlink;
 pub mod network;
 pub mod paths;
 pub mod storage;

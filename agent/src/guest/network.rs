@@ -3,11 +3,9 @@
 use std::{io, net::IpAddr};
 
 use cube_protocol::guest::{Interface, Route};
-use futures::TryStreamExt;
-use rtnetlink::{
-    Handle, LinkUnspec, RouteMessageBuilder, new_connection,
-    packet_route::link::{LinkAttribute, LinkMessage},
-};
+use nix::ifaddrs::getifaddrs;
+
+use super::netlink::{self, Link, Netlink};
 
 /// Why the network cannot be as the host wants it.
 #[derive(Debug, thiserror::Error)]
@@ -32,136 +30,105 @@ pub enum NetworkError {
     },
     /// The kernel refused.
     #[error("cannot {action}")]
-    Netlink {
+    System {
         /// What was done, to what.
         action: String,
         /// Why.
-        source: rtnetlink::Error,
+        source: io::Error,
     },
-    /// No netlink socket.
-    #[error("cannot open a netlink socket")]
-    Socket(#[source] io::Error),
+}
+
+/// A network device of this namespace.
+struct Device {
+    name: String,
+    index: u32,
+    mac: Option<[u8; 6]>,
 }
 
 /// Brings up lo, names and configures interfaces, and adds routes, in that order. Can be repeated.
-pub async fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
-    let (connection, handle, _) = new_connection().map_err(NetworkError::Socket)?;
-    let connection = tokio::spawn(connection);
-    let result = apply(&handle, interfaces, routes).await;
-    connection.abort();
-    result
+pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
+    let netlink = Netlink::open().map_err(failed("open a netlink socket"))?;
+    let lo = find("name", "lo", |device| device.name == "lo")?;
+    netlink.change_link(lo.index, &UP).map_err(failed("bring up lo"))?;
+    interfaces.iter().try_for_each(|interface| set_up(&netlink, interface))?;
+    routes.iter().try_for_each(|route| add_route(&netlink, route))
 }
 
-async fn apply(handle: &Handle, interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
-    let lo = find(&links(handle).await?, "name", "lo", |link| name(link) == Some("lo"))?;
-    change(handle, "bring up lo", LinkUnspec::new_with_index(lo).up().build()).await?;
-    for interface in interfaces {
-        set_up(handle, interface).await?;
-    }
-    for route in routes {
-        add_route(handle, route).await?;
-    }
-    Ok(())
-}
+const UP: Link<'_> = Link { up: true, name: None, mtu: None };
 
-async fn set_up(handle: &Handle, interface: &Interface) -> Result<(), NetworkError> {
+fn set_up(netlink: &Netlink, interface: &Interface) -> Result<(), NetworkError> {
+    let name = &interface.name;
+    // IFNAMSIZ, with the zero at the end.
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains('\0') {
+        let reason = "1 to 15 bytes are needed";
+        return Err(NetworkError::Invalid { field: "name", value: name.clone(), reason });
+    }
     let mac = parse_mac(&interface.mac)?;
-    let index =
-        find(&links(handle).await?, "MAC address", &interface.mac, |link| address(link) == Some(&mac))?;
+    let index = find("MAC address", &interface.mac, |device| device.mac == Some(mac))?.index;
+    let mtu = (interface.mtu != 0).then_some(interface.mtu);
     // A device that is up cannot be renamed.
-    let mut down = LinkUnspec::new_with_index(index).down();
-    if interface.mtu != 0 {
-        down = down.mtu(interface.mtu);
-    }
-    if !interface.name.is_empty() {
-        down = down.name(&interface.name);
-    }
-    change(handle, &format!("configure {}", interface.name), down.build()).await?;
+    let renamed = netlink.change_link(index, &Link { up: false, name: Some(name), mtu });
+    renamed.map_err(failed(format!("configure {name}")))?;
     for address in &interface.addresses {
         let (ip, prefix) = parse_prefix("address", address)?;
-        let request = handle.address().add(index, ip, prefix).replace();
-        request.execute().await.map_err(netlink(format!("add address {address} to {}", interface.name)))?;
+        let added = netlink.add_address(index, ip, prefix);
+        added.map_err(failed(format!("add address {address} to {name}")))?;
     }
-    change(handle, &format!("bring up {}", interface.name), LinkUnspec::new_with_index(index).up().build())
-        .await
+    netlink.change_link(index, &UP).map_err(failed(format!("bring up {name}")))
 }
 
-async fn add_route(handle: &Handle, route: &Route) -> Result<(), NetworkError> {
+fn add_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
+    let destination = match route.destination.as_str() {
+        "" => None,
+        text => Some(parse_prefix("destination", text)?),
+    };
     let gateway = match route.gateway.as_str() {
         "" => None,
-        text => Some(text.parse::<IpAddr>().map_err(|_| NetworkError::Invalid {
-            field: "gateway",
-            value: text.to_owned(),
-            reason: "an IP address is needed",
-        })?),
+        text => Some(parse_gateway(text, destination.map(|(address, _)| address))?),
     };
-    let mut message = RouteMessageBuilder::<IpAddr>::new();
-    if !route.destination.is_empty() {
-        let (ip, prefix) = parse_prefix("destination", &route.destination)?;
-        message = message.destination_prefix(ip, prefix).map_err(|_| NetworkError::Invalid {
-            field: "destination",
-            value: route.destination.clone(),
-            reason: "the prefix is longer than the address",
-        })?;
+    let interface = match route.interface.as_str() {
+        "" => None,
+        name => Some(find("name", name, |device| device.name == name)?.index),
+    };
+    let added = netlink.add_route(&netlink::Route { destination, gateway, interface });
+    added.map_err(failed(format!("add the route to {:?} by {:?}", route.destination, route.gateway)))
+}
+
+fn failed(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    |source| NetworkError::System { action: action.into(), source }
+}
+
+fn find(what: &'static str, value: &str, matches: impl Fn(&Device) -> bool) -> Result<Device, NetworkError> {
+    let devices = devices().map_err(failed("list network devices"))?;
+    let device = devices.into_iter().find(matches);
+    device.ok_or_else(|| NetworkError::NoDevice { what, value: value.to_owned() })
+}
+
+/// Not from /sys: on the `process` backend it shows the host's network namespace.
+fn devices() -> io::Result<Vec<Device>> {
+    let addresses = getifaddrs()?;
+    let device = |entry: nix::ifaddrs::InterfaceAddress| {
+        let link = *entry.address.as_ref()?.as_link_addr()?;
+        Some(Device { name: entry.interface_name, index: link.ifindex() as u32, mac: link.addr() })
+    };
+    Ok(addresses.filter_map(device).collect())
+}
+
+fn parse_gateway(text: &str, destination: Option<IpAddr>) -> Result<IpAddr, NetworkError> {
+    let invalid = |reason| NetworkError::Invalid { field: "gateway", value: text.to_owned(), reason };
+    let gateway: IpAddr = text.parse().map_err(|_| invalid("an IP address is needed"))?;
+    if destination.is_some_and(|destination| destination.is_ipv4() != gateway.is_ipv4()) {
+        return Err(invalid("destination and gateway must be of one address family"));
     }
-    if let Some(gateway) = gateway {
-        message = message.gateway(gateway).map_err(|_| NetworkError::Invalid {
-            field: "gateway",
-            value: route.gateway.clone(),
-            reason: "destination and gateway must be of one address family",
-        })?;
-    }
-    if !route.interface.is_empty() {
-        let wanted = route.interface.as_str();
-        let index = find(&links(handle).await?, "name", wanted, |link| name(link) == Some(wanted))?;
-        message = message.output_interface(index);
-    }
-    let action = format!("add the route to {:?} by {:?}", route.destination, route.gateway);
-    handle.route().add(message.build()).replace().execute().await.map_err(netlink(action))
+    Ok(gateway)
 }
 
-async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {
-    handle.link().get().execute().try_collect().await.map_err(netlink("list network devices".into()))
-}
-
-async fn change(handle: &Handle, action: &str, link: LinkMessage) -> Result<(), NetworkError> {
-    handle.link().change(link).execute().await.map_err(netlink(action.to_owned()))
-}
-
-fn netlink(action: String) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
-    |source| NetworkError::Netlink { action, source }
-}
-
-fn find(
-    links: &[LinkMessage],
-    what: &'static str,
-    value: &str,
-    matches: impl Fn(&LinkMessage) -> bool,
-) -> Result<u32, NetworkError> {
-    let link = links.iter().find(|link| matches(link));
-    link.map(|link| link.header.index).ok_or_else(|| NetworkError::NoDevice { what, value: value.to_owned() })
-}
-
-fn name(link: &LinkMessage) -> Option<&str> {
-    link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.as_str()),
-        _ => None,
-    })
-}
-
-fn address(link: &LinkMessage) -> Option<&Vec<u8>> {
-    link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Address(address) => Some(address),
-        _ => None,
-    })
-}
-
-fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkError> {
+fn parse_mac(text: &str) -> Result<[u8; 6], NetworkError> {
     let octets: Option<Vec<u8>> = text
         .split(':')
         .map(|octet| if octet.len() == 2 { u8::from_str_radix(octet, 16).ok() } else { None })
         .collect();
-    octets.filter(|octets| octets.len() == 6).ok_or_else(|| NetworkError::Invalid {
+    octets.and_then(|octets| octets.try_into().ok()).ok_or_else(|| NetworkError::Invalid {
         field: "mac",
         value: text.to_owned(),
         reason: "six octets are needed, 02:00:00:00:00:01",

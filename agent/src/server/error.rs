@@ -215,8 +215,7 @@ fn network_code(error: &NetworkError) -> Code {
     match error {
         NetworkError::Invalid { .. } => Code::INVALID_ARGUMENT,
         NetworkError::NoDevice { .. } => Code::NOT_FOUND,
-        NetworkError::Netlink { .. } => Code::INTERNAL,
-        NetworkError::Socket(source) => io_code(source),
+        NetworkError::System { source, .. } => io_code(source),
     }
 }
 

@@ -85,7 +85,7 @@ impl Sandbox {
             &request.dns_options,
         )
         .map_err(|source| Error::System { action: "write resolv.conf", source })?;
-        network::configure(&request.interfaces, &request.routes).await?;
+        network::configure(&request.interfaces, &request.routes)?;
         for mount in &request.shared_mounts {
             self.mount(parts, mount).await?;
         }

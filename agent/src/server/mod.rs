@@ -120,7 +120,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let refused = Arc::new(Refused::default());
     let shutdown = Arc::new(Notify::new());
 
-    if let Err(error) = network::configure(&[], &[]).await {
+    if let Err(error) = network::configure(&[], &[]) {
         tracing::warn!("no loopback network: {}", crate::errors::chain(&error));
     }
 

@@ -1,0 +1,303 @@
+//! The limits of the spec, which are those of cgroup version 1, as files of version 2.
+
+use std::{fs, io, path::Path};
+
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
+};
+
+use super::controllers;
+use crate::container::ContainerError;
+
+/// A value to be written into a file of the cgroup.
+#[derive(Debug, PartialEq, Eq)]
+struct Setting {
+    /// Where the spec says so.
+    field: String,
+    file: String,
+    value: String,
+}
+
+impl Setting {
+    fn new(field: impl Into<String>, file: impl Into<String>, value: impl ToString) -> Self {
+        Self { field: field.into(), file: file.into(), value: value.to_string() }
+    }
+
+    fn controller(&self) -> &str {
+        self.file.split_once('.').map_or(self.file.as_str(), |(controller, _)| controller)
+    }
+
+    fn write(&self, cgroup: &Path) -> Result<(), ContainerError> {
+        let path = cgroup.join(&self.file);
+        match fs::write(&path, &self.value) {
+            // A kernel without swap accounting has no limit on swap to lift.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.lifts_swap() => Ok(()),
+            written => written.map_err(|source| {
+                ContainerError::cgroup(
+                    format!("{}: cannot write {} to", self.field, self.value),
+                    path,
+                    source,
+                )
+            }),
+        }
+    }
+
+    fn lifts_swap(&self) -> bool {
+        self.file == "memory.swap.max" && matches!(self.value.as_str(), "max" | "0")
+    }
+}
+
+/// Checks that every limit can be expressed in version 2.
+pub(crate) fn check(resources: &LinuxResources) -> Result<(), ContainerError> {
+    settings(resources).map(drop)
+}
+
+/// Writes the limits into the files of `cgroup`, after checking that it has all the controllers.
+pub(super) fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<(), ContainerError> {
+    let settings = settings(resources)?;
+    let available = controllers(cgroup)
+        .map_err(|source| ContainerError::cgroup("cannot list the controllers of", cgroup, source))?;
+    let has = |setting: &Setting| available.iter().any(|name| name == setting.controller());
+    if let Some(setting) = settings.iter().find(|setting| !has(setting)) {
+        let reason =
+            format!("the {} controller is not available in {}", setting.controller(), cgroup.display());
+        return Err(ContainerError::invalid(&setting.field, &setting.value, reason));
+    }
+    settings.iter().try_for_each(|setting| setting.write(cgroup))
+}
+
+fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> {
+    let mut settings = Vec::new();
+    if let Some(memory) = resources.memory() {
+        add_memory(&mut settings, memory)?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        add_cpu(&mut settings, cpu)?;
+    }
+    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
+        settings.push(Setting::new("linux.resources.pids.limit", "pids.max", or_max(limit)));
+    }
+    if let Some(block_io) = resources.block_io() {
+        add_block_io(&mut settings, block_io)?;
+    }
+    for (index, limit) in resources.hugepage_limits().iter().flatten().enumerate() {
+        settings.push(hugepages(index, limit)?);
+    }
+    // Last, as they are the most specific.
+    for (file, value) in resources.unified().iter().flatten() {
+        settings.push(unified(file, value)?);
+    }
+    Ok(settings)
+}
+
+/// The spec writes "no limit" as a negative number.
+fn or_max(limit: i64) -> String {
+    if limit < 0 { "max".into() } else { limit.to_string() }
+}
+
+fn refuse(field: &str, set: bool) -> Result<(), ContainerError> {
+    if set { Err(ContainerError::unsupported(format!("linux.resources.{field}"))) } else { Ok(()) }
+}
+
+fn add_memory(settings: &mut Vec<Setting>, memory: &LinuxMemory) -> Result<(), ContainerError> {
+    refuse("memory.kernel", memory.kernel().is_some_and(|limit| limit != 0))?;
+    refuse("memory.kernelTCP", memory.kernel_tcp().is_some_and(|limit| limit != 0))?;
+    refuse("memory.swappiness", memory.swappiness().is_some())?;
+    refuse("memory.disableOOMKiller", memory.disable_oom_killer() == Some(true))?;
+    refuse("memory.useHierarchy", memory.use_hierarchy() == Some(false))?;
+    refuse("memory.checkBeforeUpdate", memory.check_before_update() == Some(true))?;
+    let limit = memory.limit().unwrap_or(0);
+    if let Some(swap) = swap(limit, memory.swap().unwrap_or(0))? {
+        settings.push(Setting::new("linux.resources.memory.swap", "memory.swap.max", swap));
+    }
+    if limit != 0 {
+        settings.push(Setting::new("linux.resources.memory.limit", "memory.max", or_max(limit)));
+    }
+    if let Some(low) = memory.reservation().filter(|low| *low != 0) {
+        settings.push(Setting::new("linux.resources.memory.reservation", "memory.low", or_max(low)));
+    }
+    Ok(())
+}
+
+/// The spec's limit on swap is on memory and swap together, version 2's is on swap alone.
+fn swap(memory: i64, both: i64) -> Result<Option<String>, ContainerError> {
+    let invalid = |reason| Err(ContainerError::invalid("linux.resources.memory.swap", both, reason));
+    match (memory, both) {
+        (..0, 0) | (_, ..0) => Ok(Some("max".into())),
+        (_, 0) => Ok(None),
+        (..=0, _) => invalid("it is a limit on memory and swap together, and needs memory.limit"),
+        (memory, both) if both < memory => {
+            invalid("it is a limit on memory and swap together, and must not be below memory.limit")
+        }
+        (memory, both) => Ok(Some((both - memory).to_string())),
+    }
+}
+
+fn add_cpu(settings: &mut Vec<Setting>, cpu: &LinuxCpu) -> Result<(), ContainerError> {
+    refuse("cpu.realtimeRuntime", cpu.realtime_runtime().is_some_and(|runtime| runtime != 0))?;
+    refuse("cpu.realtimePeriod", cpu.realtime_period().is_some_and(|period| period != 0))?;
+    const DEFAULT_PERIOD_US: u64 = 100_000;
+    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+        settings.push(Setting::new("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
+    }
+    let (quota, period) = (cpu.quota().unwrap_or(0), cpu.period().unwrap_or(0));
+    if quota != 0 || period != 0 {
+        let quota = if quota > 0 { quota.to_string() } else { "max".into() };
+        let period = if period == 0 { DEFAULT_PERIOD_US } else { period };
+        settings.push(Setting::new("linux.resources.cpu.quota", "cpu.max", format!("{quota} {period}")));
+    }
+    if let Some(burst) = cpu.burst() {
+        settings.push(Setting::new("linux.resources.cpu.burst", "cpu.max.burst", burst));
+    }
+    if let Some(idle) = cpu.idle() {
+        settings.push(Setting::new("linux.resources.cpu.idle", "cpu.idle", idle));
+    }
+    for (field, file, list) in [
+        ("linux.resources.cpu.cpus", "cpuset.cpus", cpu.cpus()),
+        ("linux.resources.cpu.mems", "cpuset.mems", cpu.mems()),
+    ] {
+        if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
+            settings.push(Setting::new(field, file, list));
+        }
+    }
+    Ok(())
+}
+
+/// Maps shares, 2 to 262144, onto weights, 1 to 10000, linearly, as the OCI runtimes and systemd do.
+fn weight_of_shares(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+}
+
+/// Maps version 1's block weights, 10 to 1000, onto weights, 1 to 10000.
+fn io_weight(weight: u16) -> u64 {
+    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990
+}
+
+fn add_block_io(settings: &mut Vec<Setting>, block_io: &LinuxBlockIo) -> Result<(), ContainerError> {
+    refuse("blockIO.leafWeight", block_io.leaf_weight().is_some_and(|weight| weight != 0))?;
+    if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
+        let value = format!("default {}", io_weight(weight));
+        settings.push(Setting::new("linux.resources.blockIO.weight", "io.weight", value));
+    }
+    for (index, device) in block_io.weight_device().iter().flatten().enumerate() {
+        let field = format!("blockIO.weightDevice[{index}]");
+        refuse(&format!("{field}.leafWeight"), device.leaf_weight().is_some_and(|weight| weight != 0))?;
+        if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
+            let value = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight));
+            settings.push(Setting::new(format!("linux.resources.{field}"), "io.weight", value));
+        }
+    }
+    let none: &[LinuxThrottleDevice] = &[];
+    for (field, key, devices) in [
+        ("throttleReadBpsDevice", "rbps", block_io.throttle_read_bps_device()),
+        ("throttleWriteBpsDevice", "wbps", block_io.throttle_write_bps_device()),
+        ("throttleReadIOPSDevice", "riops", block_io.throttle_read_iops_device()),
+        ("throttleWriteIOPSDevice", "wiops", block_io.throttle_write_iops_device()),
+    ] {
+        for device in devices.as_deref().unwrap_or(none) {
+            let value = format!("{}:{} {key}={}", device.major(), device.minor(), device.rate());
+            settings.push(Setting::new(format!("linux.resources.blockIO.{field}"), "io.max", value));
+        }
+    }
+    Ok(())
+}
+
+fn hugepages(index: usize, limit: &LinuxHugepageLimit) -> Result<Setting, ContainerError> {
+    let (field, size) = (format!("linux.resources.hugepageLimits[{index}]"), limit.page_size());
+    if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Err(ContainerError::invalid(format!("{field}.pageSize"), size, "it must be like 2MB"));
+    }
+    Ok(Setting::new(field, format!("hugetlb.{size}.max"), or_max(limit.limit())))
+}
+
+fn unified(file: &str, value: &str) -> Result<Setting, ContainerError> {
+    let field = format!("linux.resources.unified[{file:?}]");
+    if file.contains('/') || !file.contains('.') {
+        return Err(ContainerError::invalid(field, value, "the name must be that of a controller's file"));
+    }
+    if file.starts_with("cgroup.") {
+        return Err(ContainerError::Unsupported {
+            field,
+            hint: Some("only files of controllers can be set"),
+        });
+    }
+    Ok(Setting::new(field, file, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn written(resources: Value) -> Result<Vec<String>, String> {
+        let resources: LinuxResources = serde_json::from_value(resources).unwrap();
+        let settings = settings(&resources).map_err(|error| error.to_string())?;
+        Ok(settings.iter().map(|setting| format!("{}={}", setting.file, setting.value)).collect())
+    }
+
+    #[test]
+    fn swap_alone_is_what_both_together_leave_beyond_memory() {
+        let both = json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}});
+        assert_eq!(written(both).unwrap(), ["memory.swap.max=500", "memory.max=1000", "memory.low=500"]);
+        assert_eq!(
+            written(json!({"memory": {"limit": 10, "swap": -1}})).unwrap(),
+            ["memory.swap.max=max", "memory.max=10"]
+        );
+        assert_eq!(
+            written(json!({"memory": {"limit": -1}})).unwrap(),
+            ["memory.swap.max=max", "memory.max=max"]
+        );
+        assert!(
+            written(json!({"memory": {"limit": 1000, "swap": 999}})).unwrap_err().contains("memory.swap")
+        );
+        assert!(written(json!({"memory": {"swap": 999}})).unwrap_err().contains("memory.swap"));
+    }
+
+    #[test]
+    fn cpu_limits_become_weight_and_max() {
+        assert_eq!(written(json!({"cpu": {"shares": 2}})).unwrap(), ["cpu.weight=1"]);
+        assert_eq!(written(json!({"cpu": {"shares": 1024}})).unwrap(), ["cpu.weight=39"]);
+        assert_eq!(written(json!({"cpu": {"shares": 262144}})).unwrap(), ["cpu.weight=10000"]);
+        assert_eq!(written(json!({"cpu": {"quota": 50000}})).unwrap(), ["cpu.max=50000 100000"]);
+        assert_eq!(written(json!({"cpu": {"quota": -1, "period": 20000}})).unwrap(), ["cpu.max=max 20000"]);
+        assert_eq!(written(json!({"cpu": {"cpus": "0-1", "mems": ""}})).unwrap(), ["cpuset.cpus=0-1"]);
+    }
+
+    #[test]
+    fn zero_means_that_nothing_is_asked_for() {
+        let zeros = json!({"memory": {"limit": 0, "kernel": 0}, "cpu": {"shares": 0, "quota": 0}, "pids": {"limit": 0}});
+        assert_eq!(written(zeros).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn block_and_huge_page_limits_name_device_and_size() {
+        let resources = json!({
+            "blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 16, "rate": 4096}]},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
+        });
+        let expected = ["io.weight=default 10000", "io.max=8:16 rbps=4096", "hugetlb.2MB.max=4194304"];
+        assert_eq!(written(resources).unwrap(), expected);
+        assert!(written(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 1}]})).is_err());
+    }
+
+    #[test]
+    fn unified_reaches_controllers_only() {
+        assert_eq!(written(json!({"unified": {"memory.high": "1M"}})).unwrap(), ["memory.high=1M"]);
+        for file in ["../memory.max", "cgroup.freeze", "memory"] {
+            assert!(written(json!({"unified": {file: "1"}})).is_err(), "{file}");
+        }
+    }
+
+    #[test]
+    fn a_missing_controller_is_named_and_nothing_is_written() {
+        let cgroup = tempfile::tempdir().unwrap();
+        fs::write(cgroup.path().join("cgroup.controllers"), "cpu pids\n").unwrap();
+        let resources: LinuxResources =
+            serde_json::from_value(json!({"pids": {"limit": 5}, "memory": {"limit": 4096}})).unwrap();
+        let error = apply(cgroup.path(), &resources).unwrap_err().to_string();
+        assert!(error.contains("linux.resources.memory.limit"), "{error}");
+        assert!(error.contains("the memory controller is not available in"), "{error}");
+        assert!(!cgroup.path().join("pids.max").exists());
+    }
+}

@@ -1,0 +1,231 @@
+//! The init stage: a fresh, single-threaded execution of the agent's binary that turns itself into a
+//! process of a container, step by step, and reports the first step that fails.
+
+mod devices;
+mod identity;
+mod mounts;
+mod paths;
+mod program;
+pub(super) mod protocol;
+mod root;
+mod rootfs;
+mod terminal;
+
+use std::{
+    convert::Infallible,
+    fs,
+    io::{self, Write},
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+};
+
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+};
+use oci_spec::runtime::{Process, Spec};
+
+use self::{
+    protocol::{CONTROL_FD, EXTRA_FD, Exec, INSTRUCTIONS_FD, Init, Instructions, StageEnd},
+    root::Root,
+    terminal::Terminal,
+};
+use super::{namespaces::Namespaces, spec};
+
+/// The step that failed, and why.
+#[derive(Debug)]
+struct Failure {
+    action: String,
+    errno: Errno,
+}
+
+type Result<T> = std::result::Result<T, Failure>;
+
+/// Says of a failed system call what it was for.
+trait Step<T> {
+    fn step(self, action: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> Step<T> for nix::Result<T> {
+    fn step(self, action: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|errno| Failure { action: action(), errno })
+    }
+}
+
+impl<T> Step<T> for io::Result<T> {
+    fn step(self, action: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|error| match error.raw_os_error() {
+            Some(errno) => Failure { action: action(), errno: Errno::from_raw(errno) },
+            // Not from the kernel: its text is all there is to say.
+            None => Failure { action: format!("{}: {error}", action()), errno: Errno::EINVAL },
+        })
+    }
+}
+
+/// Runs the stage on the descriptors that [`protocol`] lists. Only the agent starts it.
+pub fn init_stage() -> ! {
+    let Some([control, instructions, extra]) = inherited([CONTROL_FD, INSTRUCTIONS_FD, EXTRA_FD]) else {
+        eprintln!("cube-agent init is run by the agent itself, to start the processes of containers");
+        std::process::exit(2);
+    };
+    let control = StageEnd::new(control);
+    let Err(failure) = run(&control, instructions, extra);
+    control.failed(&failure.action, failure.errno);
+    std::process::exit(1);
+}
+
+/// Takes the descriptors over, CLOEXEC; `None` if one of them is not open.
+fn inherited<const N: usize>(fds: [RawFd; N]) -> Option<[OwnedFd; N]> {
+    for fd in fds {
+        // SAFETY: fcntl(F_SETFD) has no effect but on the flags of a descriptor.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+            return None;
+        }
+    }
+    // SAFETY: they are open, and at the start of this process nothing else owns them.
+    Some(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn run(control: &StageEnd, instructions: OwnedFd, extra: OwnedFd) -> Result<Infallible> {
+    // A process of the container with CAP_SYS_PTRACE must not take this one over while it still holds
+    // more than the container has. execve makes it dumpable again.
+    nix::sys::prctl::set_dumpable(false).step(|| "protect the init stage from ptrace".into())?;
+    restore_signals()?;
+    let instructions =
+        Instructions::from_memfd(instructions).step(|| "read the instructions of the init stage".into())?;
+    match instructions {
+        Instructions::Init(init) => become_init(control, &init, extra),
+        Instructions::Exec(exec) => become_exec(control, &exec, &extra),
+    }
+}
+
+/// The agent blocks signals around the clone, and its runtime ignores SIGPIPE; both would be inherited
+/// by the container's program.
+fn restore_signals() -> Result<()> {
+    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: SIG_DFL installs no handler.
+        unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }
+            .step(|| format!("reset {signal}"))?;
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).step(|| "unblock signals".into())
+}
+
+fn become_init(control: &StageEnd, init: &Init, leaf_procs: OwnedFd) -> Result<Infallible> {
+    let spec = &init.spec;
+    let process = process_of(spec)?;
+    // The score is set through the agent's /proc, which is out of sight after pivot_root.
+    set_oom_score(process)?;
+    enter_namespaces(&init.namespaces)?;
+    enter_leaf(&init.namespaces, leaf_procs)?;
+
+    let terminal = {
+        let root = rootfs::prepare(&init.rootfs, spec)?;
+        let late = mounts::mount_all(&root, spec)?;
+        devices::populate(&root, spec)?;
+        let terminal = open_terminal(control, &root, process)?;
+        if let Some(terminal) = &terminal {
+            terminal.mount_console(&root)?;
+        }
+        set_sysctls(spec)?;
+        late.finish(&root)?;
+        paths::restrict(&root, spec)?;
+        root.ensure_directory(process.cwd()).step(|| format!("make {}", process.cwd().display()))?;
+        rootfs::pivot(&root, spec)?;
+        terminal
+    };
+    set_uts(spec)?;
+    program::execute(control, process, terminal, init.allow_vsock)
+}
+
+fn become_exec(control: &StageEnd, exec: &Exec, init: &OwnedFd) -> Result<Infallible> {
+    let process = &exec.process;
+    set_oom_score(process)?;
+    // The agent has settled the pid namespace. Joining one that it shares with the container is allowed.
+    let namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWCGROUP;
+    setns(init, namespaces).step(|| "join the namespaces of the container's init process".into())?;
+    let terminal = {
+        let root = Root::open("/".as_ref()).step(|| "open the container's root".into())?;
+        root.ensure_directory(process.cwd()).step(|| format!("make {}", process.cwd().display()))?;
+        open_terminal(control, &root, process)?
+    };
+    program::execute(control, process, terminal, exec.allow_vsock)
+}
+
+fn process_of(spec: &Spec) -> Result<&Process> {
+    spec.process()
+        .as_ref()
+        .ok_or_else(|| Failure { action: "find process in the spec".into(), errno: Errno::EINVAL })
+}
+
+fn open_terminal(control: &StageEnd, root: &Root, process: &Process) -> Result<Option<Terminal>> {
+    if !process.terminal().unwrap_or(false) {
+        return Ok(None);
+    }
+    let terminal = Terminal::open(root)?;
+    if let Some(size) = process.console_size() {
+        terminal.resize(size.width(), size.height())?;
+    }
+    control.terminal(&terminal.master).step(|| "hand over the terminal".into())?;
+    Ok(Some(terminal))
+}
+
+fn set_oom_score(process: &Process) -> Result<()> {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let current = fs::read_to_string(PATH).step(|| format!("read {PATH}"))?;
+    let current: i32 = current.trim().parse().unwrap_or_default();
+    // Unset, a container has no part in a protection that the agent may have given itself.
+    let wanted = process.oom_score_adj().unwrap_or(current.max(0));
+    if wanted == current {
+        return Ok(());
+    }
+    fs::write(PATH, wanted.to_string()).step(|| format!("write {wanted} to {PATH}"))
+}
+
+fn enter_namespaces(namespaces: &Namespaces) -> Result<()> {
+    // The paths are the guest's: all are opened before the first one is joined.
+    let mut opened = Vec::new();
+    for join in &namespaces.join {
+        let file = fs::File::open(&join.path).step(|| format!("open {}", join.path.display()))?;
+        opened.push((file, join));
+    }
+    for (file, join) in opened {
+        let kind = CloneFlags::from_bits_truncate(join.kind);
+        setns(file, kind).step(|| format!("join the namespace {}", join.path.display()))?;
+    }
+    unshare(namespaces.unshare_first()).step(|| "make namespaces".into())
+}
+
+/// Makes the container's cgroup the root of the cgroup namespace, and leaves it for its leaf.
+fn enter_leaf(namespaces: &Namespaces, leaf_procs: OwnedFd) -> Result<()> {
+    if namespaces.unshare_cgroup() {
+        unshare(CloneFlags::CLONE_NEWCGROUP).step(|| "make a cgroup namespace".into())?;
+    }
+    // Opened by the agent, so that its view and rights count, not those of the new namespace.
+    fs::File::from(leaf_procs).write_all(b"0").step(|| "enter the leaf of the container's cgroup".into())
+}
+
+fn set_sysctls(spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    for (name, value) in linux.and_then(|linux| linux.sysctl().as_ref()).into_iter().flatten() {
+        // The guest's /proc shows those of the namespaces that the writer is in.
+        let path = format!("/proc/sys/{}", spec::sysctl_path(name));
+        fs::write(&path, value).step(|| format!("write {value:?} to {path}"))?;
+    }
+    Ok(())
+}
+
+fn set_uts(spec: &Spec) -> Result<()> {
+    if let Some(name) = spec.hostname().as_deref().filter(|name| !name.is_empty()) {
+        nix::unistd::sethostname(name).step(|| format!("set the host name {name}"))?;
+    }
+    if let Some(name) = spec.domainname().as_deref().filter(|name| !name.is_empty()) {
+        // SAFETY: the pointer and length are those of a living string.
+        let result = unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) };
+        Errno::result(result).step(|| format!("set the domain name {name}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! The mounts of the spec.
+
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MsFlags, mount},
+};
+use oci_spec::runtime::{Mount, Spec};
+
+use super::{
+    Failure, Result, Step,
+    root::{Kind, Root, proc_path},
+};
+use crate::container::mount_options::{Attributes, MountOptions, Propagation, is_cgroup};
+
+const NONE: Option<&str> = None;
+
+/// tmpfs mounts that become read-only once everything below them is made: device nodes, and the mount
+/// points of later mounts.
+#[derive(Debug, Default)]
+pub(super) struct Late {
+    read_only: Vec<PathBuf>,
+}
+
+impl Late {
+    pub(super) fn finish(self, root: &Root) -> Result<()> {
+        let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+        for path in self.read_only {
+            root.locate(&path)
+                .and_then(|fd| set_attributes(fd.as_fd(), attributes, false))
+                .step(|| format!("make {} read-only", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Mounts everything, in the spec's order.
+pub(super) fn mount_all(root: &Root, spec: &Spec) -> Result<Late> {
+    let mut late = Late::default();
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        // The agent has parsed them before; they are simply parsed again.
+        let mut options = MountOptions::parse(index, mount)
+            .map_err(|error| Failure { action: error.to_string(), errno: Errno::EINVAL })?;
+        let is_tmpfs = mount.typ().as_deref() == Some("tmpfs");
+        if is_tmpfs && options.flags.contains(MsFlags::MS_RDONLY) {
+            options.flags.remove(MsFlags::MS_RDONLY);
+            late.read_only.push(mount.destination().clone());
+        }
+        mount_one(root, mount, &options)?;
+    }
+    Ok(late)
+}
+
+fn mount_one(root: &Root, mount: &Mount, options: &MountOptions) -> Result<()> {
+    if options.bind { bind(root, mount, options) } else { mount_file_system(root, mount, options) }
+}
+
+fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions) -> Result<()> {
+    let destination = entry.destination();
+    let typ = entry.typ().as_deref().unwrap_or_default();
+    let action = || format!("mount {typ} on {}", destination.display());
+    let target = match typ {
+        // Masked and read-only paths rely on /proc and /sys being where they are said to be.
+        "proc" | "sysfs" => {
+            root.ensure_directory(destination).step(action)?;
+            root.locate_without_links(destination)
+                .step(|| format!("{}, which is a symbolic link", action()))?
+        }
+        _ => root.ensure_directory(destination).step(action)?,
+    };
+    let data = options.data.join(",");
+    let (fs_type, data) = match typ {
+        // Options of the version 1 hierarchies ("memory", "name=systemd") mean nothing here.
+        typ if is_cgroup(typ) => ("cgroup2", ""),
+        typ => (typ, data.as_str()),
+    };
+    let source = entry.source().as_deref().unwrap_or(Path::new(fs_type));
+    mount(Some(source), proc_path(&target).as_str(), Some(fs_type), options.flags, Some(data))
+        .step(action)?;
+    if options.propagation.is_empty() && options.recursive_attributes.is_empty() {
+        return Ok(());
+    }
+    // The descriptor from before still refers to what is now covered.
+    let mounted = root.locate(destination).step(action)?;
+    finish(&mounted, Attributes::default(), options).step(action)
+}
+
+fn bind(root: &Root, entry: &Mount, options: &MountOptions) -> Result<()> {
+    let destination = entry.destination();
+    let source = entry.source().as_deref().unwrap_or(Path::new(""));
+    let action = || format!("bind {} to {}", source.display(), destination.display());
+    let metadata =
+        fs::metadata(source).step(|| format!("find {}, the source of a bind mount", source.display()))?;
+    let kind = if metadata.is_dir() { Kind::Directory } else { Kind::File };
+    let target = root.ensure(destination, kind).step(action)?;
+    let recursive = if options.recursive_bind { MsFlags::MS_REC } else { MsFlags::empty() };
+    mount(Some(source), proc_path(&target).as_str(), NONE, MsFlags::MS_BIND | recursive, NONE)
+        .step(action)?;
+    let mounted = root.locate(destination).step(action)?;
+    // mount(2) ignores all flags of a bind mount; and a remount would clear the source's nodev or nosuid
+    // where this mount's options do not repeat it.
+    finish(&mounted, options.attributes, options).step(action)
+}
+
+fn finish(mounted: &OwnedFd, attributes: Attributes, options: &MountOptions) -> nix::Result<()> {
+    if !attributes.is_empty() {
+        set_attributes(mounted.as_fd(), attributes, false)?;
+    }
+    if !options.recursive_attributes.is_empty() {
+        set_attributes(mounted.as_fd(), options.recursive_attributes, true)?;
+    }
+    for Propagation { kind, recursive } in &options.propagation {
+        let recursive = if *recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+        mount(NONE, proc_path(mounted).as_str(), NONE, *kind | recursive, NONE)?;
+    }
+    Ok(())
+}
+
+/// Changes attributes of the mount that `fd` is the root of, or of it and all below it.
+pub(super) fn set_attributes(fd: BorrowedFd<'_>, attributes: Attributes, recursive: bool) -> nix::Result<()> {
+    let change = libc::mount_attr {
+        attr_set: attributes.set,
+        attr_clr: attributes.clear,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: pointers and size are those of a living string and struct.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const change,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop)
+}
