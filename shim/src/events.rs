@@ -223,7 +223,7 @@ impl Forwarder {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{
         path::Path,
         sync::{Arc, Mutex},
@@ -240,9 +240,9 @@ mod tests {
 
     /// containerd's side: fails the first calls, then records.
     #[derive(Default)]
-    struct Containerd {
+    pub(crate) struct Containerd {
         failures: Mutex<u32>,
-        seen: Mutex<Vec<Envelope>>,
+        pub(crate) seen: Mutex<Vec<Envelope>>,
     }
 
     #[async_trait]
@@ -258,7 +258,7 @@ mod tests {
         }
     }
 
-    async fn serve(containerd: Arc<Containerd>, socket: &Path) -> Server {
+    pub(crate) async fn serve(containerd: Arc<Containerd>, socket: &Path) -> Server {
         let mut server = Server::new()
             .bind(&format!("unix://{}", socket.display()))
             .unwrap()

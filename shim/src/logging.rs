@@ -167,6 +167,7 @@ mod tests {
         let first = reader(&path);
         (&log).write_all(b"one\n").unwrap();
         drop(first);
+        (&log).write_all(b"nobody reads this\n").unwrap();
         let mut second = reader(&path);
         (&log).write_all(b"two\n").unwrap();
         let mut text = [0; 16];

@@ -6,6 +6,8 @@
 //! handle that the Task service uses.
 
 mod create;
+#[cfg(test)]
+mod fakes;
 mod host;
 mod job;
 mod machine;

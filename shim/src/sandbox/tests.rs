@@ -1,1 +1,374 @@
+//! The contract of the owner, with everything around it fake.
 
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use cube_protocol::version::Version;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{task::JoinHandle, time::timeout};
+use ttrpc::{Code, asynchronous::Server};
+
+use super::{
+    CreateRequest, ExecRequest, Identity, KillRequest, ProcessId, Sandbox, Status, Stdio,
+    fakes::{FakeHost, Fault, Guest, PID},
+};
+use crate::{
+    config::Config,
+    errors::{Error, chain},
+    events::{Publisher, tests as containerd},
+    state::RunDir,
+};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct Lab {
+    dir: TempDir,
+    host: Arc<FakeHost>,
+    sandbox: Sandbox,
+    over: JoinHandle<()>,
+    run_dir: RunDir,
+    publisher: Publisher,
+    containerd: Arc<containerd::Containerd>,
+    _server: Server,
+}
+
+impl Lab {
+    async fn new() -> Lab {
+        Lab::with(Guest::new(), true).await
+    }
+
+    async fn with(guest: Guest, boots: bool) -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
+        let socket = dir.path().join("events");
+        let containerd = Arc::new(containerd::Containerd::default());
+        let server = containerd::serve(containerd.clone(), &socket).await;
+        let publisher = Publisher::new(socket.to_str().unwrap(), "default");
+        let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
+        let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
+        let (sandbox, over) = Sandbox::spawn(identity, Config::default(), host.clone(), publisher.clone());
+        Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
+    }
+
+    fn request(&self, id: &str, spec: Value) -> CreateRequest {
+        let bundle = self.dir.path().join("bundles").join(id);
+        fs::create_dir_all(&bundle).unwrap();
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default() }
+    }
+
+    async fn create(&self, id: &str) -> Result<u32, Error> {
+        self.sandbox.create(self.request(id, spec())).await
+    }
+
+    async fn run(&self, id: &str) {
+        assert_eq!(self.create(id).await.unwrap(), PID);
+        assert_eq!(self.sandbox.start(init(id)).await.unwrap(), PID);
+    }
+
+    async fn kill(&self, process: ProcessId, signal: u32) -> Result<(), Error> {
+        within(self.sandbox.kill(KillRequest { process, signal, all: false })).await
+    }
+
+    async fn wait(&self, process: ProcessId) -> u32 {
+        within(self.sandbox.wait(process)).await.unwrap().status
+    }
+
+    /// Topics of all events so far, with the id that an exit names.
+    async fn events(&self) -> Vec<String> {
+        assert!(self.publisher.flush(LIMIT).await);
+        let seen = self.containerd.seen.lock().unwrap();
+        seen.iter().map(|envelope| envelope.topic.trim_start_matches("/tasks/").to_owned()).collect()
+    }
+
+    fn guest(&self) -> &Guest {
+        &self.host.guest
+    }
+}
+
+fn spec() -> Value {
+    json!({
+        "hostname": "box",
+        "annotations": {"cube.container.log_forwarding": "false"},
+        "linux": {"namespaces": [{"type": "network"}, {"type": "pid"}]}
+    })
+}
+
+fn init(id: &str) -> ProcessId {
+    ProcessId { container: id.into(), exec: String::new() }
+}
+
+fn exec(id: &str, exec: &str) -> ProcessId {
+    ProcessId { container: id.into(), exec: exec.into() }
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(LIMIT, future).await.expect("this takes too long")
+}
+
+#[tokio::test]
+async fn a_container_goes_through_its_life_and_leaves_nothing() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    assert_eq!(lab.sandbox.state(init("c1")).await.unwrap().status, Status::Running);
+    let state = lab.run_dir.load().unwrap().unwrap();
+    assert_eq!((state.vmm_pid, state.backend.as_str(), state.timeline), (PID, "fake", 2));
+    assert_eq!(*lab.host.size.lock().unwrap(), (1, 256));
+
+    lab.guest().exit("c1", "", 3);
+    assert_eq!(lab.wait(init("c1")).await, 3);
+    let deleted = within(lab.sandbox.delete(init("c1"))).await.unwrap();
+    assert_eq!((deleted.pid, deleted.exit.status, deleted.exit.at_ns), (PID, 3, 1_000_000_000));
+    assert!(!lab.run_dir.path().exists() && !lab.host.vmm.is_alive());
+    assert_eq!(lab.events().await, ["create", "start", "exit", "delete"]);
+    assert!(matches!(lab.sandbox.pid("c1".into()).await, Err(Error::NotFound { .. })));
+
+    lab.sandbox.shutdown().await.unwrap();
+    within(lab.over).await.unwrap();
+}
+
+#[tokio::test]
+async fn shutdown_does_nothing_while_a_container_is_left() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.sandbox.shutdown().await.unwrap();
+    assert_eq!(lab.sandbox.pid("c1".into()).await.unwrap(), PID);
+}
+
+#[tokio::test]
+async fn an_exit_is_told_after_the_start_though_the_guest_reports_it_first() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    lab.guest().fault("Start", Fault::ExitFirst(0));
+    lab.sandbox.start(init("c1")).await.unwrap();
+    assert_eq!(lab.wait(init("c1")).await, 0);
+    assert_eq!(lab.events().await, ["create", "start", "exit"]);
+}
+
+#[tokio::test]
+async fn a_start_that_fails_keeps_the_guests_code_and_the_container_can_be_deleted() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let status = ttrpc::get_status(Code::NOT_FOUND, "exec /bin/nosuch: No such file or directory");
+    lab.guest().fault("Start", Fault::Refuse(status));
+    let error = lab.sandbox.start(init("c1")).await.unwrap_err();
+    assert_eq!(error.code(), Code::NOT_FOUND);
+    assert!(chain(&error).contains("/bin/nosuch"));
+    within(lab.sandbox.delete(init("c1"))).await.unwrap();
+    assert_eq!(lab.events().await, ["create", "exit", "delete"]);
+}
+
+#[tokio::test]
+async fn a_create_that_fails_leaves_nothing() {
+    let lab = Lab::new().await;
+    let status = ttrpc::get_status(Code::INVALID_ARGUMENT, "linux.seccomp is not supported");
+    lab.guest().fault("Create", Fault::Refuse(status));
+    let error = lab.create("c1").await.unwrap_err();
+    assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+    assert!(!lab.run_dir.path().exists() && !lab.host.vmm.is_alive());
+    assert!(lab.events().await.is_empty());
+    lab.sandbox.shutdown().await.unwrap();
+    within(lab.over).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_agent_of_another_protocol_is_refused_and_both_versions_are_named() {
+    let guest = Guest::speaking(Version { major: 9, minor: 1 });
+    let lab = Lab::with(guest, true).await;
+    let text = chain(&within(lab.create("c1")).await.unwrap_err());
+    assert!(text.contains("9.1") && text.contains("1.0"), "{text}");
+}
+
+#[tokio::test]
+async fn sigkill_ends_a_creation_that_hangs() {
+    let lab = Lab::with(Guest::new(), false).await;
+    let request = lab.request("c1", spec());
+    let sandbox = lab.sandbox.clone();
+    let create = tokio::spawn(async move { sandbox.create(request).await });
+    // The id is taken from the moment on at which the owner has the request.
+    within(async {
+        while !matches!(lab.create("c1").await, Err(Error::AlreadyExists { .. })) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    lab.kill(init("c1"), 9).await.unwrap();
+    assert!(matches!(within(create).await.unwrap(), Err(Error::Killed)));
+    assert!(!lab.run_dir.path().exists());
+}
+
+#[tokio::test]
+async fn sigkill_of_a_hung_guest_kills_its_vm() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.guest().fault("Kill", Fault::Hang);
+    lab.guest().fault("Delete", Fault::Hang);
+    lab.kill(init("c1"), 9).await.unwrap();
+    assert_eq!(lab.wait(init("c1")).await, 137);
+    within(lab.sandbox.delete(init("c1"))).await.unwrap();
+    assert!(!lab.run_dir.path().exists());
+}
+
+#[tokio::test]
+async fn a_question_is_answered_while_a_call_to_the_guest_hangs() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let stats = lab.sandbox.stats("c1".into()).await.unwrap();
+    for method in ["Start", "Exec", "Stats"] {
+        lab.guest().fault(method, Fault::Hang);
+    }
+    let (sandbox, request) = (lab.sandbox.clone(), exec("c1", "e1"));
+    let hanging = tokio::spawn(async move {
+        sandbox
+            .exec(ExecRequest { process: request, spec: Default::default(), stdio: Stdio::default() })
+            .await
+    });
+    assert_eq!(lab.sandbox.pid("c1".into()).await.unwrap(), PID);
+    assert_eq!(lab.sandbox.state(init("c1")).await.unwrap().pid, PID);
+    // The guest does not answer, so these are the last known ones.
+    assert_eq!(within(lab.sandbox.stats("c1".into())).await.unwrap(), stats);
+    assert!(!hanging.is_finished());
+}
+
+#[tokio::test]
+async fn every_process_ends_with_137_when_the_vm_dies() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let request =
+        ExecRequest { process: exec("c1", "e1"), spec: Default::default(), stdio: Stdio::default() };
+    lab.sandbox.exec(request).await.unwrap();
+    lab.sandbox.start(exec("c1", "e1")).await.unwrap();
+    lab.host.vmm.die();
+    assert_eq!(lab.wait(init("c1")).await, 137);
+    assert_eq!(lab.wait(exec("c1", "e1")).await, 137);
+    assert!(matches!(lab.kill(init("c1"), 9).await, Err(Error::NotFound { .. })));
+    assert_eq!(lab.sandbox.pid("c1".into()).await.unwrap(), PID);
+    within(lab.sandbox.delete(exec("c1", "e1"))).await.unwrap();
+    within(lab.sandbox.delete(init("c1"))).await.unwrap();
+    let events = ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"];
+    assert_eq!(lab.events().await, events);
+}
+
+#[tokio::test]
+async fn calls_that_do_not_fit_the_state_are_refused_with_the_right_code() {
+    let lab = Lab::new().await;
+    let code = |result: Result<(), Error>| result.unwrap_err().code();
+    assert_eq!(code(lab.kill(init("c1"), 15).await), Code::NOT_FOUND);
+    lab.run("c1").await;
+    assert_eq!(code(lab.create("c1").await.map(drop)), Code::ALREADY_EXISTS);
+    assert_eq!(code(lab.sandbox.start(init("c1")).await.map(drop)), Code::FAILED_PRECONDITION);
+    assert_eq!(code(lab.sandbox.delete(init("c1")).await.map(drop)), Code::FAILED_PRECONDITION);
+    assert_eq!(code(lab.sandbox.delete(exec("c1", "e1")).await.map(drop)), Code::NOT_FOUND);
+    lab.guest().exit("c1", "", 0);
+    lab.wait(init("c1")).await;
+    assert_eq!(code(lab.kill(init("c1"), 15).await), Code::NOT_FOUND);
+    let request =
+        ExecRequest { process: exec("c1", "e1"), spec: Default::default(), stdio: Stdio::default() };
+    assert_eq!(code(lab.sandbox.exec(request).await), Code::FAILED_PRECONDITION);
+}
+
+#[tokio::test]
+async fn kill_of_a_created_container_releases_who_waits_for_it() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let sandbox = lab.sandbox.clone();
+    let waiting = tokio::spawn(async move { sandbox.wait(init("c1")).await });
+    lab.kill(init("c1"), 9).await.unwrap();
+    assert_eq!(within(waiting).await.unwrap().unwrap().status, 137);
+    assert_eq!(lab.events().await, ["create", "exit"]);
+}
+
+#[tokio::test]
+async fn events_go_on_after_the_connection_to_the_guest_was_cut() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    for round in 0..3 {
+        lab.guest().cut_connections();
+        lab.guest().oom("c1");
+        if round == 1 {
+            lab.guest().cut_connections();
+        }
+    }
+    lab.guest().exit("c1", "", 1);
+    assert_eq!(lab.wait(init("c1")).await, 1);
+    // Each once, though every cut made us ask again.
+    assert_eq!(lab.events().await, ["create", "start", "oom", "oom", "oom", "exit"]);
+}
+
+#[tokio::test]
+async fn a_member_of_a_pod_comes_and_goes_alone_and_the_pod_takes_all_with_it() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let mut joins = spec();
+    joins["linux"]["namespaces"] = json!([
+        {"type": "network", "path": format!("/proc/{PID}/ns/net")},
+        {"type": "ipc", "path": format!("/proc/{PID}/ns/ipc")},
+    ]);
+    for id in ["m1", "m2"] {
+        lab.sandbox.create(lab.request(id, joins.clone())).await.unwrap();
+        lab.sandbox.start(init(id)).await.unwrap();
+    }
+    let expected = json!([{"type": "ipc", "path": "/proc/17/ns/ipc"}]);
+    assert_eq!(lab.guest().specs.lock().unwrap()[1]["linux"]["namespaces"], expected);
+
+    lab.kill(init("m1"), 15).await.unwrap();
+    assert_eq!(lab.wait(init("m1")).await, 143);
+    within(lab.sandbox.delete(init("m1"))).await.unwrap();
+    assert_eq!(*lab.host.released.lock().unwrap(), ["m1"]);
+    let left: Vec<String> = lab.run_dir.load().unwrap().unwrap().containers.into_keys().collect();
+    assert_eq!(left, ["c1", "m2"]);
+
+    lab.kill(init("c1"), 9).await.unwrap();
+    lab.wait(init("c1")).await;
+    within(lab.sandbox.delete(init("c1"))).await.unwrap();
+    assert!(!lab.run_dir.path().exists() && !lab.host.vmm.is_alive());
+    assert!(matches!(lab.sandbox.pid("m2".into()).await, Err(Error::NotFound { .. })));
+    let events = lab.events().await;
+    assert_eq!(events.iter().filter(|topic| *topic == "delete").count(), 3, "{events:?}");
+}
+
+#[tokio::test]
+async fn concurrent_calls_are_each_answered() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let execs = (0..50).map(|n| {
+        let sandbox = lab.sandbox.clone();
+        tokio::spawn(async move {
+            let process = exec("c1", &format!("e{n}"));
+            let (spec, stdio) = (Default::default(), Stdio::default());
+            sandbox.exec(ExecRequest { process: process.clone(), spec, stdio }).await?;
+            sandbox.start(process.clone()).await?;
+            sandbox.kill(KillRequest { process: process.clone(), signal: 15, all: false }).await?;
+            let exit = sandbox.wait(process.clone()).await?;
+            sandbox.delete(process).await?;
+            Ok::<u32, Error>(exit.status)
+        })
+    });
+    for exec in execs.collect::<Vec<_>>() {
+        assert_eq!(within(exec).await.unwrap().unwrap(), 143);
+    }
+}
+
+#[tokio::test]
+async fn a_shim_whose_sandbox_was_removed_behind_its_back_ends() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    // What `shim delete` does.
+    lab.host.vmm.die();
+    fs::remove_dir_all(lab.run_dir.path()).unwrap();
+    within(lab.over).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_bundle_that_cannot_be_read_is_an_error_with_its_path() {
+    let lab = Lab::new().await;
+    let request = CreateRequest { bundle: Path::new("/no/such").into(), ..lab.request("c1", spec()) };
+    let text = chain(&lab.sandbox.create(request).await.unwrap_err());
+    assert!(text.contains("/no/such/config.json"), "{text}");
+    let mut unknown = spec();
+    unknown["annotations"]["cube.container.log_mod"] = "block".into();
+    let error = lab.sandbox.create(lab.request("c1", unknown)).await.unwrap_err();
+    assert!(matches!(error, Error::Annotation(_)), "{error}");
+    // Neither took the id.
+    lab.run("c1").await;
+}

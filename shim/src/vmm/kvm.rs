@@ -168,9 +168,8 @@ fn ioctl(fd: RawFd, request: libc::c_ulong, argument: libc::c_ulong) -> libc::c_
 
 fn map(size: usize, flags: libc::c_int, fd: RawFd) -> Option<*mut u8> {
     // SAFETY: a new mapping at an address that the kernel chooses.
-    let address = unsafe {
-        libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0)
-    };
+    let address =
+        unsafe { libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
     (address != libc::MAP_FAILED).then_some(address.cast())
 }
 

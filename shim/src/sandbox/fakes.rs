@@ -1,0 +1,360 @@
+//! A guest, a VMM and a host in this process, for the tests of the owner.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{self, Empty, Mount},
+    protobuf::{Message, MessageField, well_known_types::any::Any},
+    shim_async::{Task, create_task},
+};
+use cube_protocol::{guest, guest_ttrpc, hybrid, ports, version};
+use serde_json::Value;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{Notify, mpsc, watch},
+};
+use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
+
+use super::{Host, Rootfs, Selected};
+use crate::{
+    agent::dial::HybridVsock,
+    config::Config,
+    errors::Error,
+    state::RunDir,
+    vmm::{VmSpec, Vmm, VmmError, VmmExit},
+};
+
+/// Pid of the fake VMM.
+pub(super) const PID: u32 = 4242;
+
+/// What the guest does wrong, by name of the method.
+#[derive(Debug, Clone)]
+pub(super) enum Fault {
+    /// Never answers.
+    Hang,
+    /// Answers with this status.
+    Refuse(ttrpc::Status),
+    /// Reports the exit of the process before it answers.
+    ExitFirst(u32),
+}
+
+/// The agent.
+pub(super) struct Guest {
+    pub(super) faults: Mutex<HashMap<&'static str, Fault>>,
+    pub(super) calls: Mutex<Vec<String>>,
+    /// The spec of each Create.
+    pub(super) specs: Mutex<Vec<Value>>,
+    protocol: version::Version,
+    events: Mutex<Vec<guest::Event>>,
+    news: Notify,
+    /// Changes to cut every connection.
+    cut: watch::Sender<u32>,
+}
+
+impl Guest {
+    pub(super) fn new() -> Guest {
+        Guest::speaking(version::CURRENT)
+    }
+
+    pub(super) fn speaking(protocol: version::Version) -> Guest {
+        Guest {
+            faults: Mutex::default(),
+            calls: Mutex::default(),
+            specs: Mutex::default(),
+            protocol,
+            events: Mutex::default(),
+            news: Notify::new(),
+            cut: watch::Sender::new(0),
+        }
+    }
+
+    pub(super) fn fault(&self, method: &'static str, fault: Fault) {
+        self.faults.lock().unwrap().insert(method, fault);
+    }
+
+    pub(super) fn exit(&self, container: &str, exec: &str, status: u32) {
+        self.push(guest::event::Kind::Exit(guest::TaskExit {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            exit_status: status,
+            exited_at_ns: 1_000_000_000,
+            ..Default::default()
+        }));
+    }
+
+    pub(super) fn oom(&self, container: &str) {
+        let oom = guest::TaskOom { container_id: container.into(), count: 1, ..Default::default() };
+        self.push(guest::event::Kind::Oom(oom));
+    }
+
+    pub(super) fn cut_connections(&self) {
+        self.cut.send_modify(|count| *count += 1);
+    }
+
+    fn push(&self, kind: guest::event::Kind) {
+        let mut events = self.events.lock().unwrap();
+        let sequence = events.len() as u64 + 1;
+        events.push(guest::Event { sequence, kind: Some(kind), ..Default::default() });
+        drop(events);
+        self.news.notify_waiters();
+    }
+
+    async fn called(&self, method: &'static str, container: &str, exec: &str) -> ttrpc::Result<()> {
+        self.calls.lock().unwrap().push(format!("{method} {container} {exec}").trim_end().into());
+        let fault = self.faults.lock().unwrap().get(method).cloned();
+        match fault {
+            None => Ok(()),
+            Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Refuse(status)) => Err(ttrpc::Error::RpcStatus(status)),
+            Some(Fault::ExitFirst(status)) => {
+                self.exit(container, exec, status);
+                Ok(())
+            }
+        }
+    }
+
+    /// Serves on the hybrid vsock socket `path`.
+    pub(super) fn listen(self: &Arc<Self>, path: &Path) {
+        let listener = UnixListener::bind(path).unwrap();
+        let (sender, receiver) = mpsc::channel::<UnixStream>(16);
+        let connections = futures::stream::unfold(receiver, |mut receiver| async {
+            Some((Ok(receiver.recv().await?), receiver))
+        });
+        let mut services = create_task(Arc::new(Service(self.clone())));
+        services.extend(guest_ttrpc::create_guest(Arc::new(Service(self.clone()))));
+        let mut server = Server::new().add_listener(Listener::new(connections)).register_service(services);
+        let guest = self.clone();
+        tokio::spawn(async move {
+            server.start().await.unwrap();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let Ok(port) = hybrid::requested_port(&mut stream).await else { continue };
+                assert_eq!(port, ports::CONTROL, "the tests have no streams");
+                hybrid::accept(&mut stream, 1).await.unwrap();
+                sender.send(relay(stream, guest.cut.subscribe())).await.unwrap();
+            }
+        });
+    }
+}
+
+/// Gives a connection that can be cut from outside.
+fn relay(mut outer: UnixStream, mut cut: watch::Receiver<u32>) -> UnixStream {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut outer, &mut near) => {}
+            _ = cut.changed() => {}
+        }
+    });
+    far
+}
+
+struct Service(Arc<Guest>);
+
+#[async_trait]
+impl Task for Service {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateTaskRequest,
+    ) -> ttrpc::Result<api::CreateTaskResponse> {
+        let options = guest::CreateOptions::parse_from_bytes(&request.options.value).unwrap();
+        self.0.specs.lock().unwrap().push(serde_json::from_slice(&options.spec).unwrap());
+        self.0.called("Create", &request.id, "").await?;
+        Ok(api::CreateTaskResponse { pid: 17, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
+        self.0.called("Start", &request.id, &request.exec_id).await?;
+        Ok(api::StartResponse { pid: 17, ..Default::default() })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Exec", &request.id, &request.exec_id).await?;
+        Ok(Empty::new())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Kill", &request.id, &request.exec_id).await?;
+        self.0.exit(&request.id, &request.exec_id, 128 + request.signal);
+        Ok(Empty::new())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: api::DeleteRequest,
+    ) -> ttrpc::Result<api::DeleteResponse> {
+        self.0.called("Delete", &request.id, &request.exec_id).await?;
+        Ok(api::DeleteResponse::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
+        self.0.called("Stats", &request.id, "").await?;
+        let stats = Any { type_url: "io.containerd.cgroups.v2.Metrics".into(), ..Default::default() };
+        Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Shutdown", "", "").await?;
+        Ok(Empty::new())
+    }
+}
+
+#[async_trait]
+impl guest_ttrpc::Guest for Service {
+    async fn hello(&self, _: &TtrpcContext, _: guest::HelloRequest) -> ttrpc::Result<guest::HelloResponse> {
+        Ok(guest::HelloResponse {
+            protocol: MessageField::some(self.0.protocol.into()),
+            boot_id: 1,
+            timeline: 2,
+            ..Default::default()
+        })
+    }
+
+    async fn prepare_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: guest::PrepareSandboxRequest,
+    ) -> ttrpc::Result<guest::PrepareSandboxResponse> {
+        self.0.called("PrepareSandbox", &request.hostname, "").await?;
+        Ok(guest::PrepareSandboxResponse::new())
+    }
+
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        request: guest::EventsRequest,
+    ) -> ttrpc::Result<guest::EventsResponse> {
+        loop {
+            let news = self.0.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            let all = self.0.events.lock().unwrap().clone();
+            let events: Vec<_> = all.into_iter().filter(|event| event.sequence > request.after).collect();
+            if !events.is_empty() {
+                return Ok(guest::EventsResponse { events, ..Default::default() });
+            }
+            news.await;
+        }
+    }
+}
+
+/// The VMM: a switch.
+#[derive(Clone)]
+pub(super) struct FakeVmm {
+    socket: PathBuf,
+    alive: watch::Sender<bool>,
+    boots: bool,
+}
+
+impl FakeVmm {
+    pub(super) fn die(&self) {
+        self.alive.send_replace(false);
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        *self.alive.borrow()
+    }
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    async fn boot(&mut self) -> Result<(), VmmError> {
+        if !self.boots {
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    }
+
+    fn pid(&self) -> u32 {
+        PID
+    }
+
+    fn vsock(&self) -> HybridVsock {
+        HybridVsock::new(&self.socket)
+    }
+
+    async fn wait(&self) -> VmmExit {
+        let _ = self.alive.subscribe().wait_for(|alive| !alive).await;
+        VmmExit { expected: false, description: "killed by a test".into() }
+    }
+
+    async fn shutdown(&mut self, _: Duration) -> Result<(), VmmError> {
+        self.die();
+        Ok(())
+    }
+
+    async fn kill(&mut self) -> Result<(), VmmError> {
+        self.die();
+        Ok(())
+    }
+}
+
+/// The host: remembers what it was asked.
+pub(super) struct FakeHost {
+    pub(super) vmm: FakeVmm,
+    pub(super) guest: Arc<Guest>,
+    pub(super) released: Mutex<Vec<String>>,
+    pub(super) size: Mutex<(u32, u64)>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl FakeHost {
+    pub(super) fn new(guest: Guest, socket: PathBuf, boots: bool) -> FakeHost {
+        FakeHost {
+            vmm: FakeVmm { socket, alive: watch::Sender::new(true), boots },
+            guest: Arc::new(guest),
+            released: Mutex::default(),
+            size: Mutex::default(),
+            runtime: tokio::runtime::Handle::current(),
+        }
+    }
+}
+
+impl Host for FakeHost {
+    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
+        Ok(Path::new("/cgroup").join(key))
+    }
+
+    fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn prepare_rootfs(
+        &self,
+        run_dir: &RunDir,
+        id: &str,
+        _: &Path,
+        _: &[Mount],
+        _: &mut Value,
+    ) -> Result<Rootfs, Error> {
+        // What is made is known to the state file before.
+        assert!(run_dir.load()?.unwrap().containers.contains_key(id));
+        Ok(Rootfs { share: true, ..Default::default() })
+    }
+
+    fn release_rootfs(&self, _: &RunDir, id: &str) -> Result<(), Error> {
+        self.released.lock().unwrap().push(id.into());
+        Ok(())
+    }
+
+    fn select(&self, _: &Config, spec: VmSpec) -> Result<Selected, Error> {
+        *self.size.lock().unwrap() = (spec.vcpus, spec.memory_mib);
+        let _context = self.runtime.enter();
+        self.guest.listen(&self.vmm.socket);
+        let (backend, reason) = ("fake".into(), "test".into());
+        Ok(Selected { vmm: Box::new(self.vmm.clone()), backend, reason, shared_mount: Default::default() })
+    }
+
+    fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
+        self.vmm.die();
+        Ok(run_dir.remove()?)
+    }
+}
