@@ -1,11 +1,20 @@
 //! `cubecli logs` against logs on disk, as operators and scripts run it.
 
+#![allow(clippy::unwrap_used, reason = "test code, also in helpers")]
+
 mod support;
 
 use std::{
     fs::{self, File},
+    io::IoSlice,
     os::unix::{fs::symlink, process::ExitStatusExt},
     process::Stdio,
+    sync::Arc,
+};
+
+use cube_shim::log::{
+    dir::LogDir,
+    writer::{Limits, LogWriter},
 };
 
 use support::{Host, Log};
@@ -307,4 +316,61 @@ fn logs_in_another_mount_namespace_are_found_by_the_pid_of_a_process_in_it() {
     other.wait().unwrap();
     assert_eq!(without.status.code(), Some(3));
     assert_eq!(String::from_utf8(with.stdout).unwrap(), "hidden\n", "{:?}", with.stderr);
+}
+
+/// Writes `total` bytes as the shim does, as fast as it can, in odd sizes. Returns them.
+fn write_with_rotation(dir: &std::path::Path, segments: u32, total: usize) -> Vec<u8> {
+    let limits = Limits { segment_bytes: 64 << 10, segments };
+    let mut writer = LogWriter::create(Arc::new(LogDir::open(dir).unwrap()), "stdout", limits).unwrap();
+    let mut state = 1u32;
+    let mut random = move || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 8
+    };
+    let bytes: Vec<u8> = (0..total).map(|_| random() as u8).collect();
+    let mut rest = &bytes[..];
+    while !rest.is_empty() {
+        let (piece, after) = rest.split_at(rest.len().min(1 + random() as usize % 20_000));
+        rest = after;
+        let mut parts = &mut [IoSlice::new(piece)][..];
+        writer.append(&mut parts).unwrap();
+    }
+    bytes
+}
+
+#[test]
+fn a_follower_of_the_shims_own_writer_gets_each_byte_once() {
+    let host = Host::new();
+    fs::create_dir_all(host.log_dir("c")).unwrap();
+    let sandbox = host.sandbox("c", host.log_dir("c"));
+    fs::write(host.log_dir("c").join("stdout"), "").unwrap();
+    let follower = host.start(&["logs", "--follow", "--all", "c"]);
+    let written = write_with_rotation(&host.log_dir("c"), 100_000, 32 << 20);
+    sandbox.remove().unwrap();
+    let (status, printed) = follower.finish();
+    assert!(status.success(), "{status}");
+    assert!(printed == written, "{} of {} bytes", printed.len(), written.len());
+    assert!(host.ok(&["logs", "--all", "c"]) == written);
+}
+
+#[test]
+fn what_rotation_takes_away_from_a_follower_that_is_too_slow_is_counted() {
+    let host = Host::new();
+    Log::create(&host.log_dir("c"), "stdout");
+    let sandbox = host.sandbox("c", host.log_dir("c"));
+    let mut command = host.command(&["logs", "--follow", "--all", "c"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Nobody reads while this is written: the pipe fills up, and the follower falls behind.
+    let written = write_with_rotation(&host.log_dir("c"), 2, 16 << 20);
+    sandbox.remove().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let messages = String::from_utf8(output.stderr).unwrap();
+    let count = |line: &str| -> usize {
+        line.strip_prefix('[').unwrap().strip_suffix(" bytes lost]").unwrap().parse().unwrap()
+    };
+    let lost: usize = messages.lines().map(count).sum();
+    assert!(lost > 0, "{messages}");
+    assert_eq!(output.stdout.len() + lost, written.len(), "{messages}");
+    assert!(written.ends_with(&output.stdout[output.stdout.len() - 60_000..]));
 }

@@ -52,7 +52,7 @@ impl Watch {
         if self.gone || dir.is_removed() {
             return Ok(Wake::Gone);
         }
-        // With no events asked for, poll tells of POLLERR alone: for a pipe, that nobody reads it.
+        // With no events asked for, poll(2) tells of errors alone: nobody reads the pipe, a hangup.
         let mut fds = vec![PollFd::new(output, PollFlags::empty())];
         let mut period = PERIOD_WITHOUT_INOTIFY;
         if let Some(inotify) = &self.inotify {
@@ -65,7 +65,7 @@ impl Watch {
             Err(e) => return Err(e.into()),
         }
         let seen = |n: usize| fds.get(n).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-        if seen(0).intersects(PollFlags::POLLERR | PollFlags::POLLNVAL) {
+        if seen(0).intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL) {
             return Ok(Wake::ReaderGone);
         }
         let changed = seen(1).contains(PollFlags::POLLIN);

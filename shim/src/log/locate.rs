@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::reader::{Dir, ReadError};
+use super::reader::{Dir, ReadError, Stream};
 
 /// The value of `log.dir` that puts logs into the containers' bundles.
 pub const BUNDLE: &str = "bundle";
@@ -126,7 +126,8 @@ pub fn find(roots: &[PathBuf], namespace: Option<&str>, id: &str) -> Result<Log,
     }
 }
 
-/// Every name below `root`, in `namespace` if given. Nothing if `root` does not exist.
+/// Every name below `root`, in `namespace` if given. Nothing if `root` does not exist. What cannot be
+/// the id of a container is left out.
 pub fn names(root: &Path, namespace: Option<&str>) -> Result<Vec<Name>, ReadError> {
     let root = match Dir::open(root) {
         Ok(root) => root,
@@ -140,7 +141,8 @@ pub fn names(root: &Path, namespace: Option<&str>) -> Result<Vec<Name>, ReadErro
         }
         // What is not a directory, or is one behind a link, is no namespace of ours.
         let Ok(dir) = root.open_dir(&entry) else { continue };
-        names.extend(dir.names()?.into_iter().map(|id| Name { namespace: entry.clone(), id }));
+        let ids = dir.names()?.into_iter().filter(|id| is_identifier(id));
+        names.extend(ids.map(|id| Name { namespace: entry.clone(), id }));
     }
     Ok(names)
 }
@@ -164,22 +166,22 @@ pub fn is_older(id: &str) -> bool {
 
 /// Whether a candidate holds a log. One that cannot be examined stays a candidate, for the error.
 fn has_log(root: &Path, name: &Name) -> bool {
-    let is_log = |file: &String| file.starts_with("stdout") || file.starts_with("stderr");
     match open(root, name).and_then(|dir| dir.names()) {
-        Ok(files) => files.iter().any(is_log),
+        Ok(files) => files.iter().any(|file| Stream::is_log_file(file)),
         Err(_) => true,
     }
 }
 
 fn check(what: &'static str, value: &str) -> Result<(), LocateError> {
+    if is_identifier(value) { Ok(()) } else { Err(LocateError::Invalid { what, value: value.into() }) }
+}
+
+/// Whether `value` can be a name of a log or of a namespace, or the beginning of one.
+fn is_identifier(value: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
     let begins_well = value.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     // An older log's name is longer than an id by its time.
-    if begins_well && value.len() <= ID_MAX + 24 && value.bytes().all(allowed) {
-        Ok(())
-    } else {
-        Err(LocateError::Invalid { what, value: value.into() })
-    }
+    begins_well && value.len() <= ID_MAX + 24 && value.bytes().all(allowed)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use nix::{
 
 use super::{
     locate::{self, Name},
-    reader::{Dir, ReadError},
+    reader::{Dir, ReadError, Stream},
 };
 
 /// A log that is older than the retention.
@@ -28,7 +28,8 @@ pub struct Expired {
 }
 
 /// The logs below `root` in which nothing has changed for `retention`, those of containers that
-/// `lives` names left out. A directory that cannot be examined is left out too.
+/// `lives` names left out. Directories that cannot be examined, or hold anything that is not a log
+/// file, are left out too: a wrong `log.dir` must not cost somebody else's files.
 pub fn expired(
     root: &Path,
     retention: Duration,
@@ -39,8 +40,10 @@ pub fn expired(
         if lives(&name) {
             continue;
         }
-        let Ok(age) = locate::open(root, &name).and_then(|dir| age(&dir)) else { continue };
-        if age >= retention {
+        let Ok(dir) = locate::open(root, &name) else { continue };
+        let (Ok(files), Ok(age)) = (dir.names(), age(&dir)) else { continue };
+        let is_log = !files.is_empty() && files.iter().all(|file| Stream::is_log_file(file));
+        if is_log && age >= retention {
             let path = root.join(&name.namespace).join(&name.id);
             found.push(Expired { name, path, age });
         }
@@ -114,6 +117,15 @@ mod tests {
         let day = Duration::from_secs(24 * 3600);
         let expired = expired(root.path(), day, |name| name.id == "running").unwrap();
         assert_eq!(expired.iter().map(|e| e.name.id.as_str()).collect::<Vec<_>>(), ["old"]);
+    }
+
+    #[test]
+    fn a_directory_that_is_not_a_log_never_expires() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(log(root.path(), "journal").join("system.journal"), "x").unwrap();
+        fs::write(log(root.path(), "other").join("stdout-of-mine"), "x").unwrap();
+        fs::create_dir(root.path().join("default/empty")).unwrap();
+        assert_eq!(expired(root.path(), Duration::ZERO, |_| false).unwrap(), []);
     }
 
     #[test]

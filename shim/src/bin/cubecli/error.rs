@@ -1,6 +1,6 @@
 //! What can go wrong, and the exit codes that scripts rely on.
 
-use std::{error::Error, io, path::PathBuf, process::ExitCode};
+use std::{io, path::PathBuf, process::ExitCode};
 
 use cube_shim::{
     config::ConfigError,
@@ -50,15 +50,4 @@ impl CliError {
             _ => 1,
         })
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -11,19 +11,14 @@ use std::{
 use cube_shim::{
     cgroup::SandboxCgroup,
     config::Config,
+    errors::chain,
     log::{locate, locate::Name, retention},
     rootfs::mountinfo,
     state::{RunDir, StateError},
 };
 use nix::mount::{MntFlags, umount2};
 
-use crate::{
-    args::GcArgs,
-    error::{CliError, chain},
-    sandboxes,
-    task::Tasks,
-    time,
-};
+use crate::{args::GcArgs, error::CliError, sandboxes, task::Tasks, time};
 
 /// Time that the kernel has to let go of a cgroup without processes.
 const CGROUP_LIMIT: Duration = Duration::from_secs(2);

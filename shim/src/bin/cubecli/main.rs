@@ -16,7 +16,7 @@ mod time;
 use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
 
 use clap::Parser;
-use cube_shim::config::Config;
+use cube_shim::{config::Config, errors::chain};
 
 use args::{Cli, Command, CubeboxCommand};
 use error::CliError;
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         // Whoever read the output has had enough of it: that is how `| head` ends, and no failure.
         Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("cubecli: {}", error::chain(&e));
+            eprintln!("cubecli: {}", chain(&e));
             e.exit_code()
         }
     }

@@ -3,11 +3,12 @@
 use std::{fs, io, path::Path};
 
 use cube_shim::{
+    errors::chain,
     log::locate::Name,
     state::{ContainerState, RunDir, State},
 };
 
-use crate::error::{CliError, chain};
+use crate::error::CliError;
 
 /// A sandbox that has a run directory.
 #[derive(Debug)]

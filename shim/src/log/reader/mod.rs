@@ -29,6 +29,14 @@ impl Stream {
             Stream::Stderr => "stderr",
         }
     }
+
+    /// Whether a file of this name belongs to the log of a stream.
+    pub fn is_log_file(name: &str) -> bool {
+        [Stream::Stdout, Stream::Stderr].iter().any(|stream| {
+            let rest = name.strip_prefix(stream.file_name());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        })
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,10 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, time::SystemTime};
 
 use super::{Dir, Index, ReadError, Stream, open::inode};
 
+/// Attempts to open all segments while the writer removes some. It would have to fill a segment, of
+/// 64 KiB at least, as often as that while this process opens a few files.
+const ATTEMPTS: u32 = 100;
+
 /// A segment that is held open: rotation may rename or remove it, its bytes stay readable.
 #[derive(Debug)]
 pub struct Segment {
@@ -136,32 +140,15 @@ impl Segments {
         }
     }
 
-    /// Appends the segments after the last one held.
-    ///
-    /// The live file is opened before the closed ones are listed: if it is rotated in between, it is
-    /// among them, known by its inode. Lengths are taken last, when all but the newest are final.
+    /// Appends the segments after the last one held. Lengths are taken last, when all but the newest
+    /// are final.
     fn open_newer(&mut self, dir: &Dir) -> Result<(), ReadError> {
-        let name = self.stream.file_name();
-        let live = optional(dir.open_file(name))?;
-        let live_index = optional(dir.open_file(&format!("{name}.idx")))?.and_then(Index::open);
-
         let mut found = Vec::new();
-        for number in self.closed_numbers(dir)? {
-            let file = format!("{name}.{number}");
-            // The oldest segments may be removed at any time.
-            if let Some(data) = optional(dir.open_file(&file))? {
-                found.push(Segment::new(number, dir.path().join(file), data)?);
-            }
-        }
-        let newest = found.last().map_or(0, |segment| segment.number);
-        if let Some(data) = live {
-            let path = dir.path().join(name);
-            let mut segment = Segment::new(newest + 1, path, data)?;
-            if found.iter().all(|closed| closed.inode != segment.inode) {
-                // An index of a closed number is one whose segment has just been closed.
-                let number = live_index.map_or(0, |index| index.header().number);
-                segment.number = segment.number.max(number);
-                found.push(segment);
+        for _ in 0..ATTEMPTS {
+            let vanished;
+            (found, vanished) = self.open_all(dir)?;
+            if !vanished {
+                break;
             }
         }
         if let Some(last) = self.list.last_mut() {
@@ -178,6 +165,38 @@ impl Segments {
             }
         }
         Ok(())
+    }
+
+    /// Opens what there is, in order; and tells whether a segment was removed in the meantime, so that
+    /// the numbers may be wrong.
+    ///
+    /// The live file and its index are opened before the closed ones are listed: if they are rotated
+    /// in between, the file is among them, known by its inode.
+    fn open_all(&self, dir: &Dir) -> Result<(Vec<Segment>, bool), ReadError> {
+        let name = self.stream.file_name();
+        let live = optional(dir.open_file(name))?;
+        let live_index = optional(dir.open_file(&format!("{name}.idx")))?.and_then(Index::open);
+
+        let mut found = Vec::new();
+        let mut vanished = false;
+        for number in self.closed_numbers(dir)? {
+            let file = format!("{name}.{number}");
+            match optional(dir.open_file(&file))? {
+                Some(data) => found.push(Segment::new(number, dir.path().join(file), data)?),
+                None => vanished = true,
+            }
+        }
+        if let Some(data) = live {
+            let newest = found.last().map_or(0, |segment| segment.number);
+            let mut segment = Segment::new(newest + 1, dir.path().join(name), data)?;
+            if found.iter().all(|closed| closed.inode != segment.inode) {
+                // An index of a closed number is one whose segment has just been closed.
+                let number = live_index.map_or(0, |index| index.header().number);
+                segment.number = segment.number.max(number);
+                found.push(segment);
+            }
+        }
+        Ok((found, vanished))
     }
 
     /// Numbers of the closed segments, in order.
