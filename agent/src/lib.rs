@@ -2,5 +2,9 @@
 //!
 //! `docs/architecture.md` tells which module does what.
 
+pub mod boot;
 pub mod container;
+pub mod errors;
+pub mod guest;
+pub mod server;
 pub mod stdio;

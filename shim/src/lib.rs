@@ -4,8 +4,18 @@
 //! through them.
 
 pub mod agent;
+pub mod annotations;
+pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
+pub mod errors;
+pub mod events;
 pub mod log;
+pub mod logging;
+pub mod options;
+pub mod rootfs;
+pub mod sandbox;
+pub mod state;
 pub mod stdio;
+pub mod task;
 pub mod vmm;

@@ -1,2 +1,16 @@
-//! containerd-shim-cube-v2
-fn main() {}
+//! containerd-shim-cube-v2: run by containerd, never by hand. See [`cube_shim::bootstrap`].
+
+use std::{env, process::ExitCode};
+
+use cube_shim::{bootstrap, errors::chain};
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    match bootstrap::run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("containerd-shim-cube-v2: {}", chain(&e));
+            ExitCode::FAILURE
+        }
+    }
+}

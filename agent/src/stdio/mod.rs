@@ -1,9 +1,49 @@
 //! stdio of the processes in the guest: pipes, retention rings, and the server of the stream port.
+//!
+//! ```text
+//!  child --pipe--> Output::pump --> Ring --> Connection::transmit --> host     (output.rs, ring.rs)
+//!  child <--pipe-- Input::pump <-- window <-- Connection::receive <-- host     (input.rs)
+//! ```
+//!
+//! A stream outlives its connections: the pump runs whether or not a host is there, and a connection
+//! (`server.rs`) only reads and moves positions in the stream's state. That state is a machine without
+//! I/O of its own, behind one lock that is never held across an await.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+mod input;
+mod losses;
+mod output;
+mod pipe;
+mod pool;
+mod ring;
+mod server;
+mod session;
+#[cfg(test)]
+mod tests;
 
-use cube_protocol::guest::StreamInfo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use cube_protocol::{
+    guest::StreamInfo,
+    stream::{self, ErrorCode},
+};
+use tokio::io::{
+    AsyncRead, AsyncWrite, Interest,
+    unix::{AsyncFd, AsyncFdRegisterError},
+};
+
+use self::{input::Input, output::Output, pool::Pool, session::Refusal};
+
+/// How long a process that outlives the one that has exited may go on writing to its output.
+const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Names a process: its container, and its exec id or "" for the init process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,59 +124,290 @@ pub enum StdioError {
 
 /// All streams of the guest. One per agent; needs a tokio runtime.
 #[derive(Debug)]
-pub struct Hub {}
+pub struct Hub {
+    limits: Limits,
+    timeline: u64,
+    pool: Arc<Pool>,
+    processes: Mutex<HashMap<ProcessId, Process>>,
+    /// Connections being served.
+    connections: AtomicUsize,
+    /// [`Totals::refused_connections`].
+    refused: AtomicU64,
+}
+
+/// The streams of one process.
+#[derive(Debug, Default)]
+struct Process {
+    stdin: Option<Arc<Input>>,
+    /// The output of a terminal, too.
+    stdout: Option<Arc<Output>>,
+    stderr: Option<Arc<Output>>,
+    terminal: Option<Terminal>,
+}
+
+/// A terminal, before and after its master has come from the container's devpts.
+#[derive(Debug)]
+enum Terminal {
+    /// With the window size, width and height, that it is to have.
+    Promised {
+        window: Option<(u16, u16)>,
+    },
+    Attached(Arc<AsyncFd<OwnedFd>>),
+}
+
+/// What a connection may open.
+#[derive(Debug)]
+enum Endpoint {
+    Input(Arc<Input>),
+    Output(Arc<Output>),
+}
+
+impl Endpoint {
+    fn epoch(&self) -> u64 {
+        match self {
+            Endpoint::Input(input) => input.epoch(),
+            Endpoint::Output(output) => output.epoch(),
+        }
+    }
+}
 
 impl Hub {
     /// A hub without processes on `timeline`.
-    pub fn new(_limits: Limits, _timeline: u64) -> Arc<Hub> {
-        todo!()
+    pub fn new(limits: Limits, timeline: u64) -> Arc<Hub> {
+        Arc::new(Hub {
+            limits,
+            timeline,
+            pool: Pool::new(limits.ring_budget),
+            processes: Mutex::default(),
+            connections: AtomicUsize::new(0),
+            refused: AtomicU64::new(0),
+        })
     }
 
     /// Makes the streams of a process that is about to be spawned. Undo with [`Hub::close`].
-    pub fn open(self: &Arc<Self>, _process: &ProcessId, _request: Request) -> Result<ChildStdio, StdioError> {
-        todo!()
+    ///
+    /// # Errors
+    ///
+    /// [`StdioError::AlreadyExists`], [`StdioError::Exhausted`], and [`StdioError::Io`] when the
+    /// kernel has no pipe to give. Nothing is left then.
+    pub fn open(self: &Arc<Self>, process: &ProcessId, request: Request) -> Result<ChildStdio, StdioError> {
+        debug_assert!(!(request.terminal && request.stderr), "a terminal has one output");
+        let mut processes = locked(&self.processes);
+        if processes.contains_key(process) {
+            return Err(StdioError::AlreadyExists(process.clone()));
+        }
+        if processes.len() >= self.limits.processes {
+            return Err(StdioError::Exhausted(processes.len()));
+        }
+        let (streams, child) = match request.terminal {
+            true => (self.promise_terminal(request)?, ChildStdio::Terminal),
+            false => self.make_pipes(request)?,
+        };
+        processes.insert(process.clone(), streams);
+        Ok(child)
     }
 
     /// Hands over the master of the terminal that [`ChildStdio::Terminal`] promised.
-    pub fn attach_terminal(
-        self: &Arc<Self>,
-        _process: &ProcessId,
-        _master: OwnedFd,
-    ) -> Result<(), StdioError> {
-        todo!()
+    ///
+    /// # Errors
+    ///
+    /// [`StdioError::NotFound`], [`StdioError::NoTerminal`] also for one that has its master
+    /// already, and [`StdioError::Io`].
+    pub fn attach_terminal(self: &Arc<Self>, process: &ProcessId, master: OwnedFd) -> Result<(), StdioError> {
+        let mut processes = locked(&self.processes);
+        let streams = processes.get_mut(process).ok_or_else(|| StdioError::NotFound(process.clone()))?;
+        let Some(Terminal::Promised { window }) = streams.terminal else {
+            return Err(StdioError::NoTerminal(process.clone()));
+        };
+        let set_up = || {
+            pipe::set_nonblocking(&master)?;
+            window.map_or(Ok(()), |(width, height)| pipe::set_window(&master, width, height))
+        };
+        set_up().map_err(failed("cannot set up the master of the terminal"))?;
+        let master = watch(master, Interest::READABLE | Interest::WRITABLE)?;
+        streams.terminal = Some(Terminal::Attached(Arc::clone(&master)));
+        if let Some(stdin) = &streams.stdin {
+            stdin.attach(Arc::clone(&master));
+        }
+        match &streams.stdout {
+            Some(stdout) => stdout.attach(master),
+            None => self.discard(master),
+        }
+        Ok(())
     }
 
-    /// Sets the window size in characters.
-    pub fn resize(&self, _process: &ProcessId, _width: u16, _height: u16) -> Result<(), StdioError> {
-        todo!()
+    /// Sets the window size in characters. Before the terminal is attached, it is kept until then.
+    ///
+    /// # Errors
+    ///
+    /// [`StdioError::NotFound`], [`StdioError::NoTerminal`], and [`StdioError::Io`].
+    pub fn resize(&self, process: &ProcessId, width: u16, height: u16) -> Result<(), StdioError> {
+        let mut processes = locked(&self.processes);
+        let streams = processes.get_mut(process).ok_or_else(|| StdioError::NotFound(process.clone()))?;
+        match &mut streams.terminal {
+            None => Err(StdioError::NoTerminal(process.clone())),
+            Some(Terminal::Promised { window }) => {
+                *window = Some((width, height));
+                Ok(())
+            }
+            Some(Terminal::Attached(master)) => pipe::set_window(&**master, width, height)
+                .map_err(failed("cannot set the window size of the terminal")),
+        }
     }
 
-    /// The process has exited. Streams that another process still holds end after 2 s, TRUNCATED.
-    pub fn exited(self: &Arc<Self>, _process: &ProcessId) {
-        todo!()
+    /// The process has exited. Streams that another process still holds end after 2 s, TRUNCATED,
+    /// with all that was written by then. Does nothing for a process that is not known.
+    pub fn exited(self: &Arc<Self>, process: &ProcessId) {
+        let outputs: Vec<_> = match locked(&self.processes).get(process) {
+            Some(streams) => streams.outputs().cloned().collect(),
+            None => return,
+        };
+        tokio::spawn(async move {
+            tokio::time::sleep(LEFTOVER_TIMEOUT).await;
+            for output in outputs {
+                output.expire();
+            }
+        });
     }
 
     /// Forgets a process and drops what the host has not taken: Delete, or a spawn that failed.
-    pub fn close(&self, _process: &ProcessId) {
-        todo!()
+    /// Its connections get `NOT_FOUND`. Does nothing for a process that is not known.
+    pub fn close(&self, process: &ProcessId) {
+        let Some(streams) = locked(&self.processes).remove(process) else { return };
+        streams.outputs().for_each(|output| output.close());
+        if let Some(stdin) = streams.stdin {
+            stdin.close();
+        }
     }
 
     /// Serves one connection of the stream port until it ends. The caller has checked the peer.
-    pub async fn serve<S>(self: Arc<Self>, _connection: S)
+    pub async fn serve<S>(self: Arc<Self>, connection: S)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        todo!()
+        server::serve(self, connection).await;
     }
 
     /// Every stream, for `Guest.Info`.
     pub fn streams(&self) -> Vec<StreamInfo> {
-        todo!()
+        let processes = locked(&self.processes);
+        processes.iter().flat_map(|(process, streams)| streams.infos(process)).collect()
     }
 
     /// Bytes that the rings hold, and connections refused for malformed frames.
     pub fn totals(&self) -> Totals {
-        todo!()
+        Totals {
+            ring_bytes: self.pool.held_bytes(),
+            refused_connections: self.refused.load(Ordering::Relaxed),
+        }
+    }
+
+    fn promise_terminal(&self, request: Request) -> Result<Process, StdioError> {
+        Ok(Process {
+            stdin: request.stdin.then(|| Ok(Input::new(new_epoch()?, true))).transpose()?,
+            stdout: request.stdout.then(|| self.new_output(request.policy)).transpose()?,
+            stderr: None,
+            terminal: Some(Terminal::Promised { window: None }),
+        })
+    }
+
+    fn make_pipes(&self, request: Request) -> Result<(Process, ChildStdio), StdioError> {
+        let stdin = request.stdin.then(|| {
+            let (agent, child) = pipe::input().map_err(failed("cannot make a pipe for stdin"))?;
+            Ok((Input::new(new_epoch()?, false), watch(agent, Interest::WRITABLE)?, child))
+        });
+        let output = |wanted: bool| {
+            let make = || {
+                let (agent, child) = pipe::output().map_err(failed("cannot make a pipe for output"))?;
+                Ok((self.new_output(request.policy)?, watch(agent, Interest::READABLE)?, child))
+            };
+            wanted.then(make).transpose()
+        };
+        let (stdin, stdout, stderr) = (stdin.transpose()?, output(request.stdout)?, output(request.stderr)?);
+        let (null_in, null_out, null_err) = (null()?, null()?, null()?);
+
+        // Nothing fails from here on, so that no task is left for a stream that never was.
+        let mut streams = Process::default();
+        let stdin = stdin.map_or(null_in, |(input, sink, child)| {
+            input.attach(sink);
+            streams.stdin = Some(input);
+            child
+        });
+        let begin = |output: Option<_>, null, slot: &mut Option<Arc<Output>>| match output {
+            Some((output, source, child)) => {
+                let output: &mut Arc<Output> = slot.insert(output);
+                output.attach(source);
+                child
+            }
+            None => null,
+        };
+        let stdout = begin(stdout, null_out, &mut streams.stdout);
+        let stderr = begin(stderr, null_err, &mut streams.stderr);
+        Ok((streams, ChildStdio::Pipes([stdin, stdout, stderr])))
+    }
+
+    fn new_output(&self, policy: Policy) -> Result<Arc<Output>, StdioError> {
+        Ok(Output::new(new_epoch()?, policy, Arc::clone(&self.pool)))
+    }
+
+    /// Drains a terminal whose output nobody wants: its programs would wait otherwise.
+    fn discard(&self, master: Arc<AsyncFd<OwnedFd>>) {
+        let nowhere = Output::new(0, Policy::Block, Arc::clone(&self.pool));
+        nowhere.close();
+        nowhere.attach(master);
+    }
+
+    fn endpoint(&self, process: &ProcessId, wanted: stream::Stream) -> Option<Endpoint> {
+        let processes = locked(&self.processes);
+        let streams = processes.get(process)?;
+        let output = match (wanted, &streams.terminal) {
+            (stream::Stream::STDIN, _) => return streams.stdin.clone().map(Endpoint::Input),
+            (stream::Stream::STDOUT, None) | (stream::Stream::TERMINAL, Some(_)) => &streams.stdout,
+            (stream::Stream::STDERR, None) => &streams.stderr,
+            _ => return None,
+        };
+        output.clone().map(Endpoint::Output)
+    }
+
+    /// Counts a connection whose host broke the protocol.
+    fn count(&self, refusal: &Refusal) {
+        if refusal.code == ErrorCode::PROTOCOL {
+            tracing::warn!("stream connection broke the protocol: {}", refusal.message);
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Process {
+    fn outputs(&self) -> impl Iterator<Item = &Arc<Output>> {
+        self.stdout.iter().chain(&self.stderr)
+    }
+
+    fn infos(&self, process: &ProcessId) -> Vec<StreamInfo> {
+        let info = |stream: &str| StreamInfo {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            stream: stream.into(),
+            ..Default::default()
+        };
+        let stdin = self.stdin.iter().map(|stdin| {
+            let (end_offset, acked_offset, connections) = stdin.figures();
+            StreamInfo { end_offset, acked_offset, connections, ..info("stdin") }
+        });
+        let stdout_name = if self.terminal.is_some() { "terminal" } else { "stdout" };
+        let stdout = self.stdout.iter().map(|output| (stdout_name, output));
+        let stderr = self.stderr.iter().map(|output| ("stderr", output));
+        let outputs = stdout.chain(stderr).map(|(name, output)| {
+            let figures = output.figures();
+            StreamInfo {
+                end_offset: figures.end,
+                acked_offset: figures.acked,
+                lost_bytes: figures.lost,
+                connections: figures.connections,
+                ..info(name)
+            }
+        });
+        stdin.chain(outputs).collect()
     }
 }
 
@@ -147,4 +418,31 @@ pub struct Totals {
     pub ring_bytes: usize,
     /// Connections closed because of a malformed frame, or silent for 10 s.
     pub refused_connections: u64,
+}
+
+/// Locks `mutex`. A panic elsewhere leaves no state half-changed that the next caller could not use.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> StdioError {
+    move |source| StdioError::Io { action, source }
+}
+
+fn null() -> Result<OwnedFd, StdioError> {
+    pipe::null().map_err(failed("cannot open /dev/null"))
+}
+
+fn watch(fd: OwnedFd, interest: Interest) -> Result<Arc<AsyncFd<OwnedFd>>, StdioError> {
+    // SAFETY: an OwnedFd is open and stays the same descriptor until it is dropped, which the
+    // AsyncFd that owns it does last.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, interest) };
+    let refused = |error: AsyncFdRegisterError<_>| failed("cannot watch a pipe or terminal")(error.into());
+    Ok(Arc::new(watched.map_err(refused)?))
+}
+
+/// A random id, not 0: that says "not known" in OPEN.
+fn new_epoch() -> Result<u64, StdioError> {
+    let epoch = getrandom::u64().map_err(|error| failed("cannot draw a random epoch")(error.into()))?;
+    Ok(epoch.max(1))
 }

@@ -1,3 +1,14 @@
 //! Logs on disk: raw bytes in segments, an index beside each.
 
+pub mod dir;
+pub mod follow;
 pub mod format;
+pub mod locate;
+pub mod reader;
+mod recover;
+pub mod retained;
+pub mod retention;
+mod segment;
+pub mod since;
+pub mod tail;
+pub mod writer;

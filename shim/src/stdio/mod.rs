@@ -1,9 +1,58 @@
 //! stdio of one process: from the agent's streams to the log, FIFOs, files and log programs, and
 //! from the stdin FIFO to the agent.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod connection;
+mod direct;
+mod feed;
+mod fifo;
+mod incoming;
+mod log_sink;
+mod outlet;
+mod output;
+mod phase;
+mod program;
+mod registration;
+mod relay;
+mod sink;
+mod source;
+mod status;
+mod stdin;
+mod uri;
 
-use crate::agent::Dial;
+#[cfg(test)]
+mod fake_agent;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    error::Error,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use cube_protocol::stream::Stream;
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
+
+pub use self::status::StreamStatus;
+use self::{
+    connection::Endpoint,
+    output::Output,
+    phase::{Phase, Phases},
+    program::LogProgram,
+    source::Source,
+    status::Counters,
+    stdin::StdinRelay,
+};
+use crate::{agent::Dial, log::dir::LogError};
+
+/// Time that tasks which were told to give up have to count what they did not deliver.
+const LAST_ACCOUNT: Duration = Duration::from_millis(100);
 
 /// What to do with the stdio of one process, as containerd's Create or Exec asks.
 #[derive(Debug, Clone)]
@@ -83,40 +132,188 @@ pub enum StdioError {
     },
 }
 
+impl From<LogError> for StdioError {
+    fn from(e: LogError) -> StdioError {
+        StdioError::Io { action: e.action, path: e.path, source: e.source }
+    }
+}
+
 /// The stdio of one process. Dropping it aborts its tasks and closes its sinks.
 #[derive(Debug)]
-pub struct ProcessIo {}
+pub struct ProcessIo {
+    config: StdioConfig,
+    stdin: Option<Stdin>,
+    outputs: Vec<Output>,
+    program: Option<LogProgram>,
+    phase: watch::Sender<Phase>,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct Stdin {
+    /// Taken by the relay.
+    source: Option<Source>,
+    close: watch::Sender<bool>,
+    counters: Arc<Counters>,
+}
 
 impl ProcessIo {
     /// Validates the URIs, opens what must exist before the process starts (log files with mode
     /// 0600, FIFOs, log programs), and keeps the far ends of the FIFOs. Nothing goes to the guest.
-    pub async fn prepare(_config: StdioConfig) -> Result<ProcessIo, StdioError> {
-        todo!()
+    ///
+    /// A log directory that holds a log already is renamed to `<name>.<unix time>`. Needs a tokio
+    /// runtime with I/O and time; may take as long as a log program takes to be ready (10 s at most).
+    pub async fn prepare(config: StdioConfig) -> Result<ProcessIo, StdioError> {
+        let stdin = uri::parse_input(&config.stdin).map_err(invalid("stdin", &config.stdin))?;
+        let stdout = uri::parse_output(&config.stdout).map_err(invalid("stdout", &config.stdout))?;
+        // A terminal merges both, whatever containerd gives as stderr.
+        let stderr = if config.terminal { "" } else { &config.stderr };
+        let stderr = uri::parse_output(stderr).map_err(invalid("stderr", &config.stderr))?;
+        let stdin = stdin.map(|path| Stdin::open(&path)).transpose()?;
+        let logs = output::create_logs(config.log.clone()).await?;
+        let (outlets, program) = output::open_outlets(&config, stdout, stderr).await?;
+        let outputs = output::assemble(config.terminal, logs, outlets)?;
+        let (phase, _) = watch::channel(Phase::Running);
+        Ok(ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new() })
+    }
+
+    /// Takes over the logs of a process whose shim has died, for `shim delete` to drain what the guest
+    /// still holds into them. Nothing but the logs is opened; without a log there is nothing to do.
+    ///
+    /// The index tells where each log ends; the next OPEN goes on there.
+    pub async fn recover(config: StdioConfig) -> Result<ProcessIo, StdioError> {
+        let logs = output::recover_logs(config.log.clone()).await?;
+        let outputs = output::assemble(config.terminal, logs, [None, None])?;
+        let (phase, _) = watch::channel(Phase::Running);
+        Ok(ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() })
     }
 
     /// Which streams to ask the agent for.
     pub fn wanted(&self) -> Wanted {
-        todo!()
+        let output = |name| self.outputs.iter().any(|output| output.name() == name);
+        Wanted { stdin: self.stdin.is_some(), stdout: output("stdout"), stderr: output("stderr") }
     }
 
-    /// Begins to relay, once the agent has made the streams (after its Create or Exec).
-    pub fn start(&mut self, _dial: Arc<dyn Dial>, _timeline: u64) {
-        todo!()
+    /// Begins to relay, once the agent has made the streams (after its Create or Exec). Once.
+    pub fn start(&mut self, dial: Arc<dyn Dial>, timeline: u64) {
+        let endpoint = |stream| Endpoint {
+            container_id: self.config.container_id.clone(),
+            exec_id: self.config.exec_id.clone(),
+            stream,
+            timeline,
+            dial: dial.clone(),
+        };
+        for output in &mut self.outputs {
+            output.start(endpoint(output.stream()), Phases::new(self.phase.subscribe()), &mut self.tasks);
+        }
+        if let Some(Stdin { source, close, counters }) = &mut self.stdin
+            && let Some(source) = source.take()
+        {
+            let endpoint = endpoint(Stream::STDIN);
+            let relay = StdinRelay::new(endpoint, source, close.subscribe(), counters.clone());
+            self.tasks.spawn(relay.run(Phases::new(self.phase.subscribe())));
+        }
     }
 
     /// containerd's CloseIO: EOF goes to the process once the FIFO is drained. Idempotent; nothing
     /// happens on a terminal.
     pub fn close_stdin(&self) {
-        todo!()
+        if let Some(stdin) = &self.stdin
+            && !self.config.terminal
+        {
+            stdin.close.send_replace(true);
+        }
     }
 
     /// The process has exited: from now on its sinks have 2 s of no progress before FIFOs are closed.
     pub fn process_exited(&self) {
-        todo!()
+        self.advance(Phase::Exited(Instant::now()));
+    }
+
+    /// Counters of each stream that the process has.
+    pub fn status(&self) -> Vec<StreamStatus> {
+        let stdin = self.stdin.iter().map(|stdin| stdin.counters.status("stdin"));
+        stdin.chain(self.outputs.iter().map(Output::status)).collect()
     }
 
     /// Delivers what is left for at most `limit`, then closes everything. Called by Delete.
-    pub async fn finish(self, _limit: Duration) -> FinishReport {
-        todo!()
+    ///
+    /// FIFOs that nobody reads are closed at once. A guest that cannot be reached any more is waited
+    /// for as long as any other: give no `limit` if it is known to be gone.
+    pub async fn finish(mut self, limit: Duration) -> FinishReport {
+        let now = Instant::now();
+        let exit = match *self.phase.borrow() {
+            Phase::Exited(exit) => exit,
+            Phase::Running | Phase::Finishing(_) | Phase::Abandoned => now,
+        };
+        self.advance(Phase::Finishing(exit));
+        // A log program ends after its pipes have been closed, and within the same limit.
+        let delivery = if self.program.is_some() { limit.mul_f32(0.75) } else { limit };
+        if timeout_at(now + delivery, self.tasks_end()).await.is_err() {
+            self.abandon();
+            let _ = timeout_at(Instant::now() + LAST_ACCOUNT, self.tasks_end()).await;
+        }
+        self.tasks.shutdown().await;
+        if let Some(program) = self.program.take() {
+            program.finish(now + limit).await;
+        }
+        FinishReport {
+            complete: self.outputs.iter().all(Output::is_complete),
+            discarded_bytes: self.outputs.iter().map(Output::discarded).fold(0, u64::saturating_add),
+        }
     }
+
+    async fn tasks_end(&mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+
+    fn abandon(&self) {
+        self.advance(Phase::Abandoned);
+        self.outputs.iter().for_each(Output::abandon);
+    }
+
+    fn advance(&self, to: Phase) {
+        self.phase.send_if_modified(|phase| {
+            let forward = phase.rank() < to.rank();
+            if forward {
+                *phase = to;
+            }
+            forward
+        });
+    }
+}
+
+impl Drop for ProcessIo {
+    fn drop(&mut self) {
+        // The threads of the logs are no tasks: they end when they are told to.
+        self.abandon();
+    }
+}
+
+impl Stdin {
+    fn open(path: &Path) -> Result<Stdin, StdioError> {
+        let source = Source::open(path).map_err(cannot("cannot open stdin", path))?;
+        let (close, _) = watch::channel(false);
+        Ok(Stdin { source: Some(source), close, counters: Arc::default() })
+    }
+}
+
+fn invalid(name: &'static str, uri: &str) -> impl FnOnce(uri::Reason) -> StdioError {
+    move |reason| StdioError::Uri { name, uri: uri.to_owned(), reason }
+}
+
+fn cannot(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StdioError {
+    move |source| StdioError::Io { action, path: path.to_owned(), source }
+}
+
+/// An error with all of its causes, for the log.
+fn error_chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

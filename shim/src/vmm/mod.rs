@@ -4,6 +4,11 @@
 //! it starts is put into the sandbox's cgroup before it runs, and every file that it makes is in
 //! the sandbox's run directory, so that clean-up needs neither the backend nor this process.
 
+mod console;
+mod helper;
+pub mod kvm;
+mod program;
+
 use std::{path::PathBuf, time::Duration};
 
 use async_trait::async_trait;

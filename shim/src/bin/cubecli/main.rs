@@ -1,2 +1,52 @@
-//! cubecli
-fn main() {}
+//! `cubecli`: what operators ask about sandboxes and their logs.
+
+mod args;
+mod error;
+mod gc;
+mod info;
+mod logs;
+mod ls;
+mod namespace;
+mod print;
+mod sandboxes;
+mod table;
+mod task;
+mod time;
+
+use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
+
+use clap::Parser;
+use cube_shim::config::Config;
+
+use args::{Cli, Command, CubeboxCommand};
+use error::CliError;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has had enough of it: that is how `| head` ends, and no failure.
+        Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("cubecli: {}", error::chain(&e));
+            e.exit_code()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), CliError> {
+    let config = Config::load(cli.config.as_deref())?;
+    let output = output()?;
+    match cli.command {
+        Command::Logs(args) | Command::Cubebox { command: CubeboxCommand::Logs(args) } => {
+            logs::run(&config, &args, output)
+        }
+        Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
+        Command::Info => info::run(&config, cli.config.as_deref(), output),
+    }
+}
+
+/// Standard output without the line buffer of [`io::stdout`], which would cut logs into lines.
+fn output() -> Result<File, CliError> {
+    Ok(File::from(io::stdout().as_fd().try_clone_to_owned().map_err(CliError::Output)?))
+}

@@ -1,0 +1,194 @@
+//! `cube.agent.v1.Guest`: translation and checks; the work is in [`crate::guest`].
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use cube_protocol::{
+    guest::{
+        EventsRequest, EventsResponse, HelloRequest, HelloResponse, InfoRequest, InfoResponse,
+        PrepareSandboxRequest, PrepareSandboxResponse, SharedMount,
+    },
+    guest_ttrpc::Guest,
+    version,
+};
+use tokio::{sync::Mutex, task::spawn_blocking};
+use ttrpc::asynchronous::TtrpcContext;
+
+use super::{Refused, detached, error::Error, events::Events, tasks::Tasks};
+use crate::{
+    boot::process::{HostRun, fd_path},
+    guest::{
+        identity::{self, Identity},
+        info, network, paths,
+        storage::{Mount, StorageError, check_shared_target},
+    },
+    stdio::Hub,
+};
+
+/// What the service tells about.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) identity: Identity,
+    pub(super) ring_budget: u64,
+    pub(super) tasks: Arc<Tasks>,
+    pub(super) hub: Arc<Hub>,
+    pub(super) events: Arc<Events>,
+    pub(super) refused: Arc<Refused>,
+    pub(super) host_run: Option<HostRun>,
+}
+
+/// The service.
+#[derive(Debug)]
+pub(super) struct GuestService {
+    parts: Arc<Parts>,
+    /// Locked while a PrepareSandbox is carried out.
+    sandbox: Arc<Mutex<Sandbox>>,
+}
+
+/// How the host has prepared this guest.
+#[derive(Debug, Default)]
+struct Sandbox {
+    /// The request that was carried out.
+    prepared: Option<PrepareSandboxRequest>,
+    /// Mounts that are done, for a request that failed later and is repeated.
+    mounted: Vec<PathBuf>,
+}
+
+impl GuestService {
+    pub(super) fn new(parts: Parts) -> GuestService {
+        GuestService { parts: Arc::new(parts), sandbox: Arc::default() }
+    }
+}
+
+impl Sandbox {
+    async fn prepare(&mut self, parts: &Parts, request: PrepareSandboxRequest) -> Result<(), Error> {
+        if let Some(prepared) = &self.prepared {
+            return if *prepared == request { Ok(()) } else { Err(Error::PreparedOtherwise) };
+        }
+        for mount in &request.shared_mounts {
+            check_shared_target(Path::new(&mount.target))?;
+        }
+        if !request.hostname.is_empty() {
+            identity::set_hostname(&request.hostname)
+                .map_err(|source| Error::System { action: "set the host name", source })?;
+        }
+        let resolv_conf = Path::new(paths::RESOLV_CONF);
+        identity::write_resolv_conf(
+            resolv_conf,
+            &request.dns_servers,
+            &request.dns_searches,
+            &request.dns_options,
+        )
+        .map_err(|source| Error::System { action: "write resolv.conf", source })?;
+        network::configure(&request.interfaces, &request.routes).await?;
+        for mount in &request.shared_mounts {
+            self.mount(parts, mount).await?;
+        }
+        self.prepared = Some(request);
+        Ok(())
+    }
+
+    async fn mount(&mut self, parts: &Parts, shared: &SharedMount) -> Result<(), Error> {
+        let target = PathBuf::from(&shared.target);
+        if self.mounted.contains(&target) {
+            return Ok(());
+        }
+        let mount = Mount {
+            fs_type: shared.fs_type.clone(),
+            source: shared.source.clone(),
+            options: shared.options.clone(),
+        };
+        let failed = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| StorageError::Io { action, path, source }
+        };
+        fs::create_dir_all(&target).map_err(failed("cannot create", &target))?;
+        match &parts.host_run {
+            Some(host_run) if mount.fs_type == "bind" => {
+                let source = Path::new(&mount.source);
+                let source = host_run.open(source).map_err(failed("cannot open", source))?;
+                mount.apply_from(&fd_path(&source), &target)?;
+            }
+            _ => {
+                let target = target.clone();
+                spawn_blocking(move || mount.apply(&target)).await??;
+            }
+        }
+        self.mounted.push(target);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Guest for GuestService {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        version::Version::from(request.protocol.get_or_default()).check().map_err(Error::from)?;
+        tracing::info!(shim = request.shim_version, "the host says hello");
+        Ok(HelloResponse {
+            protocol: Some(version::CURRENT.into()).into(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: self.parts.identity.boot_id,
+            timeline: self.parts.identity.timeline,
+            kernel_release: identity::kernel_release(),
+            ..Default::default()
+        })
+    }
+
+    async fn prepare_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: PrepareSandboxRequest,
+    ) -> ttrpc::Result<PrepareSandboxResponse> {
+        let (parts, sandbox) = (self.parts.clone(), self.sandbox.clone());
+        detached(async move { sandbox.lock().await.prepare(&parts, request).await }).await?;
+        Ok(PrepareSandboxResponse::default())
+    }
+
+    async fn events(&self, _: &TtrpcContext, request: EventsRequest) -> ttrpc::Result<EventsResponse> {
+        let (ours, theirs) = (self.parts.identity.timeline, request.timeline);
+        if theirs != 0 && theirs != ours {
+            return Err(Error::Timeline { ours, theirs }.into());
+        }
+        if request.after > self.parts.events.last() {
+            let invalid = Error::Invalid {
+                field: "after",
+                value: request.after.to_string(),
+                reason: "this guest has not had so many events",
+            };
+            return Err(invalid.into());
+        }
+        let limit = Duration::from_millis(request.timeout_ms.into());
+        let events = self.parts.events.after(request.after, limit).await;
+        Ok(EventsResponse { events, ..Default::default() })
+    }
+
+    async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        let parts = &self.parts;
+        let memory =
+            info::memory().map_err(|source| Error::System { action: "read the memory figures", source })?;
+        let totals = parts.hub.totals();
+        let tasks = parts.tasks.all();
+        let processes: usize = tasks.iter().map(|task| task.processes().len()).sum();
+        Ok(InfoResponse {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: identity::kernel_release(),
+            boot_id: parts.identity.boot_id,
+            timeline: parts.identity.timeline,
+            agent_rss_bytes: memory.agent_rss,
+            memory_total_bytes: memory.total,
+            memory_available_bytes: memory.available,
+            ring_budget_bytes: parts.ring_budget,
+            ring_used_bytes: totals.ring_bytes as u64,
+            containers: u32::try_from(tasks.len()).unwrap_or(u32::MAX),
+            processes: u32::try_from(processes).unwrap_or(u32::MAX),
+            streams: parts.hub.streams(),
+            refused_connections: parts.refused.get() + totals.refused_connections,
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,143 @@
+//! The `cube.*` annotations of a container, checked.
+
+use cube_protocol::{annotations as name, guest::LogMode};
+
+/// What the annotations of one container ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Annotations {
+    /// Whether the init process's output goes to the log.
+    pub log_forwarding: bool,
+    /// What happens to a writer when nobody takes its output.
+    pub log_mode: LogMode,
+    /// Virtual CPUs of the sandbox; `None` leaves it to the spec and the configuration.
+    pub vcpus: Option<u32>,
+    /// Memory of the sandbox in MiB; `None` leaves it to the spec and the configuration.
+    pub memory_mib: Option<u64>,
+}
+
+impl Default for Annotations {
+    fn default() -> Self {
+        Annotations { log_forwarding: true, log_mode: LogMode::BLOCK, vcpus: None, memory_mib: None }
+    }
+}
+
+/// An annotation that cannot be honoured.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    /// A name below `cube.` that this version does not know.
+    #[error("the annotation {0:?} is not known: this version knows {known}", known = name::KNOWN.join(", "))]
+    Unknown(String),
+    /// A value outside of what the annotation takes.
+    #[error("the annotation {name:?} is {value:?}: it must be {rule}")]
+    Value {
+        /// The annotation.
+        name: &'static str,
+        /// The value found.
+        value: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+}
+
+/// Reads the `cube.*` annotations among `all`, the annotations of `config.json`; others are not ours.
+///
+/// # Errors
+///
+/// [`AnnotationError`], with the name and the value. A typing error that went unnoticed would leave
+/// a container running with another policy than its author believes.
+pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Annotations, AnnotationError> {
+    let mut parsed = Annotations::default();
+    for (key, value) in all.into_iter().filter(|(key, _)| key.starts_with(name::PREFIX)) {
+        match key {
+            name::LOG_FORWARDING => parsed.log_forwarding = boolean(name::LOG_FORWARDING, value)?,
+            name::LOG_MODE => parsed.log_mode = log_mode(value)?,
+            // The agent reads it from the spec; a wrong value is refused here all the same.
+            name::ALLOW_VSOCK => drop(boolean(name::ALLOW_VSOCK, value)?),
+            name::VCPUS => {
+                parsed.vcpus = Some(number(name::VCPUS, value, 1..=255, "a number from 1 to 255")? as u32);
+            }
+            name::MEMORY_MIB => {
+                let rule = "a number of MiB from 64 to 16777216";
+                parsed.memory_mib = Some(number(name::MEMORY_MIB, value, 64..=16 << 20, rule)?);
+            }
+            _ => return Err(AnnotationError::Unknown(key.into())),
+        }
+    }
+    Ok(parsed)
+}
+
+fn boolean(name: &'static str, value: &str) -> Result<bool, AnnotationError> {
+    value.parse().map_err(|_| AnnotationError::Value {
+        name,
+        value: value.into(),
+        rule: "\"true\" or \"false\"",
+    })
+}
+
+fn log_mode(value: &str) -> Result<LogMode, AnnotationError> {
+    match value {
+        "block" => Ok(LogMode::BLOCK),
+        "drop-oldest" => Ok(LogMode::DROP_OLDEST),
+        _ => Err(AnnotationError::Value {
+            name: name::LOG_MODE,
+            value: value.into(),
+            rule: "\"block\" or \"drop-oldest\"",
+        }),
+    }
+}
+
+fn number(
+    name: &'static str,
+    value: &str,
+    range: std::ops::RangeInclusive<u64>,
+    rule: &'static str,
+) -> Result<u64, AnnotationError> {
+    let number = value.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| AnnotationError::Value { name, value: value.into(), rule })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_annotations_of_ours_the_defaults_hold() {
+        assert_eq!(parse([("io.kubernetes.cri.container-type", "sandbox")]), Ok(Annotations::default()));
+    }
+
+    #[test]
+    fn each_annotation_is_read() {
+        let parsed = parse([
+            (name::LOG_FORWARDING, "false"),
+            (name::LOG_MODE, "drop-oldest"),
+            (name::ALLOW_VSOCK, "true"),
+            (name::VCPUS, "4"),
+            (name::MEMORY_MIB, "512"),
+        ]);
+        let expected = Annotations {
+            log_forwarding: false,
+            log_mode: LogMode::DROP_OLDEST,
+            vcpus: Some(4),
+            memory_mib: Some(512),
+        };
+        assert_eq!(parsed, Ok(expected));
+    }
+
+    #[test]
+    fn an_unknown_name_and_a_wrong_value_are_refused_by_name() {
+        let unknown = parse([("cube.container.log_mod", "block")]).unwrap_err().to_string();
+        assert!(unknown.contains("cube.container.log_mod\""), "{unknown}");
+        for (key, value) in [
+            (name::LOG_FORWARDING, "yes"),
+            (name::LOG_MODE, "drop"),
+            (name::ALLOW_VSOCK, "1"),
+            (name::VCPUS, "0"),
+            (name::VCPUS, "256"),
+            (name::MEMORY_MIB, "63"),
+            (name::MEMORY_MIB, "-1"),
+        ] {
+            let error = parse([(key, value)]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains(&format!("{value:?}")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::time::Since;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; also if the reader of the output went away (as in `cubecli logs ID | head`)
+  1    an error, which is on standard error
+  2    the command line is wrong
+  3    no container or log with this ID
+  4    the ID is ambiguous; the candidates are on standard error
+  130  interrupted (Ctrl-C), as shells report the end by SIGINT";
+
+const LOGS: &str = "\
+Print the output of a container, running or deleted
+
+The bytes come as the container wrote them. Output that was dropped in the guest (only with
+cube.container.log_mode=drop-oldest), or rotated away before it was read, shows as \"[N bytes lost]\"
+on standard error.";
+
+/// Operator tool of Cubebox: containers in microVMs under containerd.
+#[derive(Debug, Parser)]
+#[command(name = "cubecli", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Configuration file [default: $CUBE_CONFIG, else /etc/cube/config.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Sandboxes and their containers
+    Cubebox {
+        #[command(subcommand)]
+        command: CubeboxCommand,
+    },
+    /// Same as `cubecli cubebox logs`
+    #[command(long_about = LOGS)]
+    Logs(LogsArgs),
+    /// Show versions, the VMM that would run a sandbox and why, and paths
+    #[command(after_help = EXIT_CODES)]
+    Info,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CubeboxCommand {
+    /// List the containers of all running sandboxes
+    Ls(LsArgs),
+    /// Print the output of a container, running or deleted
+    #[command(long_about = LOGS)]
+    Logs(LogsArgs),
+    /// Remove what is left: logs beyond their retention, directories of sandboxes that are gone
+    Gc(GcArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct LsArgs {
+    /// Only containers of this containerd namespace
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    /// Print a JSON array instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct GcArgs {
+    /// Only say what would be removed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct LogsArgs {
+    /// Container ID, or a prefix of it that no other container has. An older log of a reused ID,
+    /// `<id>.<time>`, must be named in full
+    pub(crate) id: String,
+    /// The last N lines [default: 100, or all with --since]
+    #[arg(long, value_name = "N", conflicts_with_all = ["head", "all"])]
+    pub(crate) tail: Option<u64>,
+    /// The first N lines
+    #[arg(long, value_name = "N", conflicts_with = "all")]
+    pub(crate) head: Option<u64>,
+    /// All that is kept
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Standard error instead of standard output
+    #[arg(long, conflicts_with = "both")]
+    pub(crate) stderr: bool,
+    /// Both, line by line in the order of their times; one after the other if an index is missing
+    #[arg(long)]
+    pub(crate) both: bool,
+    /// Print what is added, until the container is gone, or 3 s after it stopped
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Only lines that began at T or later: RFC 3339, seconds since 1970, or an age such as 10m, 1h30m
+    #[arg(long, value_name = "T")]
+    pub(crate) since: Option<Since>,
+    /// Begin each line with the time of its first byte's write (UTC), or `-` if it is not known
+    #[arg(long, short)]
+    pub(crate) timestamps: bool,
+    /// Look in the mount namespace of process N, containerd's for example
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) pid: Option<u32>,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+}

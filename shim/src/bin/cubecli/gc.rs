@@ -1,0 +1,177 @@
+//! `cubecli cubebox gc`
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use cube_shim::{
+    cgroup::SandboxCgroup,
+    config::Config,
+    log::{locate, locate::Name, retention},
+    rootfs::mountinfo,
+    state::{RunDir, StateError},
+};
+use nix::mount::{MntFlags, umount2};
+
+use crate::{
+    args::GcArgs,
+    error::{CliError, chain},
+    sandboxes,
+    task::Tasks,
+    time,
+};
+
+/// Time that the kernel has to let go of a cgroup without processes.
+const CGROUP_LIMIT: Duration = Duration::from_secs(2);
+
+/// A run directory without a state file may be one that a shim is just making.
+const STATELESS_AGE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), CliError> {
+    let mut gc =
+        Gc { tasks: Tasks::new()?, dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
+    gc.run_dirs(&config.run_dir)?;
+    if config.log.dir.as_os_str() != locate::BUNDLE {
+        gc.logs(config)?;
+    }
+    gc.output.flush().map_err(CliError::Output)?;
+    if gc.failures > 0 { Err(CliError::Incomplete(gc.failures)) } else { Ok(()) }
+}
+
+/// One run: says what it removes, goes on after a failure.
+struct Gc {
+    tasks: Tasks,
+    dry_run: bool,
+    output: BufWriter<File>,
+    failures: usize,
+}
+
+impl Gc {
+    fn run_dirs(&mut self, run_dir: &Path) -> Result<(), CliError> {
+        for dir in sandboxes::run_dirs(run_dir)? {
+            match self.run_dir(&dir) {
+                Ok(()) => {}
+                Err(GcError::Output(e)) => return Err(CliError::Output(e)),
+                Err(e) => self.failed(&e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the run directory of a sandbox that nothing is left of.
+    fn run_dir(&mut self, dir: &RunDir) -> Result<(), GcError> {
+        // Whoever starts, deletes or cleans a sandbox holds this lock.
+        let _lock = match dir.lock(Duration::ZERO) {
+            Ok(Some(lock)) => lock,
+            Ok(None) | Err(StateError::Locked { .. }) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        if self.tasks.listens(&dir.path().join("shim.sock")) {
+            return Ok(());
+        }
+        let state = match dir.load()? {
+            Some(state) => state,
+            None if is_older_than(dir.path(), STATELESS_AGE) => {
+                if !self.dry_run {
+                    remove(dir)?;
+                }
+                return Ok(self.say(&format!("{} (no state file)", dir.path().display()))?);
+            }
+            None => return Ok(()),
+        };
+        let name = Name { namespace: state.namespace.clone(), id: state.sandbox_id.clone() };
+        if has_processes(&state.cgroup) {
+            let cgroup = state.cgroup.display();
+            let dir = dir.path().display();
+            let note = "the shim is gone, but processes of the sandbox run in";
+            return Ok(writeln!(self.output, "kept {dir} (sandbox {name}: {note} {cgroup})")?);
+        }
+        if !self.dry_run {
+            SandboxCgroup::at(&state.cgroup).destroy(CGROUP_LIMIT)?;
+            remove(dir)?;
+        }
+        Ok(self.say(&format!("{} (sandbox {name}: no shim, no processes)", dir.path().display()))?)
+    }
+
+    fn logs(&mut self, config: &Config) -> Result<(), CliError> {
+        let root = &config.log.dir;
+        let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
+        let expired = retention::expired(root, retention, |_| false)?;
+        // Read after the logs were listed: the state of a container is there before its log.
+        let sandboxes = sandboxes::all(&config.run_dir)?;
+        let living: BTreeSet<Name> =
+            sandboxes.iter().flat_map(|s| s.containers()).map(|(name, _)| name).collect();
+        for log in expired.into_iter().filter(|log| !living.contains(&log.name)) {
+            if !self.dry_run
+                && let Err(e) = retention::remove(root, &log.name)
+            {
+                self.failed(&e);
+                continue;
+            }
+            let line = format!("{} (unchanged for {})", log.path.display(), time::age(log.age));
+            self.say(&line).map_err(CliError::Output)?;
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, what: &str) -> io::Result<()> {
+        let verb = if self.dry_run { "would remove" } else { "removed" };
+        writeln!(self.output, "{verb} {what}")
+    }
+
+    fn failed(&mut self, error: &dyn std::error::Error) {
+        self.failures += 1;
+        eprintln!("cubecli: {}", chain(error));
+    }
+}
+
+/// Why a run directory could not be removed.
+#[derive(Debug, thiserror::Error)]
+enum GcError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Cgroup(#[from] cube_shim::cgroup::CgroupError),
+    #[error("cannot write the output")]
+    Output(#[from] io::Error),
+    #[error("cannot list the mounts below {path}")]
+    Mounts { path: PathBuf, source: io::Error },
+    #[error("cannot unmount {path}")]
+    Unmount { path: PathBuf, source: io::Error },
+    #[error("{path} is still mounted, so its run directory is left alone")]
+    StillMounted { path: PathBuf },
+}
+
+/// Unmounts what is mounted below the run directory, then removes it. Never in the other order: what
+/// is mounted there are the files of images and volumes.
+fn remove(dir: &RunDir) -> Result<(), GcError> {
+    let failed = |source| GcError::Mounts { path: dir.path().into(), source };
+    // The kernel lists mounts by their paths without links.
+    let path = fs::canonicalize(dir.path()).map_err(failed)?;
+    let mounts = || mountinfo::at_and_below(&path).map_err(failed);
+    for path in mounts()? {
+        umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+            .map_err(|errno| GcError::Unmount { path: path.clone(), source: errno.into() })?;
+    }
+    if let Some(path) = mounts()?.pop() {
+        return Err(GcError::StillMounted { path });
+    }
+    Ok(dir.remove()?)
+}
+
+/// Whether the cgroup, or one below it, has processes. cgroup.events speaks for the whole subtree.
+fn has_processes(cgroup: &Path) -> bool {
+    match fs::read_to_string(cgroup.join("cgroup.events")) {
+        Ok(events) => !events.lines().any(|line| line == "populated 0"),
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+fn is_older_than(path: &Path, age: Duration) -> bool {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
+    modified.is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|passed| passed >= age))
+}

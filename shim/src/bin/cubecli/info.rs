@@ -1,0 +1,93 @@
+//! `cubecli info`
+
+use std::{
+    env,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use cube_protocol::version;
+use cube_shim::{
+    config::{self, Config},
+    log::locate,
+};
+
+use crate::{error::CliError, table};
+
+pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Result<(), CliError> {
+    let mut rows = vec![
+        row("cubecli", env!("CARGO_PKG_VERSION")),
+        row("guest protocol", version::CURRENT),
+        file("configuration", &config_path(explicit)),
+    ];
+    rows.extend(vmm(config));
+    let tools = &config.tools;
+    for (name, path) in [
+        ("tools.cloud_hypervisor", &tools.cloud_hypervisor),
+        ("tools.qemu", &tools.qemu),
+        ("tools.virtiofsd", &tools.virtiofsd),
+        ("tools.vhost_device_vsock", &tools.vhost_device_vsock),
+        ("tools.agent", &tools.agent),
+    ] {
+        rows.push(program(name, path));
+    }
+    let guest = &config.guest;
+    for (name, path) in
+        [("guest.kernel", &guest.kernel), ("guest.vmlinux", &guest.vmlinux), ("guest.initrd", &guest.initrd)]
+    {
+        rows.push(file(name, path));
+    }
+    rows.push(file("run_dir", &config.run_dir));
+    rows.push(match config.log.dir.as_os_str() == locate::BUNDLE {
+        true => row("log.dir", format!("in each bundle, below {}", locate::TASK_DIR)),
+        false => file("log.dir", &config.log.dir),
+    });
+    table::write(output, &rows)
+}
+
+fn row(name: &str, value: impl std::fmt::Display) -> [String; 2] {
+    [name.into(), value.to_string()]
+}
+
+/// A file or directory that need not exist.
+fn file(name: &str, path: &Path) -> [String; 2] {
+    let state = match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => format!("{} KiB", metadata.len().div_ceil(1024)),
+        Ok(_) => "exists".into(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => "does not exist".into(),
+        Err(e) => e.to_string(),
+    };
+    row(name, format!("{} ({state})", path.display()))
+}
+
+/// A program, looked for on PATH as the shim does. The shim's PATH is containerd's.
+fn program(name: &str, program: &Path) -> [String; 2] {
+    match find(program) {
+        Some(path) => row(name, path.display()),
+        None if program.is_absolute() => row(name, format!("{} (does not exist)", program.display())),
+        None => row(name, format!("{} (not on PATH)", program.display())),
+    }
+}
+
+fn find(program: &Path) -> Option<PathBuf> {
+    if program.components().count() > 1 {
+        return program.is_file().then(|| program.into());
+    }
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
+fn config_path(explicit: Option<&Path>) -> PathBuf {
+    let named = explicit.map(Path::to_owned).or_else(|| env::var_os(config::PATH_VARIABLE).map(Into::into));
+    named.unwrap_or_else(|| config::DEFAULT_PATH.into())
+}
+
+fn vmm(config: &Config) -> Vec<[String; 2]> {
+    let configured = match config.vmm {
+        config::VmmChoice::Auto => "auto",
+        config::VmmChoice::CloudHypervisor => "cloud-hypervisor",
+        config::VmmChoice::Qemu => "qemu",
+        config::VmmChoice::Process => "process",
+    };
+    vec![row("vmm, configured", configured)]
+}

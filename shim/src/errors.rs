@@ -1,0 +1,212 @@
+//! What the Task service can fail with, and the one place where that becomes a ttrpc status.
+
+use std::{error::Error as StdError, path::PathBuf};
+
+use ttrpc::Code;
+
+use crate::{
+    agent::AgentError, annotations::AnnotationError, config::ConfigError, options::OptionsError,
+    sandbox::spec::SpecError, state::StateError, stdio::StdioError, vmm::VmmError,
+};
+
+/// The text of an error with all of its causes, "outer: inner: innermost".
+pub fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let inner = error.to_string();
+        // Transparent wrappers repeat their cause.
+        if !text.ends_with(&inner) {
+            text.push_str(": ");
+            text.push_str(&inner);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Why a call of the Task service failed. The codes are those of containerd's own shim.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An id that is not an identifier as containerd defines it.
+    #[error("{what} {id:?} is not valid: {rule}")]
+    Id {
+        /// "container id" or "exec id".
+        what: &'static str,
+        /// The id.
+        id: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+    /// A field of a request that makes no sense.
+    #[error("{field} is {value:?}: {reason}")]
+    Argument {
+        /// The field.
+        field: &'static str,
+        /// The value found.
+        value: String,
+        /// What is wrong, and what is accepted.
+        reason: &'static str,
+    },
+    /// No such container or exec, or it has exited already.
+    #[error("{what} {id:?} {state}")]
+    NotFound {
+        /// "container" or "exec".
+        what: &'static str,
+        /// Its id.
+        id: String,
+        /// "does not exist" or "has exited already".
+        state: &'static str,
+    },
+    /// The id is taken.
+    #[error("{what} {id:?} exists already")]
+    AlreadyExists {
+        /// "container" or "exec".
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// The call does not fit the state.
+    #[error("{what} {id:?} is {state}, {needed}")]
+    State {
+        /// "container", "exec" or "sandbox".
+        what: &'static str,
+        /// Its id.
+        id: String,
+        /// Its state.
+        state: &'static str,
+        /// What the call needs.
+        needed: &'static str,
+    },
+    /// Something that this version cannot do.
+    #[error("{what} is not supported by this version of Cubebox{hint}")]
+    Unimplemented {
+        /// What was asked.
+        what: String,
+        /// What to do instead, beginning with ": ", or empty.
+        hint: &'static str,
+    },
+    /// The call was ended by a SIGKILL or a `shim delete`.
+    #[error("the sandbox was killed while it was being created")]
+    Killed,
+    /// The VMM ended unexpectedly.
+    #[error("the VM of sandbox {id:?} has ended: {description}")]
+    VmmEnded {
+        /// The sandbox.
+        id: String,
+        /// As the VMM backend describes it.
+        description: String,
+    },
+    /// The owner task is gone: the shim is about to exit.
+    #[error("the shim is shutting down")]
+    ShuttingDown,
+    /// A panic in a task of the shim.
+    #[error("a task of the shim failed")]
+    Task(#[from] tokio::task::JoinError),
+    /// config.json cannot be used.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// An annotation cannot be honoured.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    /// The runtime options cannot be honoured.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// The stdio of a process cannot be set up.
+    #[error("cannot set up stdio")]
+    Stdio(#[from] StdioError),
+    /// The VM cannot be run.
+    #[error("cannot run the VM")]
+    Vmm(#[from] VmmError),
+    /// The agent cannot be reached or refuses.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The state on disk cannot be kept.
+    #[error(transparent)]
+    StateFile(#[from] StateError),
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Something on the host (cgroup, mounts) failed.
+    #[error("{what} {path}")]
+    Host {
+        /// What was done, "cannot mount the rootfs at" for example.
+        what: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The code that fits.
+        code: Code,
+        /// Why.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+impl Error {
+    /// The code that containerd gets.
+    pub fn code(&self) -> Code {
+        match self {
+            Error::Id { .. }
+            | Error::Argument { .. }
+            | Error::Annotation(_)
+            | Error::Options(_)
+            | Error::Stdio(StdioError::Uri { .. }) => Code::INVALID_ARGUMENT,
+            Error::Spec(spec) => spec.code(),
+            Error::NotFound { .. } => Code::NOT_FOUND,
+            Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
+            Error::State { .. } => Code::FAILED_PRECONDITION,
+            Error::Unimplemented { .. } | Error::Vmm(VmmError::Unsupported { .. }) => Code::UNIMPLEMENTED,
+            Error::Killed => Code::ABORTED,
+            Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
+            Error::Vmm(VmmError::MissingProgram { .. } | VmmError::MissingImage { .. }) => {
+                Code::FAILED_PRECONDITION
+            }
+            Error::Agent(agent) => agent_code(agent),
+            Error::Host { code, .. } => *code,
+            Error::Stdio(_) | Error::Vmm(_) | Error::StateFile(_) | Error::Config(_) | Error::Task(_) => {
+                Code::UNKNOWN
+            }
+        }
+    }
+}
+
+fn agent_code(error: &AgentError) -> Code {
+    match error {
+        AgentError::Refused { status, .. } => status.code(),
+        AgentError::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+        AgentError::Version(_) => Code::FAILED_PRECONDITION,
+        AgentError::Unreachable { .. }
+        | AgentError::Dial(_)
+        | AgentError::Transport { .. }
+        | AgentError::OtherGuest { .. } => Code::UNAVAILABLE,
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerd_gets_the_code_of_the_agent_and_every_cause() {
+        let status = ttrpc::get_status(Code::NOT_FOUND, "exec /bin/nosuch: No such file or directory");
+        let error = Error::from(AgentError::Refused { call: "Start", status });
+        let ttrpc::Error::RpcStatus(status) = error.into() else { panic!("not a status") };
+        assert_eq!(status.code(), Code::NOT_FOUND);
+        assert!(status.message().ends_with("exec /bin/nosuch: No such file or directory"), "{status:?}");
+    }
+
+    #[test]
+    fn a_cause_is_named_once() {
+        let source = std::io::Error::from_raw_os_error(libc::ENOENT);
+        let error = Error::from(StdioError::Io { action: "cannot open", path: "/x".into(), source });
+        assert_eq!(
+            chain(&error),
+            "cannot set up stdio: cannot open /x: No such file or directory (os error 2)"
+        );
+    }
+}

@@ -1,0 +1,161 @@
+//! What the writer of a log has on disk, as the sinks in the same process see it.
+//!
+//! The log is the buffer from which a slow FIFO is fed, so writer and feeder have to agree on what
+//! may be dropped. They speak in *positions*: bytes written to the log since the first segment that
+//! was retained when it was opened, whatever files they are in. Unlike stream offsets they have no gaps.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+/// The retained segments of one stream, shared by its writer and a reader in this process.
+#[derive(Debug, Default)]
+pub struct Retained {
+    state: Mutex<State>,
+    /// Notified when the reader needs less than before.
+    released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    segments: VecDeque<Extent>,
+    /// Position that an attached reader has reached; `None` while nobody reads.
+    reader: Option<u64>,
+    /// The writer need not wait for anything any more.
+    abandoned: bool,
+}
+
+/// A retained segment.
+#[derive(Debug)]
+struct Extent {
+    number: u64,
+    start: u64,
+    len: u64,
+    data: Arc<File>,
+}
+
+impl Extent {
+    fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+/// What [`Retained::read_at`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// So many bytes were read.
+    Bytes(usize),
+    /// Everything below this position has been rotated away.
+    Dropped(u64),
+    /// Nothing is there yet.
+    End,
+}
+
+impl Retained {
+    /// Reads what is at `position` into `buffer`. Blocks on the disk.
+    pub fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<Found> {
+        let (data, at, len) = {
+            let state = self.lock();
+            let Some(oldest) = state.segments.front() else { return Ok(Found::End) };
+            if position < oldest.start {
+                return Ok(Found::Dropped(oldest.start));
+            }
+            let Some(extent) = state.segments.iter().find(|extent| position < extent.end()) else {
+                return Ok(Found::End);
+            };
+            (extent.data.clone(), position - extent.start, extent.end() - position)
+        };
+        let len = usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len());
+        match data.read_at(&mut buffer[..len], at)? {
+            0 => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the log file was truncated by someone else",
+            )),
+            n => Ok(Found::Bytes(n)),
+        }
+    }
+
+    /// Position after the last byte.
+    pub fn end(&self) -> u64 {
+        self.lock().segments.back().map_or(0, Extent::end)
+    }
+
+    /// A reader is attached and has taken everything below `position`: the writer keeps the rest.
+    pub fn hold(&self, position: u64) {
+        self.lock().reader = Some(position);
+        self.released.notify_all();
+    }
+
+    /// Nobody reads: the writer may drop any closed segment.
+    pub fn release(&self) {
+        self.lock().reader = None;
+        self.released.notify_all();
+    }
+
+    /// Ends every wait of the writer, now and later.
+    pub fn abandon(&self) {
+        self.lock().abandoned = true;
+        self.released.notify_all();
+    }
+
+    /// Waits until the reader has moved, at most for `limit`. Whether the writer should go on trying.
+    pub(crate) fn wait(&self, limit: Duration) -> bool {
+        let state = self.lock();
+        if state.abandoned {
+            return false;
+        }
+        let (state, _) = self.released.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner);
+        !state.abandoned
+    }
+
+    /// Appends a segment that holds `len` bytes already.
+    pub(super) fn push(&self, number: u64, data: Arc<File>, len: u64) {
+        let mut state = self.lock();
+        let start = state.segments.back().map_or(0, Extent::end);
+        state.segments.push_back(Extent { number, start, len, data });
+    }
+
+    /// The last segment has grown.
+    pub(super) fn grow(&self, by: u64) {
+        if let Some(last) = self.lock().segments.back_mut() {
+            last.len += by;
+        }
+    }
+
+    /// Segments retained.
+    pub(super) fn count(&self) -> usize {
+        self.lock().segments.len()
+    }
+
+    /// Numbers of the retained segments, oldest first.
+    pub(super) fn numbers(&self) -> Vec<u64> {
+        self.lock().segments.iter().map(|extent| extent.number).collect()
+    }
+
+    /// Data files of the retained segments, oldest first.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        self.lock().segments.iter().map(|extent| extent.data.clone()).collect()
+    }
+
+    /// Number of the oldest segment if an attached reader does not need it.
+    pub(super) fn droppable(&self) -> Option<u64> {
+        let state = self.lock();
+        let oldest = state.segments.front()?;
+        let needed = state.reader.is_some_and(|position| position < oldest.end());
+        (!needed || state.abandoned).then_some(oldest.number)
+    }
+
+    /// Forgets the oldest segment.
+    pub(super) fn pop(&self) {
+        self.lock().segments.pop_front();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,284 @@
+//! Writes the log of one stream: raw bytes into segments, an index beside each, rotation by size.
+//!
+//! Order of work: data, then its index record; only then does the caller acknowledge. So after a
+//! death at any point the files hold an exact prefix of the stream that includes everything that was
+//! acknowledged. All calls block on the disk and belong on a thread of their own.
+
+use std::{
+    io::{self, IoSlice},
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::{
+    dir::{LogDir, LogError},
+    format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
+    retained::Retained,
+    segment::{Segment, closed_name, index_name},
+};
+
+/// How much of a log is kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of data and index at which a segment is closed; at least 64 KiB.
+    pub segment_bytes: u64,
+    /// Segments kept, the one being written included; at least 2.
+    pub segments: u32,
+}
+
+/// What the bytes of a log belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// Timeline of the sandbox; 0 if it is not known yet.
+    pub timeline: u64,
+    /// Epoch of the stream; 0 if it is not known yet.
+    pub epoch: u64,
+}
+
+/// Why the log takes nothing at the moment. The caller keeps what was not written and tries again.
+#[derive(Debug, thiserror::Error)]
+pub enum Stalled {
+    /// The next segment would push out one that an attached reader has not read yet.
+    #[error("an attached reader is a whole retained log behind")]
+    Reader,
+    /// The disk does not take it, and there is no old segment to drop for it.
+    #[error("the log cannot be written")]
+    Disk(#[from] LogError),
+}
+
+/// The writer of one stream's log. Exactly one exists per stream.
+#[derive(Debug)]
+pub struct LogWriter {
+    pub(super) dir: Arc<LogDir>,
+    pub(super) stream: &'static str,
+    pub(super) limits: Limits,
+    pub(super) identity: Identity,
+    pub(super) retained: Arc<Retained>,
+    pub(super) next_offset: u64,
+    /// Number of the segment that is begun next.
+    pub(super) next_number: u64,
+    /// `None` between the closing of a segment and the beginning of the next.
+    pub(super) current: Option<Segment>,
+}
+
+impl LogWriter {
+    /// Begins the log of `stream` ("stdout" or "stderr") at offset 0, in a directory without one.
+    pub fn create(dir: Arc<LogDir>, stream: &'static str, limits: Limits) -> Result<LogWriter, LogError> {
+        let mut writer = LogWriter {
+            dir,
+            stream,
+            limits,
+            identity: Identity::default(),
+            retained: Arc::default(),
+            next_offset: 0,
+            next_number: 1,
+            current: None,
+        };
+        writer.begin_segment()?;
+        Ok(writer)
+    }
+
+    /// Stream offset of the byte that is written next.
+    pub fn next_offset(&self) -> u64 {
+        self.next_offset
+    }
+
+    /// What the log belongs to, as far as it is known.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// The retained segments, for a reader in this process.
+    pub fn retained(&self) -> Arc<Retained> {
+        self.retained.clone()
+    }
+
+    /// Says what the bytes that follow belong to. A segment never mixes two timelines: another one
+    /// begins a new segment, unless the current one is still empty.
+    pub fn identify(&mut self, identity: Identity) -> Result<(), Stalled> {
+        let known = Identity {
+            timeline: identity.timeline,
+            epoch: if identity.epoch == 0 { self.identity.epoch } else { identity.epoch },
+        };
+        self.identity = known;
+        let Some(segment) = &mut self.current else { return Ok(()) };
+        let header = SegmentHeader { timeline: known.timeline, epoch: known.epoch, ..segment.header };
+        if header == segment.header {
+            Ok(())
+        } else if segment.is_empty() {
+            let name = index_name(self.stream);
+            let result = segment.rewrite_header(header);
+            result.map_err(|e| Stalled::Disk(self.dir.error("cannot write the log index", &name, e)))
+        } else if header.timeline != segment.header.timeline {
+            self.rotate()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Appends `parts` at [`LogWriter::next_offset`], and advances them by what was written. On an
+    /// error the rest is to be offered again later.
+    pub fn append(&mut self, parts: &mut &mut [IoSlice<'_>]) -> Result<(), Stalled> {
+        while !parts.is_empty() {
+            if parts[0].is_empty() {
+                IoSlice::advance_slices(parts, 0);
+                continue;
+            }
+            let written = self.with_space(|writer| writer.write_some(parts))?;
+            self.next_offset += written;
+            self.retained.grow(written);
+            IoSlice::advance_slices(parts, written as usize);
+        }
+        self.with_space(LogWriter::settle)
+    }
+
+    /// Notes that the stream goes on at `offset`, which must not be below [`LogWriter::next_offset`]:
+    /// what is between was dropped in the guest.
+    pub fn gap(&mut self, offset: u64) -> Result<(), Stalled> {
+        self.with_space(|writer| {
+            writer.settle()?;
+            writer.room(RECORD_LEN as u64)?;
+            let time_ns = now_ns();
+            if let Some(segment) = &mut writer.current {
+                let file_offset = segment.data_len;
+                segment.owe(Record { kind: RecordKind::Gap, stream_offset: offset, file_offset, time_ns });
+            }
+            Ok(())
+        })?;
+        self.next_offset = offset;
+        self.with_space(LogWriter::settle)
+    }
+
+    /// Makes everything that was appended survive the host's death, too.
+    pub fn sync(&mut self) -> Result<(), Stalled> {
+        self.settle()?;
+        let failed = |dir: &LogDir, name: &str, e| dir.error("cannot sync the log file", name, e);
+        for (number, data) in self.retained.numbers().into_iter().zip(self.retained.files()) {
+            let closed = closed_name(self.stream, number);
+            data.sync_data().map_err(|e| failed(&self.dir, &closed, e))?;
+            if self.current.as_ref().is_none_or(|segment| segment.header.number != number) {
+                let name = index_name(&closed);
+                self.dir.open_file(&name)?.sync_data().map_err(|e| failed(&self.dir, &name, e))?;
+            }
+        }
+        if let Some(segment) = &self.current {
+            segment.index.sync_data().map_err(|e| failed(&self.dir, &index_name(self.stream), e))?;
+        }
+        Ok(self.dir.sync()?)
+    }
+
+    /// Does `work`, dropping the oldest segments while the disk is full.
+    fn with_space<T>(
+        &mut self,
+        mut work: impl FnMut(&mut LogWriter) -> Result<T, Stalled>,
+    ) -> Result<T, Stalled> {
+        loop {
+            match work(self) {
+                Err(Stalled::Disk(e)) if makes_room(&e.source) && self.drop_closed()? => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn write_some(&mut self, parts: &[IoSlice<'_>]) -> Result<u64, Stalled> {
+        self.settle()?;
+        let room = self.room(1 + RECORD_LEN as u64)?.saturating_sub(RECORD_LEN as u64);
+        let (stream_offset, now) = (self.next_offset, now_ns());
+        let Some(segment) = &mut self.current else { return Ok(0) };
+        let total: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let written = if total <= room {
+            segment.write(parts, stream_offset, now)
+        } else {
+            let first = &parts[0];
+            let len = usize::try_from(room).unwrap_or(usize::MAX).min(first.len());
+            segment.write(&[IoSlice::new(&first[..len])], stream_offset, now)
+        };
+        written.map_err(|e| Stalled::Disk(self.dir.error("cannot write the log file", self.stream, e)))
+    }
+
+    fn settle(&mut self) -> Result<(), Stalled> {
+        let Some(segment) = &mut self.current else { return Ok(()) };
+        let name = index_name(self.stream);
+        Ok(segment.settle().map_err(|e| self.dir.error("cannot write the log index", &name, e))?)
+    }
+
+    /// Bytes that the current segment may still grow by, at least `needed`; begins another if it must.
+    fn room(&mut self, needed: u64) -> Result<u64, Stalled> {
+        let limit = self.limits.segment_bytes.max(HEADER_LEN as u64 + needed);
+        let left = |segment: &Segment| limit.saturating_sub(segment.size());
+        match &self.current {
+            Some(segment) if left(segment) >= needed => return Ok(left(segment)),
+            Some(_) => self.rotate()?,
+            None => {
+                self.begin_segment()?;
+            }
+        }
+        Ok(self.current.as_ref().map_or(0, left))
+    }
+
+    /// Closes the current segment and begins the next. Index first: recovery takes an index without
+    /// its data file for a rotation to be completed.
+    fn rotate(&mut self) -> Result<(), Stalled> {
+        while self.retained.count() >= self.limits.segments.max(2) as usize {
+            if !self.drop_closed()? {
+                return Err(Stalled::Reader);
+            }
+        }
+        if let Some(segment) = &self.current {
+            let closed = closed_name(self.stream, segment.header.number);
+            rename_once(&self.dir, &index_name(self.stream), &index_name(&closed))?;
+            rename_once(&self.dir, self.stream, &closed)?;
+            self.current = None;
+        }
+        Ok(self.begin_segment()?)
+    }
+
+    pub(super) fn begin_segment(&mut self) -> Result<(), LogError> {
+        let header = SegmentHeader {
+            number: self.next_number,
+            first_offset: self.next_offset,
+            timeline: self.identity.timeline,
+            epoch: self.identity.epoch,
+            created_ns: now_ns(),
+        };
+        let segment = Segment::begin(&self.dir, self.stream, header)?;
+        self.retained.push(header.number, segment.data.clone(), 0);
+        self.current = Some(segment);
+        self.next_number += 1;
+        Ok(())
+    }
+
+    /// Removes the oldest closed segment. `false` if there is none, or an attached reader needs it.
+    pub(super) fn drop_closed(&mut self) -> Result<bool, LogError> {
+        let Some(number) = self.retained.droppable() else { return Ok(false) };
+        if self.current.as_ref().is_some_and(|segment| segment.header.number == number) {
+            return Ok(false);
+        }
+        let name = closed_name(self.stream, number);
+        self.dir.remove(&name)?;
+        self.dir.remove(&index_name(&name))?;
+        self.retained.pop();
+        Ok(true)
+    }
+}
+
+/// Renames unless an earlier attempt has done it.
+fn rename_once(dir: &LogDir, from: &str, to: &str) -> Result<(), LogError> {
+    match dir.rename(from, to) {
+        Err(e) if e.source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Errors against which dropping old segments helps, or at least may.
+fn makes_room(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EIO))
+}
+
+pub(super) fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,2 @@
+//! Root file systems and volumes.
+pub mod mountinfo;

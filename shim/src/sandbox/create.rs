@@ -1,0 +1,239 @@
+//! Create: from a bundle to a created container, booting the VM on the way if it is the first.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::{
+    api,
+    protobuf::{Message as _, MessageField, well_known_types::any::Any},
+};
+use cube_protocol::guest::{CreateOptions, PrepareSandboxRequest, SharedMount};
+use serde_json::Value;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinHandle, spawn_blocking},
+};
+use tracing::{info, warn};
+
+use super::{
+    Host, Identity, Message, Plan, ProcessId, Rootfs,
+    job::{CREATE_LIMIT, Guest, stdio_config, stream},
+    machine::Machine,
+    process::Exit,
+    size, spec,
+};
+use crate::{
+    agent::{Agent, Dial, GuestEvent},
+    config::Config,
+    errors::{Error, chain},
+    state::State,
+    stdio::{LogConfig, ProcessIo},
+    vmm::VmSpec,
+};
+
+/// Time from the VMM's start to the agent's first answer. Emulation on a busy host needs most of it.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Time for the guest to set its name and mounts up.
+const PREPARE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Type of the options that the agent takes.
+const OPTIONS_TYPE: &str = "cube.agent.v1.CreateOptions";
+
+/// A job that creates one container.
+pub(super) struct Creation {
+    pub(super) identity: Identity,
+    pub(super) config: Arc<Config>,
+    pub(super) host: Arc<dyn Host>,
+    pub(super) plan: Plan,
+    pub(super) log: Option<LogConfig>,
+    /// As saved before this job began.
+    pub(super) state: State,
+    /// The guest and the pod's pids, unless this container is the first.
+    pub(super) joins: Option<(Guest, spec::Pod)>,
+    pub(super) owner: mpsc::Sender<Message>,
+    pub(super) events: mpsc::Sender<GuestEvent>,
+}
+
+/// What a successful creation gives the owner.
+pub(super) struct Created {
+    pub(super) io: ProcessIo,
+    /// Pid of the init process in the guest.
+    pub(super) guest_pid: u32,
+    /// The VM, if this container's creation booted it.
+    pub(super) booted: Option<Booted>,
+}
+
+/// A VM that has just been booted.
+pub(super) struct Booted {
+    pub(super) guest: Guest,
+    /// Pid of the VMM on the host.
+    pub(super) pid: u32,
+    pub(super) backend: String,
+    /// The task that follows the guest's events; to be aborted when the VM has ended.
+    pub(super) link: JoinHandle<()>,
+}
+
+impl Creation {
+    /// Creates the container. `abort` ends the attempt. On an error nothing is left, and for the
+    /// first container that means nothing of the sandbox.
+    pub(super) async fn run(mut self, abort: oneshot::Receiver<()>) -> Result<Created, Error> {
+        let result = match self.prepare().await {
+            Ok((rootfs, io)) => tokio::select! {
+                result = self.create(rootfs, io) => result,
+                _ = abort => Err(Error::Killed),
+            },
+            Err(e) => Err(e),
+        };
+        if let Err(e) = &result {
+            warn!(container = self.plan.request.id, "cannot create the container: {}", chain(e));
+            self.roll_back().await;
+        }
+        result
+    }
+
+    /// What happens on the host alone. Not interrupted: it does not take long, and a mount that is
+    /// made while the clean-up runs would stay.
+    async fn prepare(&mut self) -> Result<(Rootfs, ProcessIo), Error> {
+        let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
+        let (id, mounts) = (self.plan.request.id.clone(), self.plan.request.rootfs.clone());
+        let mut spec = std::mem::take(&mut self.plan.spec);
+        let pod = self.joins.as_ref().map(|(_, pod)| *pod);
+        let bundle = self.plan.request.bundle.clone();
+        let cgroup = self.joins.is_none().then(|| self.state.cgroup.clone());
+        let prepared = spawn_blocking(move || -> Result<(Value, Rootfs), Error> {
+            spec::rewrite(&mut spec, pod)?;
+            if let Some(cgroup) = cgroup {
+                host.create_cgroup(&cgroup)?;
+            }
+            let rootfs = host.prepare_rootfs(&run_dir, &id, &bundle, &mounts, &mut spec)?;
+            Ok((spec, rootfs))
+        });
+        let (spec, rootfs) = prepared.await??;
+        self.plan.spec = spec;
+        let process = self.process();
+        let stdio =
+            stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
+        Ok((rootfs, ProcessIo::prepare(stdio).await?))
+    }
+
+    async fn create(&self, rootfs: Rootfs, mut io: ProcessIo) -> Result<Created, Error> {
+        let (guest, booted) = match &self.joins {
+            Some(_) if !rootfs.disks.is_empty() => {
+                return Err(Error::Unimplemented {
+                    what: "a block device as rootfs of a container that joins a running sandbox".into(),
+                    hint: "",
+                });
+            }
+            Some((guest, _)) => (guest.clone(), None),
+            None => {
+                let booted = self.boot(&rootfs).await?;
+                (booted.guest.clone(), Some(booted))
+            }
+        };
+        let wanted = io.wanted();
+        let options = CreateOptions {
+            spec: self.plan.spec.to_string().into_bytes(),
+            log_mode: self.plan.annotations.log_mode.into(),
+            ..Default::default()
+        };
+        let options = Any {
+            type_url: OPTIONS_TYPE.into(),
+            // Encoding into memory fails only for a message beyond 2 GiB.
+            value: options.write_to_bytes().unwrap_or_default(),
+            ..Default::default()
+        };
+        let call = api::CreateTaskRequest {
+            id: self.plan.request.id.clone(),
+            rootfs: rootfs.guest_mounts,
+            terminal: self.plan.request.stdio.terminal,
+            stdin: stream(wanted.stdin),
+            stdout: stream(wanted.stdout),
+            stderr: stream(wanted.stderr),
+            options: MessageField::some(options),
+            ..Default::default()
+        };
+        let created = guest
+            .agent
+            .call("Create", CREATE_LIMIT, |c, ctx| async move { c.task.create(ctx, &call).await })
+            .await?;
+        io.start(guest.dial.clone(), guest.timeline);
+        Ok(Created { io, guest_pid: created.pid, booted })
+    }
+
+    async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
+        let run_dir = &self.identity.run_dir;
+        let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
+        // The members of a pod come later, with whatever rootfs the snapshotter gives them.
+        let share = rootfs.share || spec::sandbox_id(&self.plan.spec).is_some();
+        let vm = VmSpec {
+            sandbox_id: self.identity.id.clone(),
+            run_dir: run_dir.path().into(),
+            cgroup: self.state.cgroup.clone(),
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            share: share.then(|| run_dir.shared()),
+            disks: rootfs.disks.clone(),
+            cmdline: String::new(),
+        };
+        let (host, config) = (self.host.clone(), self.config.clone());
+        // It may run programs to find out what works here.
+        let selected = spawn_blocking(move || host.select(&config, vm)).await??;
+        let (backend, mut vmm) = (selected.backend, selected.vmm);
+        info!(backend, reason = selected.reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        vmm.boot().await?;
+
+        let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
+        let (agent, link, hello) = tokio::select! {
+            connected = Agent::connect(dial.clone(), BOOT_LIMIT) => connected?,
+            exit = vmm.wait() => {
+                let id = self.identity.id.clone();
+                return Err(Error::VmmEnded { id, description: exit.description });
+            }
+        };
+        let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
+        prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await?;
+        info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
+
+        let link = link.run(self.events.clone());
+        let pid = vmm.pid();
+        let machine = Machine::watch(vmm, self.owner.clone());
+        let guest = Guest { agent, machine, dial, timeline: hello.timeline };
+        Ok(Booted { guest, pid, backend, link })
+    }
+
+    async fn roll_back(&self) {
+        let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
+        let (id, first, cgroup) =
+            (self.plan.request.id.clone(), self.joins.is_none(), self.state.cgroup.clone());
+        let undone = spawn_blocking(move || {
+            if first { host.destroy(&run_dir, &cgroup) } else { host.release_rootfs(&run_dir, &id) }
+        });
+        match undone.await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => warn!("cannot clean up: {}", chain(&e)),
+            Err(e) => warn!("cannot clean up: {e}"),
+        }
+    }
+
+    fn process(&self) -> ProcessId {
+        ProcessId { container: self.plan.request.id.clone(), exec: String::new() }
+    }
+}
+
+async fn prepare_guest(agent: &Agent, hostname: &str, shared_mounts: Vec<SharedMount>) -> Result<(), Error> {
+    let call = PrepareSandboxRequest { hostname: hostname.into(), shared_mounts, ..Default::default() };
+    agent
+        .call(
+            "PrepareSandbox",
+            PREPARE_LIMIT,
+            |c, ctx| async move { c.guest.prepare_sandbox(ctx, &call).await },
+        )
+        .await?;
+    Ok(())
+}
+
+impl From<&cube_protocol::guest::TaskExit> for Exit {
+    fn from(exit: &cube_protocol::guest::TaskExit) -> Exit {
+        Exit { status: exit.exit_status, at_ns: exit.exited_at_ns }
+    }
+}

@@ -1,0 +1,243 @@
+//! What the owner does not wait for: calls to the guest and clean-up. Each job ends with a report to
+//! the owner, or with the reply itself where no state depends on the outcome.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use containerd_shim_protos::{
+    api,
+    protobuf::{MessageField, well_known_types::any::Any},
+};
+use futures::future::join_all;
+use tokio::task::spawn_blocking;
+use tracing::warn;
+
+use super::{
+    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine,
+    process::Stdio,
+};
+use crate::{
+    agent::{Agent, AgentError, Dial},
+    errors::{Error, chain},
+    state::RunDir,
+    stdio::{LogConfig, ProcessIo, StdioConfig},
+};
+
+/// Deadlines of calls to the guest. An emulated guest takes its time to set a container up.
+pub(super) const CREATE_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(30);
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// SIGKILL must work on a hung guest as well, and containerd waits for it.
+const SIGKILL_LIMIT: Duration = Duration::from_secs(3);
+const STATS_LIMIT: Duration = Duration::from_secs(1);
+const DELETE_LIMIT: Duration = Duration::from_secs(2);
+/// How long output that was not delivered yet may hold Delete up.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(1);
+
+/// How a job ended.
+pub(super) enum Report {
+    Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
+    Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
+    Started { process: ProcessId, result: Result<(), Error>, reply: Reply<u32> },
+    Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
+    Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
+}
+
+/// The way to a guest that runs.
+#[derive(Clone)]
+pub(super) struct Guest {
+    pub(super) agent: Agent,
+    pub(super) machine: Machine,
+    /// For streams.
+    pub(super) dial: Arc<dyn Dial>,
+    pub(super) timeline: u64,
+}
+
+/// What the stdio module needs to know of a process.
+pub(super) fn stdio_config(
+    namespace: &str,
+    process: &ProcessId,
+    stdio: &Stdio,
+    log: Option<LogConfig>,
+) -> StdioConfig {
+    let Stdio { terminal, stdin, stdout, stderr } = stdio.clone();
+    let (container_id, exec_id) = (process.container.clone(), process.exec.clone());
+    StdioConfig { namespace: namespace.into(), container_id, exec_id, terminal, stdin, stdout, stderr, log }
+}
+
+/// How the agent is told that it must make a stream: any text but the empty one does.
+pub(super) fn stream(wanted: bool) -> String {
+    if wanted { "stream".into() } else { String::new() }
+}
+
+/// Registers an exec in the guest and begins to relay its stdio.
+pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) -> Result<ProcessIo, Error> {
+    let ExecRequest { process, spec, stdio } = request;
+    let mut io = ProcessIo::prepare(stdio_config(&namespace, &process, &stdio, None)).await?;
+    let wanted = io.wanted();
+    let call = api::ExecProcessRequest {
+        id: process.container,
+        exec_id: process.exec,
+        terminal: stdio.terminal,
+        stdin: stream(wanted.stdin),
+        stdout: stream(wanted.stdout),
+        stderr: stream(wanted.stderr),
+        spec: MessageField::some(spec),
+        ..Default::default()
+    };
+    guest.agent.call("Exec", CALL_LIMIT, |c, ctx| async move { c.task.exec(ctx, &call).await }).await?;
+    io.start(guest.dial, guest.timeline);
+    Ok(io)
+}
+
+/// Lets a created process run.
+pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<(), Error> {
+    let ProcessId { container, exec } = process;
+    let call = api::StartRequest { id: container, exec_id: exec, ..Default::default() };
+    guest.agent.call("Start", START_LIMIT, |c, ctx| async move { c.task.start(ctx, &call).await }).await?;
+    Ok(())
+}
+
+/// Sends a signal. If the guest does not answer and `last_resort` is set, SIGKILL ends the VM.
+pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) -> Result<(), Error> {
+    let sigkill = request.signal == libc::SIGKILL as u32;
+    let limit = if sigkill { SIGKILL_LIMIT } else { CALL_LIMIT };
+    let ProcessId { container, exec } = request.process;
+    let call = api::KillRequest {
+        id: container,
+        exec_id: exec,
+        signal: request.signal,
+        all: request.all,
+        ..Default::default()
+    };
+    let answer = guest.agent.call("Kill", limit, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
+    match answer {
+        Ok(_) => Ok(()),
+        Err(AgentError::Refused { call, status }) => Err(AgentError::Refused { call, status }.into()),
+        Err(e) if sigkill && last_resort => {
+            warn!("the guest did not take SIGKILL, killing its VM: {}", chain(&e));
+            guest.machine.kill().await;
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Metrics of a container.
+pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
+    let call = api::StatsRequest { id, ..Default::default() };
+    let answer = guest
+        .agent
+        .call("Stats", STATS_LIMIT, |c, ctx| async move { c.task.stats(ctx, &call).await })
+        .await?;
+    Ok(answer.stats.unwrap_or_default())
+}
+
+/// Changes limits.
+pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(), Error> {
+    let call = api::UpdateTaskRequest { id, resources: MessageField::some(resources), ..Default::default() };
+    guest.agent.call("Update", CALL_LIMIT, |c, ctx| async move { c.task.update(ctx, &call).await }).await?;
+    Ok(())
+}
+
+/// Sets a window size.
+pub(super) async fn resize(guest: Guest, process: ProcessId, width: u32, height: u32) -> Result<(), Error> {
+    let ProcessId { container, exec } = process;
+    let call = api::ResizePtyRequest { id: container, exec_id: exec, width, height, ..Default::default() };
+    guest
+        .agent
+        .call("ResizePty", CALL_LIMIT, |c, ctx| async move { c.task.resize_pty(ctx, &call).await })
+        .await?;
+    Ok(())
+}
+
+/// What is to be removed.
+pub(super) struct Removal {
+    /// The processes that go, with their stdio, the one that was asked for last.
+    pub(super) processes: Vec<(ProcessId, Option<ProcessIo>)>,
+    /// Containers whose rootfs goes.
+    pub(super) containers: Vec<String>,
+    /// The guest, if it still runs.
+    pub(super) guest: Option<Guest>,
+    /// Whether the whole sandbox goes; names its cgroup.
+    pub(super) sandbox: Option<PathBuf>,
+}
+
+/// Removes processes, containers, and the sandbox. Nothing that fails stops the rest: what is left
+/// over is for `shim delete`, which containerd runs after every Delete.
+pub(super) async fn remove(removal: Removal, host: Arc<dyn Host>, run_dir: RunDir) {
+    let Removal { processes, containers, guest, sandbox } = removal;
+    let (ids, ios): (Vec<_>, Vec<_>) = processes.into_iter().unzip();
+    join_all(ids.iter().zip(ios).filter_map(|(id, io)| Some(finish(id, io?)))).await;
+
+    match (&guest, &sandbox) {
+        (Some(guest), Some(_)) => power_off(guest).await,
+        (Some(guest), None) => forget(guest, &ids, &containers).await,
+        (None, _) => {}
+    }
+    let released = spawn_blocking(move || {
+        for id in &containers {
+            if let Err(e) = host.release_rootfs(&run_dir, id) {
+                warn!("cannot release the rootfs of {id:?}: {}", chain(&e));
+            }
+        }
+        match sandbox {
+            Some(cgroup) => host.destroy(&run_dir, &cgroup),
+            None => Ok(()),
+        }
+    });
+    match released.await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => warn!("cannot remove the sandbox: {}", chain(&e)),
+        Err(e) => warn!("cannot remove the sandbox: {e}"),
+    }
+}
+
+async fn finish(process: &ProcessId, io: ProcessIo) {
+    io.process_exited();
+    let report = io.finish(DRAIN_LIMIT).await;
+    if !report.complete {
+        warn!(container = process.container, exec = process.exec, "output was discarded: {report:?}");
+    }
+}
+
+async fn power_off(guest: &Guest) {
+    let call = api::ShutdownRequest { now: true, ..Default::default() };
+    let told = guest
+        .agent
+        .call("Shutdown", POWER_OFF_LIMIT, |c, ctx| async move { c.task.shutdown(ctx, &call).await })
+        .await;
+    match told {
+        Ok(_) => guest.machine.shutdown(POWER_OFF_LIMIT).await,
+        // An agent may power off before it has answered.
+        Err(AgentError::Transport { .. }) => guest.machine.shutdown(POWER_OFF_LIMIT).await,
+        Err(e) => {
+            warn!("the guest cannot be told to power off: {}", chain(&e));
+            guest.machine.kill().await;
+        }
+    }
+}
+
+/// Deletes in the guest: the containers, whose execs go with them, else the single exec.
+async fn forget(guest: &Guest, processes: &[ProcessId], containers: &[String]) {
+    let inits: Vec<ProcessId>;
+    let targets = if containers.is_empty() {
+        processes
+    } else {
+        inits =
+            containers.iter().map(|id| ProcessId { container: id.clone(), exec: String::new() }).collect();
+        &inits
+    };
+    for ProcessId { container, exec } in targets.iter().cloned() {
+        let call = api::DeleteRequest { id: container, exec_id: exec, ..Default::default() };
+        let answer = guest
+            .agent
+            .call("Delete", DELETE_LIMIT, |c, ctx| async move { c.task.delete(ctx, &call).await })
+            .await;
+        match answer {
+            Err(AgentError::Refused { status, .. }) if status.code() == ttrpc::Code::NOT_FOUND => {}
+            Err(e) => warn!("the guest cannot delete: {}", chain(&e)),
+            Ok(_) => {}
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! One sandbox: a VM and the containers in it.
+//!
+//! An owner task holds all state and never waits: a request is either answered from memory, or
+//! checked, noted in the state and handed to a job (`create`, `job`), whose report comes back as a
+//! message. So every question has an answer at once, whatever the guest does. [`Sandbox`] is the
+//! handle that the Task service uses.
+
+mod create;
+mod host;
+mod job;
+mod machine;
+mod owner;
+mod process;
+pub mod size;
+pub mod spec;
+#[cfg(test)]
+mod tests;
+
+use std::{path::PathBuf, sync::Arc};
+
+use containerd_shim_protos::{api::Mount, protobuf::well_known_types::any::Any};
+use serde_json::Value;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinHandle, spawn_blocking},
+};
+
+pub use host::{Host, LinuxHost, Rootfs, Selected};
+pub use process::{Exit, ProcessState, Status, Stdio};
+
+use crate::{
+    annotations::{self, Annotations},
+    config::Config,
+    errors::Error,
+    events::Publisher,
+    state::RunDir,
+};
+
+/// Requests that may wait for the owner, which takes each in microseconds.
+const QUEUE: usize = 256;
+
+/// Who a sandbox is; fixed for its life.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// containerd namespace.
+    pub namespace: String,
+    /// Id of the pod, or of the only container.
+    pub id: String,
+    /// Where its files are.
+    pub run_dir: RunDir,
+}
+
+/// Names a process: its container, and its exec id or "" for the init process.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ProcessId {
+    /// Container id.
+    pub container: String,
+    /// Exec id; empty for the init process.
+    pub exec: String,
+}
+
+impl ProcessId {
+    /// Whether it is a container's init process.
+    pub fn is_init(&self) -> bool {
+        self.exec.is_empty()
+    }
+}
+
+/// What Create asks for, ids checked.
+#[derive(Debug)]
+pub struct CreateRequest {
+    /// Container id.
+    pub id: String,
+    /// Its bundle, absolute.
+    pub bundle: PathBuf,
+    /// Mounts that make the rootfs, in order.
+    pub rootfs: Vec<Mount>,
+    /// Its init process's stdio.
+    pub stdio: Stdio,
+}
+
+/// A [`CreateRequest`] with what its bundle says.
+#[derive(Debug)]
+struct Plan {
+    request: CreateRequest,
+    spec: Value,
+    annotations: Annotations,
+}
+
+/// What Exec asks for, ids checked.
+#[derive(Debug)]
+pub struct ExecRequest {
+    /// Names the new process; not init.
+    pub process: ProcessId,
+    /// The OCI process, as containerd packed it.
+    pub spec: Any,
+    /// Its stdio.
+    pub stdio: Stdio,
+}
+
+/// What Kill asks for.
+#[derive(Debug, Clone)]
+pub struct KillRequest {
+    /// The process.
+    pub process: ProcessId,
+    /// Signal number as kill(2) has it.
+    pub signal: u32,
+    /// Every process of the container.
+    pub all: bool,
+}
+
+/// A process that was deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deleted {
+    /// Pid that containerd was told.
+    pub pid: u32,
+    /// How it ended.
+    pub exit: Exit,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What the Task service asks of the owner.
+enum Request {
+    Create(Box<Plan>, Reply<u32>),
+    Start(ProcessId, Reply<u32>),
+    Exec(Box<ExecRequest>, Reply<()>),
+    Kill(KillRequest, Reply<()>),
+    Delete(ProcessId, Reply<Deleted>),
+    Wait(ProcessId, Reply<Exit>),
+    State(ProcessId, Reply<ProcessState>),
+    Pid(String, Reply<u32>),
+    Stats(String, Reply<Any>),
+    Update(String, Any, Reply<()>),
+    Resize(ProcessId, u32, u32, Reply<()>),
+    CloseIo(ProcessId, Reply<()>),
+    Shutdown(Reply<()>),
+}
+
+/// Everything that the owner reacts to.
+enum Message {
+    Request(Request),
+    Report(job::Report),
+    VmmExited(crate::vmm::VmmExit),
+}
+
+/// Handle of a sandbox. Clones mean the same sandbox.
+#[derive(Clone)]
+pub struct Sandbox {
+    owner: mpsc::Sender<Message>,
+}
+
+impl Sandbox {
+    /// Starts the owner task. Nothing runs yet: the first Create boots the VM. The task ends after
+    /// Shutdown, or when no container came or was left for a while; then nothing of the sandbox
+    /// exists any more.
+    pub fn spawn(
+        identity: Identity,
+        config: Config,
+        host: Arc<dyn Host>,
+        publisher: Publisher,
+    ) -> (Sandbox, JoinHandle<()>) {
+        let (sender, messages) = mpsc::channel(QUEUE);
+        let owner = owner::Owner::new(identity, config, host, publisher, sender.clone());
+        (Sandbox { owner: sender }, tokio::spawn(owner.run(messages)))
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.owner.send(Message::Request(request(reply))).await.map_err(|_| Error::ShuttingDown)?;
+        answer.await.unwrap_or(Err(Error::ShuttingDown))
+    }
+
+    /// Creates a container, after booting the VM if it is the first. Gives the pid for containerd.
+    pub async fn create(&self, request: CreateRequest) -> Result<u32, Error> {
+        let plan = spawn_blocking(|| -> Result<Plan, Error> {
+            let spec = spec::load(&request.bundle)?;
+            let annotations = annotations::parse(spec::annotations(&spec)?)?;
+            Ok(Plan { request, spec, annotations })
+        });
+        let plan = Box::new(plan.await??);
+        self.ask(|reply| Request::Create(plan, reply)).await
+    }
+
+    /// Starts a created process. Gives the pid for containerd.
+    pub async fn start(&self, process: ProcessId) -> Result<u32, Error> {
+        self.ask(|reply| Request::Start(process, reply)).await
+    }
+
+    /// Registers another process in a running container.
+    pub async fn exec(&self, request: ExecRequest) -> Result<(), Error> {
+        self.ask(|reply| Request::Exec(Box::new(request), reply)).await
+    }
+
+    /// Sends a signal. SIGKILL of the sandbox's main container ends the VM if the guest is hung.
+    pub async fn kill(&self, request: KillRequest) -> Result<(), Error> {
+        self.ask(|reply| Request::Kill(request, reply)).await
+    }
+
+    /// Removes a process that does not run; for init, the whole container, and for the sandbox's main
+    /// container everything.
+    pub async fn delete(&self, process: ProcessId) -> Result<Deleted, Error> {
+        self.ask(|reply| Request::Delete(process, reply)).await
+    }
+
+    /// Resolves when the process has exited.
+    pub async fn wait(&self, process: ProcessId) -> Result<Exit, Error> {
+        self.ask(|reply| Request::Wait(process, reply)).await
+    }
+
+    /// The state of a process, from memory.
+    pub async fn state(&self, process: ProcessId) -> Result<ProcessState, Error> {
+        self.ask(|reply| Request::State(process, reply)).await
+    }
+
+    /// The pid that containerd is told for container `id`, from memory; never 0.
+    pub async fn pid(&self, id: String) -> Result<u32, Error> {
+        self.ask(|reply| Request::Pid(id, reply)).await
+    }
+
+    /// Metrics of a container: fresh if the guest answers within a second, else the last known.
+    pub async fn stats(&self, id: String) -> Result<Any, Error> {
+        self.ask(|reply| Request::Stats(id, reply)).await
+    }
+
+    /// Changes the limits of a container; `resources` as containerd packed them.
+    pub async fn update(&self, id: String, resources: Any) -> Result<(), Error> {
+        self.ask(|reply| Request::Update(id, resources, reply)).await
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    pub async fn resize(&self, process: ProcessId, width: u32, height: u32) -> Result<(), Error> {
+        self.ask(|reply| Request::Resize(process, width, height, reply)).await
+    }
+
+    /// Ends a process's stdin once its FIFO is drained.
+    pub async fn close_stdin(&self, process: ProcessId) -> Result<(), Error> {
+        self.ask(|reply| Request::CloseIo(process, reply)).await
+    }
+
+    /// Ends the shim, if no container is left.
+    pub async fn shutdown(&self) -> Result<(), Error> {
+        self.ask(Request::Shutdown).await
+    }
+}

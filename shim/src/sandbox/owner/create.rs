@@ -1,0 +1,142 @@
+//! Create, as the owner sees it.
+
+use std::{collections::HashMap, path::Path};
+
+use containerd_shim_protos::{events::task as message, protobuf::MessageField};
+use tokio::sync::oneshot;
+
+use super::{Container, Owner, SandboxState, init_of, not_found};
+use crate::{
+    errors::Error,
+    events::TaskEvent,
+    sandbox::{
+        Plan, Reply,
+        create::{Booted, Created, Creation},
+        job::Report,
+        process::{Phase, Process, Stdio},
+        spec::Pod,
+    },
+    state::{ContainerState, now_ns},
+    stdio::LogConfig,
+};
+
+impl Owner {
+    pub(super) fn create(&mut self, plan: Plan, reply: Reply<u32>) {
+        let id = plan.request.id.clone();
+        match self.admit(plan) {
+            Ok((creation, aborted)) => self.later(async move {
+                let result = creation.run(aborted).await;
+                Report::Created { id, result, reply }
+            }),
+            Err(e) => drop(reply.send(Err(e))),
+        }
+    }
+
+    /// Checks whether the container may be created now, and notes it in memory and on disk: nothing
+    /// is made before the state file knows of it.
+    pub(super) fn admit(&mut self, plan: Plan) -> Result<(Creation, oneshot::Receiver<()>), Error> {
+        let id = &plan.request.id;
+        if self.containers.contains_key(id) {
+            return Err(Error::AlreadyExists { what: "container", id: id.clone() });
+        }
+        let joins = match (self.state, &self.guest) {
+            (SandboxState::Creating, _) if self.containers.is_empty() => None,
+            (SandboxState::Running, Some(guest)) => Some((guest.clone(), self.pod())),
+            _ => return Err(self.wrong_state("it must be running or new to take a container")),
+        };
+        if joins.is_none() {
+            self.disk.cgroup = self.host.cgroup(self.identity.run_dir.key())?;
+        }
+        let log = self.log_config(&plan);
+        let bundle = plan.request.bundle.clone();
+        let log_dir = log.as_ref().map(|log| log.dir.clone());
+        let on_disk = ContainerState { bundle: bundle.clone(), log_dir, created_ns: now_ns() };
+        self.disk.containers.insert(id.clone(), on_disk);
+        if let Err(e) = self.identity.run_dir.create().and_then(|()| self.identity.run_dir.save(&self.disk)) {
+            self.disk.containers.remove(id);
+            return Err(e.into());
+        }
+        let (abort, aborted) = oneshot::channel();
+        let container = Container {
+            bundle,
+            rootfs: plan.request.rootfs.clone(),
+            init: Process::new(plan.request.stdio.clone()),
+            execs: HashMap::new(),
+            guest_pid: 0,
+            stats: None,
+            abort: Some(abort),
+        };
+        self.containers.insert(id.clone(), container);
+        self.idle_since = None;
+        let creation = Creation {
+            identity: self.identity.clone(),
+            config: self.config.clone(),
+            host: self.host.clone(),
+            plan,
+            log,
+            state: self.disk.clone(),
+            joins,
+            owner: self.owner.clone(),
+            events: self.events.clone(),
+        };
+        Ok((creation, aborted))
+    }
+
+    pub(super) fn pod(&self) -> Pod {
+        let guest_pid = self.containers.get(&self.identity.id).map(|main| main.guest_pid).unwrap_or_default();
+        Pod { reported_pid: self.pid, guest_pid }
+    }
+
+    pub(super) fn log_config(&self, plan: &Plan) -> Option<LogConfig> {
+        if plan.request.stdio.terminal || !plan.annotations.log_forwarding {
+            return None;
+        }
+        let log = &self.config.log;
+        let dir = if log.dir == Path::new("bundle") {
+            plan.request.bundle.clone()
+        } else {
+            log.dir.join(&self.identity.namespace).join(&plan.request.id)
+        };
+        Some(LogConfig { dir, segment_bytes: log.segment_bytes, segments: log.segments })
+    }
+
+    pub(super) fn created(&mut self, id: &str, result: Result<Created, Error>) -> Result<u32, Error> {
+        let Created { io, guest_pid, booted } = match result {
+            Ok(created) => created,
+            Err(e) => {
+                self.forget_container(id);
+                if self.guest.is_none() {
+                    self.state = SandboxState::Stopped;
+                }
+                return Err(e);
+            }
+        };
+        if let Some(Booted { guest, pid, backend, link }) = booted {
+            self.disk.vmm_pid = pid;
+            self.disk.timeline = guest.timeline;
+            self.disk.backend = backend;
+            (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
+            self.state = SandboxState::Running;
+            self.save();
+        }
+        let pid = self.pid;
+        let Some(container) = self.containers.get_mut(id) else { return Err(not_found("container", id)) };
+        container.guest_pid = guest_pid;
+        container.abort = None;
+        container.init.io = Some(io);
+        let Stdio { terminal, stdin, stdout, stderr } = container.init.stdio.clone();
+        let stdio = message::TaskIO { stdin, stdout, stderr, terminal, ..Default::default() };
+        self.publisher.publish(TaskEvent::create(&message::TaskCreate {
+            container_id: id.into(),
+            bundle: container.bundle.to_string_lossy().into_owned(),
+            rootfs: container.rootfs.clone(),
+            io: MessageField::some(stdio),
+            pid,
+            ..Default::default()
+        }));
+        if let Some(exit) = container.init.settle(Phase::Created) {
+            self.publish_exit(&init_of(id), exit);
+        }
+        Ok(pid)
+    }
+}

@@ -1,0 +1,146 @@
+//! Kill and Delete, as the owner sees them.
+
+use tokio::time::Instant;
+
+use super::{Owner, SandboxState, answer_later, gone, init_of, not_found, wrong_phase};
+use crate::{
+    events::TaskEvent,
+    sandbox::{
+        Deleted, KillRequest, ProcessId, Reply,
+        job::{self, Removal, Report},
+        process::{Exit, Phase},
+    },
+};
+
+impl Owner {
+    pub(super) fn kill(&mut self, request: KillRequest, reply: Reply<()>) {
+        let id = &request.process;
+        if request.signal == libc::SIGKILL as u32
+            && let Some(abort) = self.containers.get_mut(&id.container).and_then(|c| c.abort.take())
+        {
+            // The creation fails with it.
+            let _ = abort.send(());
+            drop(reply.send(Ok(())));
+            return;
+        }
+        let last_resort = id.is_init() && self.is_main(&id.container);
+        let guest = self.known(id).and_then(|process| match process.exit() {
+            Some(_) => Err(gone(id)),
+            None => Ok(()),
+        });
+        match guest.and_then(|()| self.guest_of(id)) {
+            Ok(guest) => answer_later(reply, job::kill(guest, request, last_resort)),
+            Err(e) => drop(reply.send(Err(e))),
+        }
+    }
+
+    pub(super) fn is_main(&self, id: &str) -> bool {
+        id == self.identity.id || self.containers.len() == 1
+    }
+
+    pub(super) fn delete(&mut self, id: ProcessId, reply: Reply<Deleted>) {
+        let phase = match self.known(&id) {
+            Ok(process) => process.phase,
+            Err(e) => return drop(reply.send(Err(e))),
+        };
+        match phase {
+            Phase::Stopped(_) | Phase::Created => {}
+            Phase::Creating | Phase::Starting | Phase::Running | Phase::Deleting(_) => {
+                let needed = "it must have exited to be deleted";
+                return drop(reply.send(Err(wrong_phase(&id, phase, needed))));
+            }
+        }
+        let Some(exit) = self.begin_delete(&id) else {
+            return drop(reply.send(Err(not_found("container", &id.container))));
+        };
+        let deleted = Deleted { pid: self.pid, exit };
+        let removal = self.removal(&id);
+        let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
+        self.later(async move {
+            job::remove(removal, host, run_dir).await;
+            Report::Deleted { process: id, deleted, reply }
+        });
+    }
+
+    pub(super) fn begin_delete(&mut self, id: &ProcessId) -> Option<Exit> {
+        let (exit, news) = self.known(id).ok()?.delete();
+        if news {
+            self.publish_exit(id, exit);
+        }
+        Some(exit)
+    }
+
+    /// Collects what goes with process `id`: an exec alone; a container with its execs; the main
+    /// container with every member of its pod, for containerd 2 deletes none of them by itself.
+    pub(super) fn removal(&mut self, id: &ProcessId) -> Removal {
+        let guest = self.guest.clone();
+        if !id.is_init() {
+            let io = self.known(id).ok().and_then(|process| process.io.take());
+            return Removal {
+                processes: vec![(id.clone(), io)],
+                containers: Vec::new(),
+                guest,
+                sandbox: None,
+            };
+        }
+        let everything = self.is_main(&id.container);
+        let containers: Vec<String> = if everything {
+            self.state = SandboxState::Stopping;
+            self.containers.keys().cloned().collect()
+        } else {
+            vec![id.container.clone()]
+        };
+        let mut processes = Vec::new();
+        for container in &containers {
+            for process in self.process_ids(container) {
+                if process != *id {
+                    self.begin_delete(&process);
+                }
+                let io = self.known(&process).ok().and_then(|process| process.io.take());
+                processes.push((process, io));
+            }
+        }
+        let sandbox = everything.then(|| self.disk.cgroup.clone());
+        Removal { processes, containers, guest, sandbox }
+    }
+
+    /// Every process of a container, init last.
+    pub(super) fn process_ids(&self, container: &str) -> Vec<ProcessId> {
+        let execs = self.containers.get(container).into_iter().flat_map(|c| c.execs.keys());
+        let exec = |exec: &String| ProcessId { container: container.into(), exec: exec.clone() };
+        execs.map(exec).chain([init_of(container)]).collect()
+    }
+
+    pub(super) fn deleted(&mut self, id: &ProcessId, deleted: Deleted) {
+        if !id.is_init() {
+            if let Some(container) = self.containers.get_mut(&id.container) {
+                container.execs.remove(&id.exec);
+            }
+            return;
+        }
+        let gone: Vec<String> = match self.state {
+            SandboxState::Stopping => self.containers.keys().cloned().collect(),
+            _ => vec![id.container.clone()],
+        };
+        for container in gone {
+            let exit = self.known(&init_of(&container)).ok().and_then(|init| init.exit());
+            let Exit { status, at_ns } = exit.unwrap_or(deleted.exit);
+            self.forget_container(&container);
+            self.publisher.publish(TaskEvent::delete(&container, deleted.pid, status, at_ns));
+        }
+        if self.state == SandboxState::Stopping {
+            self.state = SandboxState::Stopped;
+            self.end_of_guest();
+        } else {
+            self.save();
+        }
+    }
+
+    pub(super) fn forget_container(&mut self, id: &str) {
+        self.containers.remove(id);
+        self.disk.containers.remove(id);
+        if self.containers.is_empty() {
+            self.idle_since = Some(Instant::now());
+        }
+    }
+}

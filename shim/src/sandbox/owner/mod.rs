@@ -1,0 +1,336 @@
+//! The owner task: all state of a sandbox, and the only place where it changes.
+
+mod create;
+mod end;
+mod run;
+mod watch;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim_protos::{api::Mount, protobuf::well_known_types::any::Any};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinHandle, spawn_blocking},
+    time::{Instant, sleep_until},
+};
+use tracing::{debug, error, warn};
+
+use super::{
+    Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
+    job::{self, Guest, Report},
+    process::{Phase, Process},
+};
+use crate::{
+    agent::GuestEvent,
+    config::Config,
+    errors::{Error, chain},
+    events::{Publisher, TaskEvent},
+    sandbox::Exit,
+    state::{FORMAT, State, now_ns},
+};
+
+/// Events of the guest that may wait for the owner.
+const GUEST_EVENTS: usize = 64;
+
+/// Where a sandbox is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SandboxState {
+    /// No VM yet.
+    Creating,
+    /// The guest answers.
+    Running,
+    /// The main container is being deleted, and everything with it.
+    Stopping,
+    /// The VM has ended, or could not be booted.
+    Stopped,
+}
+
+impl SandboxState {
+    fn name(self) -> &'static str {
+        match self {
+            SandboxState::Creating => "being created",
+            SandboxState::Running => "running",
+            SandboxState::Stopping => "being stopped",
+            SandboxState::Stopped => "stopped",
+        }
+    }
+}
+
+struct Container {
+    bundle: PathBuf,
+    rootfs: Vec<Mount>,
+    init: Process,
+    execs: HashMap<String, Process>,
+    /// Pid of the init process in the guest.
+    guest_pid: u32,
+    /// Last known metrics.
+    stats: Option<Any>,
+    /// Ends its creation; dropped afterwards.
+    abort: Option<oneshot::Sender<()>>,
+}
+
+impl Container {
+    /// The exec with this id, or the init process for "".
+    fn process(&mut self, exec: &str) -> Option<&mut Process> {
+        if exec.is_empty() { Some(&mut self.init) } else { self.execs.get_mut(exec) }
+    }
+}
+
+/// See the module.
+pub(super) struct Owner {
+    identity: Identity,
+    config: Arc<Config>,
+    host: Arc<dyn Host>,
+    publisher: Publisher,
+    /// To itself, for jobs.
+    owner: mpsc::Sender<Message>,
+    events: mpsc::Sender<GuestEvent>,
+    guest_events: mpsc::Receiver<GuestEvent>,
+    state: SandboxState,
+    disk: State,
+    containers: BTreeMap<String, Container>,
+    guest: Option<Guest>,
+    link: Option<JoinHandle<()>>,
+    /// Pid of the VMM, also after it has ended; 0 before it is booted.
+    pid: u32,
+    idle_since: Option<Instant>,
+    done: bool,
+}
+
+impl Owner {
+    pub(super) fn new(
+        identity: Identity,
+        config: Config,
+        host: Arc<dyn Host>,
+        publisher: Publisher,
+        owner: mpsc::Sender<Message>,
+    ) -> Owner {
+        let (events, guest_events) = mpsc::channel(GUEST_EVENTS);
+        let disk = State {
+            format: FORMAT,
+            namespace: identity.namespace.clone(),
+            sandbox_id: identity.id.clone(),
+            cgroup: PathBuf::new(),
+            backend: String::new(),
+            vmm_pid: 0,
+            timeline: 0,
+            created_ns: now_ns(),
+            containers: BTreeMap::new(),
+        };
+        Owner {
+            identity,
+            config: Arc::new(config),
+            host,
+            publisher,
+            owner,
+            events,
+            guest_events,
+            state: SandboxState::Creating,
+            disk,
+            containers: BTreeMap::new(),
+            guest: None,
+            link: None,
+            pid: 0,
+            idle_since: Some(Instant::now()),
+            done: false,
+        }
+    }
+
+    pub(super) async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        while !self.done {
+            // A far future stands for "never".
+            let wake = self.wakeup().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
+            tokio::select! {
+                // Neither channel ends: we hold a sender of each.
+                Some(message) = messages.recv() => self.handle(message),
+                Some(event) = self.guest_events.recv() => self.guest_event(event),
+                () = sleep_until(wake) => self.look_around(),
+            }
+        }
+        self.clean_up().await;
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Request(request) => self.request(request),
+            Message::Report(report) => self.report(report),
+            Message::VmmExited(exit) => self.vmm_exited(&exit),
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        // A reply that nobody waits for any more is dropped, here and everywhere below.
+        match request {
+            Request::Create(plan, reply) => self.create(*plan, reply),
+            Request::Start(process, reply) => self.start(process, reply),
+            Request::Exec(request, reply) => self.exec(*request, reply),
+            Request::Kill(request, reply) => self.kill(request, reply),
+            Request::Delete(process, reply) => self.delete(process, reply),
+            Request::Wait(process, reply) => match self.known(&process) {
+                Ok(process) => process.wait(reply),
+                Err(e) => drop(reply.send(Err(e))),
+            },
+            Request::State(process, reply) => drop(reply.send(self.process_state(&process))),
+            Request::Pid(id, reply) => {
+                let pid = self.pid;
+                drop(reply.send(self.known(&init_of(&id)).map(|_| pid)));
+            }
+            Request::Stats(id, reply) => self.stats(id, reply),
+            Request::Update(id, resources, reply) => match self.guest_of(&init_of(&id)) {
+                Ok(guest) => answer_later(reply, job::update(guest, id, resources)),
+                Err(e) => drop(reply.send(Err(e))),
+            },
+            Request::Resize(process, width, height, reply) => match self.guest_of(&process) {
+                Ok(guest) => answer_later(reply, job::resize(guest, process, width, height)),
+                Err(e) => drop(reply.send(Err(e))),
+            },
+            Request::CloseIo(process, reply) => {
+                let closed = self.known(&process).map(|process| {
+                    if let Some(io) = &process.io {
+                        io.close_stdin();
+                    }
+                });
+                drop(reply.send(closed));
+            }
+            Request::Shutdown(reply) => {
+                self.done = self.containers.is_empty();
+                drop(reply.send(Ok(())));
+            }
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        match report {
+            Report::Created { id, result, reply } => drop(reply.send(self.created(&id, result))),
+            Report::Execed { process, result, reply } => drop(reply.send(self.execed(&process, result))),
+            Report::Started { process, result, reply } => drop(reply.send(self.started(&process, result))),
+            Report::Deleted { process, deleted, reply } => {
+                self.deleted(&process, deleted);
+                drop(reply.send(Ok(deleted)));
+            }
+            Report::Stats { id, result, reply } => {
+                let container = self.containers.get_mut(&id);
+                drop(reply.send(match (result, container) {
+                    (Ok(stats), Some(container)) => Ok(container.stats.insert(stats).clone()),
+                    (Err(e), Some(Container { stats: Some(stats), .. })) => {
+                        debug!("answering with the last known metrics: {}", chain(&e));
+                        Ok(stats.clone())
+                    }
+                    (result, _) => result,
+                }));
+            }
+        }
+    }
+
+    fn process_state(&mut self, id: &ProcessId) -> Result<ProcessState, Error> {
+        let pid = self.pid;
+        let process = self.known(id)?;
+        let (status, stdio, exit) = (process.status(), process.stdio.clone(), process.exit());
+        let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
+        Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })
+    }
+
+    fn stats(&mut self, id: String, reply: Reply<Any>) {
+        let known = self.known(&init_of(&id)).map(drop);
+        match (known, &self.guest) {
+            (Err(e), _) => drop(reply.send(Err(e))),
+            (Ok(()), Some(guest)) => {
+                let guest = guest.clone();
+                self.later(async move {
+                    let result = job::stats(guest, id.clone()).await;
+                    Report::Stats { id, result, reply }
+                });
+            }
+            (Ok(()), None) => {
+                let result = Err(self.wrong_state("there are no metrics without a guest"));
+                self.report(Report::Stats { id, result, reply });
+            }
+        }
+    }
+
+    /// A process that containerd knows: one that is still being created does not exist for it.
+    fn known(&mut self, id: &ProcessId) -> Result<&mut Process, Error> {
+        let container = self.containers.get_mut(&id.container);
+        let container = container.ok_or_else(|| not_found("container", &id.container))?;
+        let (what, name) = name_of(id);
+        container
+            .process(&id.exec)
+            .filter(|process| process.phase != Phase::Creating)
+            .ok_or_else(|| not_found(what, name))
+    }
+
+    /// The guest, for a call that concerns process `id`.
+    fn guest_of(&mut self, id: &ProcessId) -> Result<Guest, Error> {
+        self.known(id)?;
+        match &self.guest {
+            Some(guest) => Ok(guest.clone()),
+            None => Err(self.wrong_state("its VM must be running")),
+        }
+    }
+
+    fn wrong_state(&self, needed: &'static str) -> Error {
+        Error::State { what: "sandbox", id: self.identity.id.clone(), state: self.state.name(), needed }
+    }
+
+    fn publish_exit(&self, id: &ProcessId, exit: Exit) {
+        let (_, name) = name_of(id);
+        self.publisher.publish(TaskEvent::exit(&id.container, name, self.pid, exit.status, exit.at_ns));
+    }
+
+    async fn clean_up(self) {
+        let (host, run_dir, cgroup) = (self.host, self.identity.run_dir, self.disk.cgroup);
+        let removed = spawn_blocking(move || host.destroy(&run_dir, &cgroup)).await;
+        if let Ok(Err(e)) = removed {
+            warn!("cannot remove the sandbox: {}", chain(&e));
+        }
+    }
+
+    fn save(&self) {
+        if let Err(e) = self.identity.run_dir.save(&self.disk) {
+            error!("cannot keep the state: {}", chain(&e));
+        }
+    }
+
+    fn later(&self, job: impl Future<Output = Report> + Send + 'static) {
+        let owner = self.owner.clone();
+        tokio::spawn(async move {
+            // Fails only when the owner has ended, and then nobody waits for the reply.
+            let _ = owner.send(Message::Report(job.await)).await;
+        });
+    }
+}
+
+fn answer_later<T: Send + 'static>(
+    reply: Reply<T>,
+    job: impl Future<Output = Result<T, Error>> + Send + 'static,
+) {
+    tokio::spawn(async move { drop(reply.send(job.await)) });
+}
+
+fn init_of(container: &str) -> ProcessId {
+    ProcessId { container: container.into(), exec: String::new() }
+}
+
+/// What a process is for containerd's clients, and under which name.
+fn name_of(id: &ProcessId) -> (&'static str, &str) {
+    if id.is_init() { ("container", &id.container) } else { ("exec", &id.exec) }
+}
+
+fn not_found(what: &'static str, id: &str) -> Error {
+    Error::NotFound { what, id: id.into(), state: "does not exist" }
+}
+
+fn gone(id: &ProcessId) -> Error {
+    let (what, name) = name_of(id);
+    Error::NotFound { what, id: name.into(), state: "has exited already" }
+}
+
+fn wrong_phase(id: &ProcessId, phase: Phase, needed: &'static str) -> Error {
+    let (what, name) = name_of(id);
+    Error::State { what, id: name.into(), state: phase.name(), needed }
+}

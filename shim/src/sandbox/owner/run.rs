@@ -1,0 +1,110 @@
+//! Start and Exec, as the owner sees them.
+
+use super::{Owner, init_of, not_found, wrong_phase};
+use crate::{
+    errors::Error,
+    events::TaskEvent,
+    sandbox::{
+        ExecRequest, ProcessId, Reply,
+        job::{self, Guest, Report},
+        process::{Phase, Process},
+    },
+    stdio::ProcessIo,
+};
+
+impl Owner {
+    pub(super) fn start(&mut self, id: ProcessId, reply: Reply<u32>) {
+        let guest = self.guest_of(&id).and_then(|guest| {
+            let process = self.known(&id)?;
+            if process.phase != Phase::Created {
+                return Err(wrong_phase(&id, process.phase, "only a created process can be started"));
+            }
+            process.phase = Phase::Starting;
+            Ok(guest)
+        });
+        match guest {
+            Ok(guest) => self.later(async move {
+                let result = job::start(guest, id.clone()).await;
+                Report::Started { process: id, result, reply }
+            }),
+            Err(e) => drop(reply.send(Err(e))),
+        }
+    }
+
+    pub(super) fn started(&mut self, id: &ProcessId, result: Result<(), Error>) -> Result<u32, Error> {
+        let pid = self.pid;
+        let process = self.known(id)?;
+        if process.phase != Phase::Starting {
+            // The VM has ended meanwhile, which has been told already.
+            return Err(wrong_phase(id, process.phase, "it ended before it was started"));
+        }
+        let exit = match &result {
+            Ok(()) => {
+                let exit = process.settle(Phase::Running);
+                self.publisher.publish(if id.is_init() {
+                    TaskEvent::start(&id.container, pid)
+                } else {
+                    TaskEvent::exec_started(&id.container, &id.exec, pid)
+                });
+                exit
+            }
+            Err(_) => process.settle(Phase::Created),
+        };
+        if let Some(exit) = exit {
+            self.publish_exit(id, exit);
+        }
+        result.map(|()| pid)
+    }
+
+    pub(super) fn exec(&mut self, request: ExecRequest, reply: Reply<()>) {
+        match self.admit_exec(&request) {
+            Ok(guest) => {
+                let namespace = self.identity.namespace.clone();
+                self.later(async move {
+                    let process = request.process.clone();
+                    let result = job::exec(guest, namespace, request).await;
+                    Report::Execed { process, result, reply }
+                });
+            }
+            Err(e) => drop(reply.send(Err(e))),
+        }
+    }
+
+    pub(super) fn admit_exec(&mut self, request: &ExecRequest) -> Result<Guest, Error> {
+        let init = init_of(&request.process.container);
+        let guest = self.guest_of(&init)?;
+        let phase = self.known(&init)?.phase;
+        if phase != Phase::Running {
+            return Err(wrong_phase(&init, phase, "it must be running for an exec"));
+        }
+        let exec = &request.process.exec;
+        let container = self.containers.get_mut(&init.container);
+        let container = container.ok_or_else(|| not_found("container", &init.container))?;
+        if container.execs.contains_key(exec) {
+            return Err(Error::AlreadyExists { what: "exec", id: exec.clone() });
+        }
+        container.execs.insert(exec.clone(), Process::new(request.stdio.clone()));
+        Ok(guest)
+    }
+
+    pub(super) fn execed(&mut self, id: &ProcessId, result: Result<ProcessIo, Error>) -> Result<(), Error> {
+        let container = self.containers.get_mut(&id.container);
+        let container = container.ok_or_else(|| not_found("container", &id.container))?;
+        match result {
+            Ok(io) => {
+                let process = container.execs.get_mut(&id.exec).ok_or_else(|| not_found("exec", &id.exec))?;
+                process.io = Some(io);
+                let exit = process.settle(Phase::Created);
+                self.publisher.publish(TaskEvent::exec_added(&id.container, &id.exec));
+                if let Some(exit) = exit {
+                    self.publish_exit(id, exit);
+                }
+                Ok(())
+            }
+            Err(e) => {
+                container.execs.remove(&id.exec);
+                Err(e)
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What happens by itself: exits, the end of the VM, and time.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{debug, error, info};
+
+use super::{Owner, SandboxState};
+use crate::{
+    agent::GuestEvent,
+    events::TaskEvent,
+    sandbox::{
+        ProcessId,
+        process::{Exit, Phase},
+    },
+    vmm::VmmExit,
+};
+
+/// How long a shim without containers lives: containerd asks for a Create right after `start`, and
+/// for a Shutdown right after the last Delete, if it has not crashed in between.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often a shim whose VM has ended looks whether `shim delete` has removed the sandbox.
+const ORPHAN_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Owner {
+    pub(super) fn guest_event(&mut self, event: GuestEvent) {
+        match event {
+            GuestEvent::Exit(exit) => {
+                let id = ProcessId { container: exit.container_id.clone(), exec: exit.exec_id.clone() };
+                self.process_exited(&id, Exit::from(&exit));
+            }
+            GuestEvent::Oom(oom) if self.containers.contains_key(&oom.container_id) => {
+                info!(container = oom.container_id, count = oom.count, "out of memory");
+                self.publisher.publish(TaskEvent::oom(&oom.container_id));
+            }
+            GuestEvent::Oom(oom) => debug!("OOM in the unknown container {:?}", oom.container_id),
+            GuestEvent::Lost(why) => {
+                error!("the guest is lost, killing its VM: {why}");
+                if let Some(guest) = self.guest.clone() {
+                    tokio::spawn(async move { guest.machine.kill().await });
+                }
+            }
+        }
+    }
+
+    pub(super) fn process_exited(&mut self, id: &ProcessId, exit: Exit) {
+        let container = self.containers.get_mut(&id.container);
+        let Some(process) = container.and_then(|container| container.process(&id.exec)) else {
+            return debug!("exit of the unknown process {id:?}");
+        };
+        if process.exited(exit) {
+            self.publish_exit(id, exit);
+        }
+    }
+
+    /// Every process has died with the VM, whatever it was doing. Jobs that wait for the guest fail
+    /// by themselves, because their connections end.
+    pub(super) fn vmm_exited(&mut self, exit: &VmmExit) {
+        if exit.expected || self.state == SandboxState::Stopping {
+            info!("the VM has ended: {}", exit.description);
+        } else {
+            error!("the VM has ended unexpectedly: {}", exit.description);
+        }
+        self.end_of_guest();
+        if self.state != SandboxState::Stopping {
+            self.state = SandboxState::Stopped;
+        }
+        let containers: Vec<String> = self.containers.keys().cloned().collect();
+        let processes: Vec<ProcessId> = containers.iter().flat_map(|id| self.process_ids(id)).collect();
+        for id in processes {
+            let Ok(process) = self.known(&id) else { continue };
+            let exit = Exit::killed();
+            let news = match process.phase {
+                // It is not going to be started any more; containerd is told the exit all the same,
+                // for somebody may wait for it.
+                Phase::Starting => process.settle(Phase::Created).is_some() || process.exited(exit),
+                _ => process.exited(exit),
+            };
+            if let (true, Some(exit)) = (news, process.exit()) {
+                self.publish_exit(&id, exit);
+            }
+        }
+    }
+
+    pub(super) fn end_of_guest(&mut self) {
+        self.guest = None;
+        if let Some(link) = self.link.take() {
+            link.abort();
+        }
+    }
+
+    pub(super) fn wakeup(&self) -> Option<Instant> {
+        match self.idle_since {
+            Some(since) => Some(since + IDLE_LIMIT),
+            None if self.state == SandboxState::Stopped => Some(Instant::now() + ORPHAN_INTERVAL),
+            None => None,
+        }
+    }
+
+    pub(super) fn look_around(&mut self) {
+        let idle = self.idle_since.is_some_and(|since| since.elapsed() >= IDLE_LIMIT);
+        // `shim delete` removes the directory: containerd has forgotten us.
+        let orphaned = self.state == SandboxState::Stopped && !self.identity.run_dir.path().exists();
+        if idle || orphaned {
+            info!(idle, orphaned, "nobody needs this shim any more");
+            self.done = true;
+        }
+    }
+}

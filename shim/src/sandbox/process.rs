@@ -1,0 +1,176 @@
+//! A process as containerd sees it.
+
+use std::path::PathBuf;
+
+use super::Reply;
+use crate::{state::now_ns, stdio::ProcessIo};
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 to 255; 128 + n for death by signal n.
+    pub status: u32,
+    /// Nanoseconds since 1970.
+    pub at_ns: u64,
+}
+
+impl Exit {
+    /// Death by SIGKILL, now: of a process whose own end nobody saw.
+    pub fn killed() -> Exit {
+        Exit { status: 128 + libc::SIGKILL as u32, at_ns: now_ns() }
+    }
+}
+
+/// Paths and URIs as containerd gave them; State answers them unchanged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+    /// Path or empty.
+    pub stdin: String,
+    /// Path, URI or empty.
+    pub stdout: String,
+    /// Path, URI or empty.
+    pub stderr: String,
+}
+
+/// What containerd calls the status of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Exists, does not run yet.
+    Created,
+    /// Runs.
+    Running,
+    /// Has exited.
+    Stopped,
+}
+
+/// Answer to State.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessState {
+    /// Bundle of its container.
+    pub bundle: PathBuf,
+    /// Pid that containerd is told.
+    pub pid: u32,
+    /// Where it is in its life.
+    pub status: Status,
+    /// As given at Create or Exec.
+    pub stdio: Stdio,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+/// Where a process is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// A job is making it; containerd does not know it yet.
+    Creating,
+    /// Waits for Start.
+    Created,
+    /// A job is starting it.
+    Starting,
+    /// Runs.
+    Running,
+    /// Has exited.
+    Stopped(Exit),
+    /// A job is deleting it.
+    Deleting(Exit),
+}
+
+impl Phase {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Phase::Creating => "being created",
+            Phase::Created => "created",
+            Phase::Starting => "being started",
+            Phase::Running => "running",
+            Phase::Stopped(_) => "stopped",
+            Phase::Deleting(_) => "being deleted",
+        }
+    }
+}
+
+/// One process.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) phase: Phase,
+    pub(super) stdio: Stdio,
+    /// From the end of [`Phase::Creating`] to the begin of [`Phase::Deleting`].
+    pub(super) io: Option<ProcessIo>,
+    /// An exit that came before containerd may hear of it: TaskExit follows TaskStart.
+    early_exit: Option<Exit>,
+    waiters: Vec<Reply<Exit>>,
+}
+
+impl Process {
+    pub(super) fn new(stdio: Stdio) -> Process {
+        Process { phase: Phase::Creating, stdio, io: None, early_exit: None, waiters: Vec::new() }
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn exit(&self) -> Option<Exit> {
+        match self.phase {
+            Phase::Stopped(exit) | Phase::Deleting(exit) => Some(exit),
+            _ => None,
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        match self.phase {
+            Phase::Creating | Phase::Created | Phase::Starting => Status::Created,
+            Phase::Running => Status::Running,
+            Phase::Stopped(_) | Phase::Deleting(_) => Status::Stopped,
+        }
+    }
+
+    /// Answers now or at the exit.
+    pub(super) fn wait(&mut self, reply: Reply<Exit>) {
+        match self.exit() {
+            // Whoever waited may have gone away, here and below.
+            Some(exit) => drop(reply.send(Ok(exit))),
+            None => self.waiters.push(reply),
+        }
+    }
+
+    /// Notes that the process has exited. Tells whether containerd may and must hear of it now.
+    pub(super) fn exited(&mut self, exit: Exit) -> bool {
+        match self.phase {
+            Phase::Creating | Phase::Starting => {
+                self.early_exit.get_or_insert(exit);
+                false
+            }
+            Phase::Created | Phase::Running => {
+                self.stop(exit);
+                true
+            }
+            Phase::Stopped(_) | Phase::Deleting(_) => false,
+        }
+    }
+
+    /// Leaves a phase in which exits are held back. Gives the exit that was, which is now in force.
+    pub(super) fn settle(&mut self, phase: Phase) -> Option<Exit> {
+        self.phase = phase;
+        let exit = self.early_exit.take()?;
+        self.stop(exit);
+        Some(exit)
+    }
+
+    /// Begins the deletion. Gives the exit, and whether it is news to containerd.
+    pub(super) fn delete(&mut self) -> (Exit, bool) {
+        let known = self.exit();
+        let exit = known.unwrap_or_else(Exit::killed);
+        self.stop(exit);
+        self.phase = Phase::Deleting(exit);
+        (exit, known.is_none())
+    }
+
+    fn stop(&mut self, exit: Exit) {
+        self.phase = Phase::Stopped(exit);
+        if let Some(io) = &self.io {
+            io.process_exited();
+        }
+        for waiter in self.waiters.drain(..) {
+            let _ = waiter.send(Ok(exit));
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! What a sandbox leaves on disk: its run directory and `state.json` in it.
+//!
+//! Clean-up after a crash knows nothing but these files, so the state is written before anything
+//! that it describes is made, and replaced atomically. The run directory is on a tmpfs in any sane
+//! set-up: what is here need not survive the host, only the processes.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, DirBuilder, File},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Name of the state file in the run directory.
+pub const FILE: &str = "state.json";
+
+/// Version of the file that this build writes, and the only one that it reads.
+pub const FORMAT: u32 = 1;
+
+/// Longest path that `sun_path` of unix(7) holds, without the final zero.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// Everything about a sandbox that must outlive its shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// containerd namespace.
+    pub namespace: String,
+    /// Id of the sandbox: of its first container, or of the pod.
+    pub sandbox_id: String,
+    /// The sandbox's cgroup v2 directory; every process of the sandbox on the host is in it.
+    pub cgroup: PathBuf,
+    /// Name of the VMM backend; empty until it is chosen.
+    pub backend: String,
+    /// Pid that containerd is told for every process of the sandbox; 0 before the VM runs. For
+    /// display and for `shim delete`'s answer, never for signals.
+    pub vmm_pid: u32,
+    /// Timeline that the guest is on; 0 before the VM runs.
+    pub timeline: u64,
+    /// When the shim began, nanoseconds since 1970.
+    pub created_ns: u64,
+    /// By id.
+    pub containers: BTreeMap<String, ContainerState>,
+}
+
+/// A container of [`State`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerState {
+    /// The bundle that containerd made.
+    pub bundle: PathBuf,
+    /// Directory of its log; `None` if its output is not logged.
+    pub log_dir: Option<PathBuf>,
+    /// When containerd asked for it, nanoseconds since 1970.
+    pub created_ns: u64,
+}
+
+/// A run directory or state file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file operation failed.
+    #[error("{action} {path}")]
+    Io {
+        /// What was done, "cannot create" for example.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not a state of this format.
+    #[error("{path} is not a state file of this version")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        source: serde_json::Error,
+    },
+    /// The run directory's path leaves no room for a socket's name.
+    #[error("the socket path {path} has more than {SOCKET_PATH_MAX} bytes: set run_dir to a shorter path")]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Somebody else holds the lock.
+    #[error("the lock of {path} was not free within {limit:?}")]
+    Locked {
+        /// The run directory.
+        path: PathBuf,
+        /// How long was waited.
+        limit: Duration,
+    },
+}
+
+fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StateError + 'a {
+    move |source| StateError::Io { action, path: path.into(), source }
+}
+
+/// Nanoseconds since 1970.
+pub fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The run directory of one sandbox, `<run_dir>/<key>/`, whether it exists or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunDir(PathBuf);
+
+/// The lock of a run directory; given back when dropped.
+#[derive(Debug)]
+pub struct RunDirLock {
+    _directory: Flock<File>,
+}
+
+impl RunDir {
+    /// The directory of sandbox `id` in `namespace` of the containerd behind `ttrpc_address`. The
+    /// address is part of the key because two containerds may run on one host.
+    pub fn of(run_dir: &Path, ttrpc_address: &str, namespace: &str, id: &str) -> RunDir {
+        let address = ttrpc_address.strip_prefix("unix://").unwrap_or(ttrpc_address);
+        let digest = Sha256::digest(format!("{address}\0{namespace}\0{id}"));
+        let key: String = digest.iter().take(10).map(|byte| format!("{byte:02x}")).collect();
+        RunDir(run_dir.join(key))
+    }
+
+    /// The directory that holds `socket`, which is what a bundle's `address` file names.
+    pub fn of_socket(socket: &Path) -> Option<RunDir> {
+        Some(RunDir(socket.parent()?.into()))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Last component of its path: 20 hex digits that also name the cgroup.
+    pub fn key(&self) -> &str {
+        self.0.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
+    /// The shim's ttrpc socket.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::SocketPath`] if the kernel would not take the path.
+    pub fn socket(&self) -> Result<PathBuf, StateError> {
+        let path = self.0.join("shim.sock");
+        if path.as_os_str().len() > SOCKET_PATH_MAX { Err(StateError::SocketPath { path }) } else { Ok(path) }
+    }
+
+    /// Mounts and files that the guest sees: `shared/<container id>/...`.
+    pub fn shared(&self) -> PathBuf {
+        self.0.join("shared")
+    }
+
+    /// Makes the directory, its parents and `shared/`, mode 0700. May exist.
+    pub fn create(&self) -> Result<(), StateError> {
+        let shared = self.shared();
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&shared)
+            .map_err(failed("cannot create", &shared))
+    }
+
+    /// Takes the exclusive lock, waiting at most `limit`. Blocks the thread. The lock is on the
+    /// directory itself, so that removing it leaves nothing behind; `None` if it does not exist.
+    pub fn lock(&self, limit: Duration) -> Result<Option<RunDirLock>, StateError> {
+        let begun = Instant::now();
+        let mut directory = match File::open(&self.0) {
+            Ok(directory) => directory,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed("cannot open", &self.0)(e)),
+        };
+        loop {
+            directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+                // Whoever held it before may have removed the directory.
+                Ok(_) if !self.0.exists() => return Ok(None),
+                Ok(lock) => return Ok(Some(RunDirLock { _directory: lock })),
+                Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+                Err((_, errno)) => return Err(failed("cannot lock", &self.0)(errno.into())),
+            };
+            if begun.elapsed() >= limit {
+                return Err(StateError::Locked { path: self.0.clone(), limit });
+            }
+            // flock(2) has no time limit of its own.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Replaces the state file.
+    pub fn save(&self, state: &State) -> Result<(), StateError> {
+        let (path, new) = (self.0.join(FILE), self.0.join("state.json.new"));
+        let text = serde_json::to_vec_pretty(state)
+            .map_err(|source| StateError::Parse { path: path.clone(), source })?;
+        let write = || {
+            let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&text)?;
+            file.sync_data()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(failed("cannot write", &path))
+    }
+
+    /// Reads the state file; `None` if there is none.
+    pub fn load(&self) -> Result<Option<State>, StateError> {
+        let path = self.0.join(FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed("cannot read", &path)(e)),
+        };
+        serde_json::from_slice(&text).map(Some).map_err(|source| StateError::Parse { path, source })
+    }
+
+    /// Removes the directory with all that is in it. Mounts below it must be gone. May be repeated.
+    pub fn remove(&self) -> Result<(), StateError> {
+        match fs::remove_dir_all(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("cannot remove", &self.0)(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> State {
+        let container =
+            ContainerState { bundle: "/b/c1".into(), log_dir: Some("/l/c1".into()), created_ns: 7 };
+        State {
+            format: FORMAT,
+            namespace: "default".into(),
+            sandbox_id: "c1".into(),
+            cgroup: "/sys/fs/cgroup/cube/x".into(),
+            backend: "qemu".into(),
+            vmm_pid: 42,
+            timeline: u64::MAX,
+            created_ns: 6,
+            containers: [("c1".to_owned(), container)].into(),
+        }
+    }
+
+    fn run_dir(root: &tempfile::TempDir) -> RunDir {
+        RunDir::of(root.path(), "/run/containerd/containerd.sock.ttrpc", "default", "c1")
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(&root);
+        assert_eq!(dir.load().unwrap(), None);
+        dir.create().unwrap();
+        dir.save(&example()).unwrap();
+        assert_eq!(dir.load().unwrap(), Some(example()));
+        dir.remove().unwrap();
+        dir.remove().unwrap();
+        assert_eq!(dir.load().unwrap(), None);
+    }
+
+    #[test]
+    fn a_reader_never_sees_half_a_state() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(&root);
+        dir.create().unwrap();
+        dir.save(&example()).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| (0..200).for_each(|_| dir.save(&example()).unwrap()));
+            while !writer.is_finished() {
+                assert_eq!(dir.load().unwrap(), Some(example()));
+            }
+        });
+    }
+
+    #[test]
+    fn the_same_id_behind_another_containerd_or_namespace_is_another_sandbox() {
+        let of = |address, namespace| RunDir::of(Path::new("/run/cube"), address, namespace, "c1");
+        assert_ne!(of("/a", "default"), of("/b", "default"));
+        assert_ne!(of("/a", "default"), of("/a", "k8s.io"));
+        assert_eq!(of("/a", "default"), of("unix:///a", "default"));
+        assert_eq!(of("/a", "default").key().len(), 20);
+    }
+
+    #[test]
+    fn a_path_that_no_socket_fits_into_is_refused_with_advice() {
+        let long = format!("/{}", "x".repeat(100));
+        let error = RunDir::of(Path::new(&long), "/a", "n", "c").socket().unwrap_err().to_string();
+        assert!(error.contains("run_dir"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_is_held_is_waited_for_and_a_removed_directory_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(&root);
+        dir.create().unwrap();
+        let held = dir.lock(Duration::ZERO).unwrap().unwrap();
+        assert!(matches!(dir.lock(Duration::from_millis(50)), Err(StateError::Locked { .. })));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| dir.lock(Duration::from_secs(20)).unwrap().is_none());
+            dir.remove().unwrap();
+            drop(held);
+            assert!(waiter.join().unwrap());
+        });
+    }
+}

@@ -1,0 +1,130 @@
+//! Feeds a FIFO, a file or a log program from the log, which is its buffer.
+
+use std::{io, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{sync::watch, time::Instant};
+
+use super::{
+    error_chain,
+    outlet::{Closed, Outlet, Waiting},
+    phase::{GUEST_PATIENCE, Phases},
+    status::Counters,
+};
+use crate::log::retained::{Found, Retained};
+
+/// Bytes read from the log at once; the default capacity of a pipe.
+const CHUNK: usize = 64 << 10;
+
+/// One outlet that follows one log.
+#[derive(Debug)]
+pub(super) struct Feed {
+    pub(super) name: &'static str,
+    pub(super) retained: Arc<Retained>,
+    /// Changes when the log has grown; its sender is gone when it will not any more.
+    pub(super) grown: watch::Receiver<u64>,
+    pub(super) outlet: Outlet,
+    pub(super) counters: Arc<Counters>,
+    pub(super) phases: Phases,
+    /// Position in the log up to which the outlet has everything.
+    pub(super) position: u64,
+}
+
+impl Feed {
+    /// Runs until the log has ended and everything is delivered, or delivery is given up.
+    pub(super) async fn run(mut self) {
+        self.retained.hold(self.position);
+        let result = self.follow().await;
+        self.retained.release();
+        let Feed { retained, mut grown, outlet, counters, position, name, mut phases } = self;
+        // The reader sees the end of the stream now; the log itself may still grow.
+        drop(outlet);
+        let log_ended = async { while grown.changed().await.is_ok() {} };
+        tokio::select! {
+            () = log_ended => {}
+            () = phases.abandoned() => {}
+        }
+        let rest = retained.end().saturating_sub(position);
+        counters.lost.add(rest);
+        match result {
+            Ok(Ok(())) => counters.delivered.set(1),
+            // Nobody reads: nobody misses it, and the log has it.
+            Ok(Err(Closed::Unread)) => counters.delivered.set(1),
+            Ok(Err(closed @ (Closed::Slow | Closed::Gone))) => {
+                counters.discarded.add(rest);
+                tracing::warn!(
+                    stream = name,
+                    bytes = rest,
+                    ?closed,
+                    "output was not delivered, the log has it"
+                );
+            }
+            Err(e) => {
+                counters.discarded.add(rest);
+                tracing::warn!(stream = name, bytes = rest, error = %error_chain(&e), "output was not delivered");
+            }
+        }
+    }
+
+    async fn follow(&mut self) -> io::Result<Result<(), Closed>> {
+        let mut last_growth = Instant::now();
+        let mut ended = false;
+        loop {
+            match self.read().await? {
+                (Found::Bytes(_), bytes) => {
+                    if let Err(closed) = self.deliver(bytes).await? {
+                        return Ok(Err(closed));
+                    }
+                    last_growth = Instant::now();
+                }
+                (Found::Dropped(to), _) => {
+                    self.counters.lost.add(to - self.position);
+                    self.position = to;
+                }
+                (Found::End, _) if ended => return Ok(Ok(())),
+                (Found::End, _) => tokio::select! {
+                    grown = self.grown.changed() => ended = grown.is_err(),
+                    () = self.phases.exhausted(last_growth, GUEST_PATIENCE) => return Ok(Err(Closed::Slow)),
+                },
+            }
+        }
+    }
+
+    async fn deliver(&mut self, mut bytes: Bytes) -> io::Result<Result<(), Closed>> {
+        let Feed { retained, outlet, counters, phases, position, .. } = self;
+        while !bytes.is_empty() {
+            let at = *position;
+            let taken = outlet.deliver(&bytes, phases, |waiting| match waiting {
+                Waiting::Reader => retained.hold(at),
+                Waiting::Nobody => retained.release(),
+            });
+            match taken.await? {
+                Ok(n) => {
+                    *position += n as u64;
+                    counters.written.add(n as u64);
+                    retained.hold(*position);
+                    bytes = bytes.slice(n..);
+                }
+                Err(closed) => return Ok(Err(closed)),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    // On a thread that may wait for the disk; mostly the page cache has it.
+    async fn read(&self) -> io::Result<(Found, Bytes)> {
+        let available = self.retained.end().saturating_sub(self.position);
+        if available == 0 {
+            return Ok((Found::End, Bytes::new()));
+        }
+        let (retained, position) = (self.retained.clone(), self.position);
+        let len = usize::try_from(available).unwrap_or(CHUNK).min(CHUNK);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut buffer = BytesMut::zeroed(len);
+            let found = retained.read_at(position, &mut buffer)?;
+            buffer.truncate(if let Found::Bytes(n) = found { n } else { 0 });
+            Ok((found, buffer.freeze()))
+        });
+        read.await.map_err(io::Error::other)?
+    }
+}

@@ -1,0 +1,145 @@
+//! The write end of a FIFO or pipe whose reader may be slow, go away and come back.
+//!
+//! fifo(7): opening for writing without a reader fails with ENXIO, and when all ends are closed
+//! unread bytes are gone. So the FIFO is opened for both first, then for writing, and the first is
+//! closed: the write end then lives on without a reader, keeps what is unread, and a write with no
+//! reader fails with EPIPE instead of being swallowed.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::StreamExt;
+use inotify::{Inotify, WatchMask};
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::registration::{register, register_again};
+
+/// How often a new reader is looked for where inotify cannot be had: its instances are limited per
+/// user (`fs.inotify.max_user_instances`), and a host may run hundreds of sandboxes.
+const POLL: Duration = Duration::from_millis(200);
+
+/// What became of bytes that were offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offer {
+    /// So many were taken, at least one.
+    Taken(usize),
+    /// None: the reader is slow.
+    Full,
+    /// None: nobody reads.
+    NoReader,
+}
+
+/// A write end.
+#[derive(Debug)]
+pub(super) struct PipeWriter {
+    // `None` only while it is registered anew.
+    fd: Option<AsyncFd<File>>,
+    /// Where another reader could open it; `None` for a pipe without a name.
+    path: Option<PathBuf>,
+}
+
+impl PipeWriter {
+    /// Opens the FIFO at `path`; never waits.
+    pub(super) fn open(path: &Path) -> io::Result<PipeWriter> {
+        let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
+        let both = open(path, flags | OFlag::O_RDWR, Mode::empty())?;
+        let write = open(path, flags | OFlag::O_WRONLY, Mode::empty())?;
+        drop(both);
+        Ok(PipeWriter { fd: Some(registered(write.into())?), path: Some(path.into()) })
+    }
+
+    /// Takes the write end of a pipe, which must be non-blocking.
+    pub(super) fn pipe(fd: OwnedFd) -> io::Result<PipeWriter> {
+        Ok(PipeWriter { fd: Some(registered(fd.into())?), path: None })
+    }
+
+    /// Offers bytes without waiting.
+    pub(super) fn offer(&mut self, bytes: &[u8]) -> io::Result<Offer> {
+        loop {
+            match self.fd()?.get_ref().write(bytes) {
+                Ok(n) => return Ok(Offer::Taken(n)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Offer::Full),
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Offer::NoReader),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Waits after [`Offer::Full`] until an offer makes sense again. Cancel safe.
+    pub(super) async fn drained(&mut self) -> io::Result<()> {
+        loop {
+            let mut guard = self.fd()?.writable().await?;
+            if !is_full(guard.get_inner())? {
+                return Ok(());
+            }
+            let latched = guard.ready().is_write_closed();
+            guard.clear_ready();
+            drop(guard);
+            if latched {
+                register_again(&mut self.fd, Interest::WRITABLE)?;
+            }
+        }
+    }
+
+    /// Whether anybody could ever become a reader again.
+    pub(super) fn may_return(&self) -> bool {
+        self.path.is_some()
+    }
+
+    /// Waits after [`Offer::NoReader`] for somebody to open the FIFO. May return without. Cancel safe.
+    pub(super) async fn reader(&mut self) -> io::Result<()> {
+        let Some(path) = &self.path else { return std::future::pending().await };
+        // Watch first, look second: a reader that comes between is then seen by one of the two.
+        match watch_opens(path) {
+            Ok(mut opens) => {
+                if !has_reader(self.fd()?.get_ref())? {
+                    let _ = opens.next().await;
+                }
+            }
+            Err(_) => tokio::time::sleep(POLL).await,
+        }
+        register_again(&mut self.fd, Interest::WRITABLE)
+    }
+
+    fn fd(&self) -> io::Result<&AsyncFd<File>> {
+        self.fd.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+fn registered(file: File) -> io::Result<AsyncFd<File>> {
+    register(file, Interest::WRITABLE).map_err(|(_, e)| e)
+}
+
+fn watch_opens(path: &Path) -> io::Result<inotify::EventStream<[u8; 1024]>> {
+    let inotify = Inotify::init()?;
+    inotify.watches().add(path, WatchMask::OPEN)?;
+    inotify.into_event_stream([0; 1024])
+}
+
+fn poll(file: &File) -> io::Result<nix::poll::PollFlags> {
+    use std::os::fd::AsFd;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout};
+    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+    nix::poll::poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
+}
+
+/// pipe(7): POLLERR on a write end means that there is no read end.
+fn has_reader(file: &File) -> io::Result<bool> {
+    Ok(!poll(file)?.contains(nix::poll::PollFlags::POLLERR))
+}
+
+fn is_full(file: &File) -> io::Result<bool> {
+    Ok(poll(file)?.is_empty())
+}

@@ -1,0 +1,95 @@
+//! The thread that writes the log of one stream.
+//!
+//! write(2) to the page cache takes microseconds until the disk is stuck, and then any time at all. So
+//! each log has a thread of its own: a disk that hangs holds up this stream, and neither the others nor
+//! a call of containerd. It is no blocking task of tokio, for whose end a runtime would wait.
+
+use std::{io::IoSlice, sync::Arc, thread, time::Duration};
+
+use super::{
+    error_chain,
+    sink::{Chunk, SinkEnd},
+    status::Counters,
+};
+use crate::log::{
+    retained::Retained,
+    writer::{LogWriter, Stalled},
+};
+
+/// How often a log that cannot be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The thread calls the kernel and a short stack of ours.
+const STACK: usize = 256 << 10;
+
+/// Starts the thread. It ends with the stream, or when [`Retained::abandon`] is called.
+pub(super) fn spawn(
+    writer: LogWriter,
+    name: &'static str,
+    end: SinkEnd,
+    counters: Arc<Counters>,
+) -> std::io::Result<()> {
+    let retained = writer.retained();
+    let log = LogThread { writer, name, retained, counters, stalled: false };
+    thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(end))?;
+    Ok(())
+}
+
+struct LogThread {
+    writer: LogWriter,
+    name: &'static str,
+    retained: Arc<Retained>,
+    counters: Arc<Counters>,
+    /// Whether the trouble that the log has was reported.
+    stalled: bool,
+}
+
+impl LogThread {
+    fn run(mut self, mut end: SinkEnd) {
+        while let Some(chunk) = end.chunks.blocking_recv() {
+            let taken = match chunk {
+                Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)),
+                Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)),
+                Chunk::Data(parts) => {
+                    let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+                    let mut rest = &mut slices[..];
+                    let before = self.writer.next_offset();
+                    let taken = self.insist(|writer| writer.append(&mut rest));
+                    self.counters.stored.add(self.writer.next_offset() - before);
+                    taken
+                }
+            };
+            if !taken {
+                return;
+            }
+            end.safe.send_replace(self.writer.next_offset());
+        }
+    }
+
+    /// Does `work` until it succeeds. `false` if the log was abandoned before.
+    fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
+        while let Err(stall) = work(&mut self.writer) {
+            self.report(&stall);
+            if !self.retained.wait(RETRY) {
+                return false;
+            }
+        }
+        if std::mem::take(&mut self.stalled) {
+            tracing::info!(stream = self.name, "the log is being written again");
+        }
+        true
+    }
+
+    fn report(&mut self, stall: &Stalled) {
+        if std::mem::replace(&mut self.stalled, true) {
+            return;
+        }
+        match stall {
+            // What a slow reader is meant to do. Nothing for an operator to act on.
+            Stalled::Reader => tracing::debug!(stream = self.name, "{stall}"),
+            Stalled::Disk(_) => {
+                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log")
+            }
+        }
+    }
+}

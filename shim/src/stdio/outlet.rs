@@ -1,0 +1,154 @@
+//! Where output goes beside the log: a FIFO, a file, or the pipe of a log program.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::{
+    fifo::{Offer, PipeWriter},
+    phase::{Phases, READER_PATIENCE},
+};
+
+/// How often a file that cannot be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// One destination of one stream.
+#[derive(Debug)]
+pub(super) enum Outlet {
+    /// A FIFO, or the pipe of a log program.
+    Pipe(PipeWriter),
+    /// A file that is appended to.
+    File {
+        /// Opened with O_APPEND.
+        file: Arc<File>,
+        /// For messages.
+        path: PathBuf,
+        /// Whether the trouble it has was reported.
+        warned: bool,
+    },
+}
+
+/// Why an outlet takes nothing more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// The log program has closed its end, for good.
+    Gone,
+    /// Nobody reads the FIFO, and the process is being deleted.
+    Unread,
+    /// No progress within the time that is left after the process has exited.
+    Slow,
+}
+
+/// What the one who delivers may have to tell others while he waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// For a reader that is attached.
+    Reader,
+    /// For anybody to read.
+    Nobody,
+}
+
+impl Outlet {
+    /// A path as containerd gives it: a FIFO, or an existing file to append to.
+    pub(super) fn open_path(path: &Path) -> io::Result<Outlet> {
+        if std::fs::metadata(path)?.file_type().is_fifo() {
+            return Ok(Outlet::Pipe(PipeWriter::open(path)?));
+        }
+        let file =
+            OpenOptions::new().append(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(path)?;
+        Ok(Outlet::File { file: Arc::new(file), path: path.into(), warned: false })
+    }
+
+    /// `file://`: appended to, created with mode 0600 and its parents if it does not exist.
+    pub(super) fn open_file(path: &Path) -> io::Result<Outlet> {
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOCTTY)
+            .open(path)?;
+        Ok(Outlet::File { file: Arc::new(file), path: path.into(), warned: false })
+    }
+
+    /// Delivers the beginning of `bytes`, waiting as long as `phases` allows; calls `waiting` each time
+    /// before it waits. Gives the number of bytes taken, at least one. Cancel safe.
+    pub(super) async fn deliver(
+        &mut self,
+        bytes: &Bytes,
+        phases: &mut Phases,
+        mut waiting: impl FnMut(Waiting),
+    ) -> io::Result<Result<usize, Closed>> {
+        let since = Instant::now();
+        loop {
+            let offer = self.offer(bytes).await?;
+            let (state, closed) = match offer {
+                Offer::Taken(n) => return Ok(Ok(n)),
+                Offer::NoReader if !self.may_return() => return Ok(Err(Closed::Gone)),
+                Offer::NoReader => (Waiting::Nobody, Closed::Unread),
+                Offer::Full => (Waiting::Reader, Closed::Slow),
+            };
+            waiting(state);
+            let mut also = phases.clone();
+            tokio::select! {
+                ready = self.ready(state) => ready?,
+                () = phases.exhausted(since, READER_PATIENCE) => return Ok(Err(closed)),
+                () = also.finishing(), if closed == Closed::Unread => return Ok(Err(closed)),
+            }
+        }
+    }
+
+    fn may_return(&self) -> bool {
+        match self {
+            Outlet::Pipe(pipe) => pipe.may_return(),
+            Outlet::File { .. } => true,
+        }
+    }
+
+    async fn offer(&mut self, bytes: &Bytes) -> io::Result<Offer> {
+        let (file, path, warned) = match self {
+            Outlet::Pipe(pipe) => return pipe.offer(bytes),
+            Outlet::File { file, path, warned } => (file, path, warned),
+        };
+        let (file, bytes) = (file.clone(), bytes.clone());
+        // A disk can be stuck for any time: not on the thread that all streams share.
+        let written = tokio::task::spawn_blocking(move || (&*file).write(&bytes)).await;
+        match written.unwrap_or_else(|e| Err(io::Error::other(e))) {
+            Ok(n) if n > 0 => {
+                *warned = false;
+                Ok(Offer::Taken(n))
+            }
+            Ok(_) => Ok(Offer::Full),
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                Ok(Offer::Full)
+            }
+            Err(e) => {
+                if !std::mem::replace(warned, true) {
+                    tracing::warn!(path = %path.display(), error = %e, "cannot write output, trying again each second");
+                }
+                Ok(Offer::Full)
+            }
+        }
+    }
+
+    async fn ready(&mut self, state: Waiting) -> io::Result<()> {
+        match (self, state) {
+            (Outlet::Pipe(pipe), Waiting::Reader) => pipe.drained().await,
+            (Outlet::Pipe(pipe), Waiting::Nobody) => pipe.reader().await,
+            (Outlet::File { .. }, _) => {
+                tokio::time::sleep(RETRY).await;
+                Ok(())
+            }
+        }
+    }
+}

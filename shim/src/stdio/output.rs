@@ -1,0 +1,222 @@
+//! One output stream put together: log, outlet, or both, and the relay that fills them.
+
+use std::{io, path::Path, sync::Arc};
+
+use cube_protocol::stream::Stream;
+use tokio::task::JoinSet;
+
+use super::{
+    LogConfig, StdioConfig, StdioError, cannot,
+    connection::Endpoint,
+    direct::Direct,
+    feed::Feed,
+    log_sink,
+    outlet::Outlet,
+    phase::Phases,
+    program::LogProgram,
+    relay::Relay,
+    sink::{self, Sink},
+    status::{Counters, StreamStatus},
+    uri::Target,
+};
+use crate::log::{
+    dir::{LogDir, LogError},
+    retained::Retained,
+    writer::{Limits, LogWriter},
+};
+
+/// Names of the output streams and of their log files.
+const NAMES: [&str; 2] = ["stdout", "stderr"];
+
+/// One for stdout, one for stderr.
+type Both<T> = [Option<T>; 2];
+
+/// An output stream and what takes it.
+#[derive(Debug)]
+pub(super) struct Output {
+    name: &'static str,
+    stream: Stream,
+    counters: Arc<Counters>,
+    retained: Option<Arc<Retained>>,
+    /// Taken by [`Output::start`].
+    parts: Option<Parts>,
+}
+
+#[derive(Debug)]
+struct Parts {
+    log: Option<Log>,
+    outlet: Option<Outlet>,
+}
+
+/// A log whose thread is running.
+#[derive(Debug)]
+struct Log {
+    sink: Sink,
+    epoch: u64,
+}
+
+impl Output {
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    pub(super) fn stream(&self) -> Stream {
+        self.stream
+    }
+
+    pub(super) fn status(&self) -> StreamStatus {
+        self.counters.status(self.name)
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.counters.complete()
+    }
+
+    /// Bytes that came from the guest and did not get everywhere in time.
+    pub(super) fn discarded(&self) -> u64 {
+        let stuck = self.counters.received.get().saturating_sub(self.counters.stored.get());
+        stuck.saturating_add(self.counters.discarded.get())
+    }
+
+    /// Ends the waits of the log's thread.
+    pub(super) fn abandon(&self) {
+        if let Some(retained) = &self.retained {
+            retained.abandon();
+        }
+    }
+
+    /// Spawns the relay, and what delivers to the outlet.
+    pub(super) fn start(&mut self, endpoint: Endpoint, phases: Phases, tasks: &mut JoinSet<()>) {
+        let Some(Parts { log, outlet }) = self.parts.take() else { return };
+        let (name, counters) = (self.name, self.counters.clone());
+        let (sink, epoch) = match (log, outlet, &self.retained) {
+            (Some(log), Some(outlet), Some(retained)) => {
+                let feed = Feed {
+                    name,
+                    retained: retained.clone(),
+                    grown: log.sink.safe.clone(),
+                    outlet,
+                    counters: counters.clone(),
+                    phases: phases.clone(),
+                    position: 0,
+                };
+                tasks.spawn(feed.run());
+                (log.sink, log.epoch)
+            }
+            (Some(log), _, _) => {
+                counters.delivered.set(1);
+                (log.sink, log.epoch)
+            }
+            (None, outlet, _) => {
+                let (sink, end) = sink::channel(0);
+                let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
+                tasks.spawn(direct.run(end));
+                (sink, 0)
+            }
+        };
+        tasks.spawn(Relay::new(endpoint, epoch, sink, counters).run(phases));
+    }
+}
+
+/// Makes the outputs that have a log or an outlet, and starts the threads of the logs.
+pub(super) fn assemble(
+    terminal: bool,
+    logs: Both<LogWriter>,
+    outlets: Both<Outlet>,
+) -> Result<Vec<Output>, StdioError> {
+    let streams = [if terminal { Stream::TERMINAL } else { Stream::STDOUT }, Stream::STDERR];
+    let mut outputs = Vec::new();
+    for (((name, stream), writer), outlet) in NAMES.into_iter().zip(streams).zip(logs).zip(outlets) {
+        if writer.is_none() && outlet.is_none() {
+            continue;
+        }
+        let counters = Arc::<Counters>::default();
+        let retained = writer.as_ref().map(LogWriter::retained);
+        let log = writer.map(|writer| start_log(writer, name, &counters)).transpose();
+        let log = log.map_err(cannot("cannot start a thread for the log of", Path::new(name)))?;
+        outputs.push(Output { name, stream, counters, retained, parts: Some(Parts { log, outlet }) });
+    }
+    Ok(outputs)
+}
+
+fn start_log(writer: LogWriter, name: &'static str, counters: &Arc<Counters>) -> io::Result<Log> {
+    let epoch = writer.identity().epoch;
+    let (sink, end) = sink::channel(writer.next_offset());
+    counters.acknowledged.set(writer.next_offset());
+    log_sink::spawn(writer, name, end, counters.clone())?;
+    Ok(Log { sink, epoch })
+}
+
+/// Begins new logs in a new directory.
+pub(super) async fn create_logs(config: Option<LogConfig>) -> Result<Both<LogWriter>, StdioError> {
+    open_logs(config, LogDir::create, LogWriter::create).await
+}
+
+/// Opens the logs that another process has left.
+pub(super) async fn recover_logs(config: Option<LogConfig>) -> Result<Both<LogWriter>, StdioError> {
+    open_logs(config, LogDir::open, LogWriter::recover).await
+}
+
+async fn open_logs(
+    config: Option<LogConfig>,
+    open_dir: fn(&Path) -> Result<LogDir, LogError>,
+    open_log: fn(Arc<LogDir>, &'static str, Limits) -> Result<LogWriter, LogError>,
+) -> Result<Both<LogWriter>, StdioError> {
+    let Some(LogConfig { dir: path, segment_bytes, segments }) = config else { return Ok([None, None]) };
+    let limits = Limits { segment_bytes, segments };
+    let for_error = path.clone();
+    // The disk may take its time, and other calls are served meanwhile.
+    let opened = tokio::task::spawn_blocking(move || {
+        let dir = Arc::new(open_dir(&path)?);
+        let [stdout, stderr] = NAMES;
+        Ok([Some(open_log(dir.clone(), stdout, limits)?), Some(open_log(dir, stderr, limits)?)])
+    });
+    match opened.await {
+        Ok(result) => result.map_err(|e: LogError| e.into()),
+        Err(e) => Err(cannot("cannot open the log in", &for_error)(io::Error::other(e))),
+    }
+}
+
+/// Opens what the URIs name, and starts the log program.
+pub(super) async fn open_outlets(
+    config: &StdioConfig,
+    stdout: Target,
+    stderr: Target,
+) -> Result<(Both<Outlet>, Option<LogProgram>), StdioError> {
+    let (stdout, stderr) = match (stdout, stderr) {
+        (Target::Program(stdout), Target::Program(stderr)) if stdout != stderr => {
+            return Err(StdioError::Uri {
+                name: "stderr",
+                uri: config.stderr.clone(),
+                reason: "stdout and stderr must name the same log program, with the same arguments",
+            });
+        }
+        both => both,
+    };
+    let program = [&stdout, &stderr].into_iter().find_map(|target| match target {
+        Target::Program(program) => Some(program.clone()),
+        Target::Null | Target::Path(_) | Target::File(_) => None,
+    });
+    let (program, mut pipes) = match program {
+        None => (None, [None, None]),
+        Some(program) => {
+            let started = LogProgram::start(&program, &config.namespace, &config.container_id).await;
+            let (running, pipes) = started.map_err(cannot("cannot start the log program", &program.path))?;
+            (Some(running), [Some(pipes.stdout), Some(pipes.stderr)])
+        }
+    };
+    let mut outlets = [None, None];
+    for ((outlet, target), pipe) in outlets.iter_mut().zip([stdout, stderr]).zip(&mut pipes) {
+        *outlet = match target {
+            Target::Null => None,
+            Target::Path(path) => {
+                Some(Outlet::open_path(&path).map_err(cannot("cannot open for output", &path))?)
+            }
+            Target::File(path) => {
+                Some(Outlet::open_file(&path).map_err(cannot("cannot open for output", &path))?)
+            }
+            Target::Program(_) => pipe.take().map(Outlet::Pipe),
+        };
+    }
+    Ok((outlets, program))
+}

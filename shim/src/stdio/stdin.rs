@@ -1,0 +1,219 @@
+//! Relays stdin from its FIFO to the guest.
+//!
+//! What the guest has not acknowledged is kept, at most [`STDIN_WINDOW`] bytes, and sent again on the
+//! next connection from where the guest says that it is.
+
+use std::{io, sync::Arc};
+
+use bytes::{Buf, BytesMut};
+use cube_protocol::frame::{Flags, Header, Kind, STDIN_WINDOW};
+use tokio::{net::UnixStream, sync::watch};
+
+use super::{
+    connection::{Broken, Connected, Connections, Endpoint, refusal},
+    error_chain,
+    incoming::{Incoming, Read},
+    phase::Phases,
+    source::Source,
+    status::Counters,
+};
+
+/// The relay of one stdin.
+pub(super) struct StdinRelay {
+    endpoint: Endpoint,
+    connections: Connections,
+    counters: Arc<Counters>,
+    source: Source,
+    /// Becomes true with CloseIO.
+    close: watch::Receiver<bool>,
+    /// Bytes from offset `acknowledged` on.
+    kept: BytesMut,
+    acknowledged: u64,
+    /// Whether the source has ended, so that `kept` holds the last bytes.
+    ended: bool,
+    epoch: u64,
+}
+
+/// What one connection has seen.
+struct Progress {
+    /// Offset below which everything was staged for this connection.
+    staged: u64,
+    /// The frame that is being written.
+    outgoing: BytesMut,
+    eof_staged: bool,
+}
+
+impl StdinRelay {
+    pub(super) fn new(
+        endpoint: Endpoint,
+        source: Source,
+        close: watch::Receiver<bool>,
+        counters: Arc<Counters>,
+    ) -> StdinRelay {
+        let connections = Connections::new(endpoint.clone(), counters.clone());
+        StdinRelay {
+            endpoint,
+            connections,
+            counters,
+            source,
+            close,
+            kept: BytesMut::new(),
+            acknowledged: 0,
+            ended: false,
+            epoch: 0,
+        }
+    }
+
+    /// Runs until the guest has everything, or until nothing can take input any more.
+    pub(super) async fn run(mut self, mut phases: Phases) {
+        let broken = tokio::select! {
+            result = self.relay() => result.err(),
+            () = phases.exited() => None,
+        };
+        match broken {
+            // A process may end, or close its stdin, before it has read everything.
+            None | Some(Broken::Refused { .. }) => {}
+            Some(broken) => tracing::warn!(
+                container = self.endpoint.container_id,
+                exec = self.endpoint.exec_id,
+                error = %error_chain(&broken),
+                "stdin ends early"
+            ),
+        }
+        self.counters.lost.add(self.kept.len() as u64);
+    }
+
+    async fn relay(&mut self) -> Result<(), Broken> {
+        loop {
+            // OPEN names the final offset if it is known.
+            let offset = if self.ended { self.end() } else { 0 };
+            let connected = self.connections.open(offset, self.epoch).await?;
+            match self.follow(connected).await {
+                Ok(()) => return Ok(()),
+                Err(broken) => self.connections.failed(broken).await?,
+            }
+        }
+    }
+
+    /// Offset after the last byte that was read from the source.
+    fn end(&self) -> u64 {
+        self.acknowledged + self.kept.len() as u64
+    }
+
+    /// Follows one connection. `Ok` if the guest takes, or needs, nothing more.
+    async fn follow(&mut self, connected: Connected) -> Result<(), Broken> {
+        let Connected { socket, epoch, offset } = connected;
+        self.epoch = epoch;
+        // Anything up to what an earlier connection may have brought.
+        self.acknowledge(offset, self.end())?;
+        let mut progress = Progress { staged: offset, outgoing: BytesMut::new(), eof_staged: false };
+        let mut incoming = Incoming::new();
+        loop {
+            while let Some(frame) = incoming.frame()? {
+                match frame.header.kind {
+                    Kind::Ack => {
+                        self.acknowledge(frame.header.offset, progress.staged)?;
+                        self.connections.progressed();
+                        if frame.header.flags.contains(Flags::LAST) && self.is_done(&progress) {
+                            return Ok(());
+                        }
+                    }
+                    // The process has closed its stdin.
+                    Kind::Eof => return Ok(()),
+                    Kind::Error => return Err(refusal(&frame)),
+                    kind => return Err(Broken::Protocol(format!("sent {kind:?} on a stdin stream"))),
+                }
+            }
+            self.stage(&mut progress);
+            let room = (STDIN_WINDOW as usize).saturating_sub(self.kept.len());
+            let closing = *self.close.borrow();
+            if closing {
+                self.source.let_end();
+            }
+            tokio::select! {
+                ready = socket.writable(), if !progress.outgoing.is_empty() => {
+                    ready?;
+                    write_some(&socket, &mut progress.outgoing)?;
+                }
+                ready = socket.readable() => {
+                    ready?;
+                    if incoming.read(&socket)? == Read::End {
+                        return Err(Broken::Closed);
+                    }
+                }
+                bytes = self.source.read(room), if room > 0 && !self.ended => self.take(bytes),
+                closed = self.close.changed(), if !closing => {
+                    // An owner that is gone sends no CloseIO any more.
+                    if closed.is_err() { return Ok(()) }
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: io::Result<Vec<u8>>) {
+        match bytes {
+            Ok(bytes) => {
+                self.ended = bytes.is_empty();
+                self.counters.received.add(bytes.len() as u64);
+                self.kept.extend_from_slice(&bytes);
+            }
+            Err(e) => {
+                tracing::warn!(error = %error_chain(&e), "cannot read stdin, it ends here");
+                self.ended = true;
+            }
+        }
+    }
+
+    /// The guest has everything below `offset`, which must be from what it had before up to `limit`.
+    fn acknowledge(&mut self, offset: u64, limit: u64) -> Result<(), Broken> {
+        if !(self.acknowledged..=limit).contains(&offset) {
+            let text = format!(
+                "acknowledged stdin up to {offset}, it must be from {} to {limit}",
+                self.acknowledged
+            );
+            return Err(Broken::Protocol(text));
+        }
+        self.kept.advance((offset - self.acknowledged) as usize);
+        if self.kept.is_empty() {
+            self.kept = BytesMut::new();
+        }
+        self.acknowledged = offset;
+        self.counters.acknowledged.set(offset);
+        self.counters.written.set(offset);
+        Ok(())
+    }
+
+    /// Stages the next frame once the one before is written.
+    fn stage(&self, progress: &mut Progress) {
+        if !progress.outgoing.is_empty() || progress.eof_staged {
+            return;
+        }
+        let unsent = &self.kept[(progress.staged - self.acknowledged) as usize..];
+        if !unsent.is_empty() {
+            // At most the window, which is the longest frame.
+            let header = Header { len: unsent.len() as u32, ..Header::new(Kind::Data, progress.staged) };
+            progress.outgoing.reserve(cube_protocol::frame::HEADER_LEN + unsent.len());
+            progress.outgoing.extend_from_slice(&header.encode());
+            progress.outgoing.extend_from_slice(unsent);
+            progress.staged = self.end();
+        } else if self.ended {
+            progress.outgoing.extend_from_slice(&Header::new(Kind::Eof, self.end()).encode());
+            progress.eof_staged = true;
+        } else {
+            progress.outgoing = BytesMut::new();
+        }
+    }
+
+    fn is_done(&self, progress: &Progress) -> bool {
+        progress.eof_staged && progress.outgoing.is_empty() && self.kept.is_empty()
+    }
+}
+
+fn write_some(socket: &UnixStream, outgoing: &mut BytesMut) -> io::Result<()> {
+    match socket.try_write(outgoing) {
+        Ok(n) => outgoing.advance(n),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+        Err(e) => return Err(e),
+    }
+    Ok(())
+}
