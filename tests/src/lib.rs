@@ -9,11 +9,13 @@
 pub mod command;
 pub mod diagnostics;
 pub mod direct;
+pub mod guest;
 pub mod lab;
 pub mod leftovers;
 pub mod logs;
 pub mod needs;
 pub mod paths;
+pub mod proxy;
 pub mod pty;
 pub mod runner;
 pub mod scenarios;

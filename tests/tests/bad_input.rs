@@ -4,13 +4,20 @@
 
 use std::{fs, path::Path, process::ExitCode, time::Duration};
 
+use cube_protocol::{
+    frame::{Header, Kind},
+    guest, stream, version,
+};
 use cube_tests::{
     cases,
     command::poll,
     direct::{Direct, bind_mount, ext4_mount, spec},
+    guest::Guest,
     lab::Lab,
+    logs,
     needs::Backend,
     runner,
+    scenarios::lab_with_waiting_container,
 };
 use serde_json::json;
 
@@ -30,6 +37,10 @@ fn main() -> ExitCode {
         a_shim_without_its_agent_says_which_file_is_missing,
         delete_of_a_sandbox_that_never_was_succeeds,
         a_bundle_deleted_twice_is_deleted,
+        another_protocol_version_is_refused_and_both_are_named,
+        a_frame_that_the_protocol_does_not_allow_closes_the_connection_and_is_counted,
+        a_stream_that_does_not_exist_is_not_found,
+        a_stream_is_kept_from_lower_attempts_and_offsets_ahead_of_it,
     ])
 }
 
@@ -227,5 +238,67 @@ fn a_bundle_deleted_twice_is_deleted(backend: Backend) {
     }
     assert!(poll(Duration::from_secs(10), || direct.state().is_err()), "the task lives on");
     direct.finish();
+    lab.nothing_is_left();
+}
+
+fn another_protocol_version_is_refused_and_both_are_named(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    let theirs = guest::Version { major: 77, minor: 5, ..Default::default() };
+    let error = Guest::of(&lab, "c").hello(theirs).expect_err("major 77 must be refused").to_string();
+    assert!(error.contains("77.5") && error.contains(&version::CURRENT.to_string()), "{error}");
+    assert_eq!(lab.exec("c", &["echo", "alive"]).succeeds().out(), "alive\n");
+}
+
+fn a_frame_that_the_protocol_does_not_allow_closes_the_connection_and_is_counted(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    let guest = Guest::of(&lab, "c");
+    let open = Header::new(Kind::Open, 0).encode();
+    let with = |at: usize, bytes: &[u8]| {
+        let mut header = open;
+        header[at..at + bytes.len()].copy_from_slice(bytes);
+        header
+    };
+    let malformed = [with(4, &u32::MAX.to_le_bytes()), with(0, &[200]), with(1, &[0x80]), with(2, &[1, 0])];
+    let before = guest.info().refused_connections;
+    for header in &malformed {
+        guest.exchange(header);
+    }
+    assert_eq!(guest.info().refused_connections - before, malformed.len() as u64);
+    assert_eq!(lab.exec("c", &["echo", "alive"]).succeeds().out(), "alive\n");
+}
+
+fn open(container: &str, attempt: u64) -> stream::Open {
+    let stream = stream::Stream::STDOUT.into();
+    stream::Open { container_id: container.into(), stream, attempt, ..Default::default() }
+}
+
+fn a_stream_that_does_not_exist_is_not_found(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    let guest = Guest::of(&lab, "c");
+    let timeline = guest.info().timeline;
+    let exec = stream::Open { exec_id: "nosuch".into(), ..open("c", 1) };
+    for open in [open("nosuch", 1), open("../c", 1), exec] {
+        let error = guest.open_fails(&stream::Open { timeline, ..open }, 0);
+        assert_eq!(error.code.enum_value(), Ok(stream::ErrorCode::NOT_FOUND), "{error}");
+    }
+}
+
+fn a_stream_is_kept_from_lower_attempts_and_offsets_ahead_of_it(backend: Backend) {
+    let lab = Lab::new(backend);
+    lab.detached("c", &["sh", "-c", "echo hello; while :; do sleep 0.1; done"]);
+    let log = lab.log_dir("c");
+    assert!(poll(lab.limit(), || logs::read(&log, "stdout") == b"hello\n"));
+    let guest = Guest::of(&lab, "c");
+    let timeline = guest.info().timeline;
+    let code = |open, offset| {
+        let error = guest.open_fails(&stream::Open { timeline, ..open }, offset);
+        error.code.enum_value().unwrap()
+    };
+    assert_eq!(code(open("c", 0), 6), stream::ErrorCode::STALE_ATTEMPT);
+    assert_eq!(code(open("c", 1 << 40), 7), stream::ErrorCode::OFFSET_AHEAD);
+    assert_eq!(code(open("c", (1 << 40) + 1), 5), stream::ErrorCode::OFFSET_LOST);
+    let other = stream::Open { timeline: !timeline, ..open("c", (1 << 40) + 2) };
+    assert_eq!(guest.open_fails(&other, 6).code.enum_value(), Ok(stream::ErrorCode::OTHER_TIMELINE));
+    lab.remove("c");
     lab.nothing_is_left();
 }

@@ -2,18 +2,8 @@
 
 use std::{fs, process::ExitCode, time::Duration};
 
-use cube_protocol::{
-    guest::{HelloRequest, InfoRequest, InfoResponse},
-    guest_ttrpc::GuestClient,
-    ports, version,
-};
-use cube_shim::agent::dial::{Dial, HybridVsock};
-use cube_tests::{lab::Lab, needs::Backend, paths, scenarios};
+use cube_tests::{guest::Guest, needs::Backend, paths, scenarios};
 use nix::unistd::Pid;
-use ttrpc::{
-    asynchronous::{Client, transport::Socket},
-    context,
-};
 
 const MIB: f64 = 1_048_576.0;
 
@@ -51,7 +41,7 @@ fn idle_memory(backend: Backend) -> [Figure; 2] {
     let lab = scenarios::lab_with_waiting_container(backend);
     // What starting took is given back.
     std::thread::sleep(Duration::from_secs(3));
-    let agent = guest_info(&lab, "c").agent_rss_bytes;
+    let agent = Guest::of(&lab, "c").info().agent_rss_bytes;
     let shim = resident(lab.shim_pid("c"));
     lab.remove("c");
     lab.nothing_is_left();
@@ -67,18 +57,4 @@ fn resident(pid: Pid) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
-}
-
-#[allow(clippy::unwrap_used, reason = "a benchmark fails loudly")]
-fn guest_info(lab: &Lab, id: &str) -> InfoResponse {
-    let socket = lab.run_dir().join(lab.key(id)).join("vm.vsock");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let connection = HybridVsock::new(socket).dial(ports::CONTROL).await.unwrap();
-        let guest = GuestClient::new(Client::new(Socket::new(connection)));
-        let deadline = || context::with_timeout(Duration::from_secs(20).as_nanos() as i64);
-        let protocol = Some(version::CURRENT.into()).into();
-        guest.hello(deadline(), &HelloRequest { protocol, ..Default::default() }).await.unwrap();
-        guest.info(deadline(), &InfoRequest::default()).await.unwrap()
-    })
 }

@@ -1,11 +1,14 @@
 //! Not one byte lost, doubled or reordered.
 
-use std::{sync::OnceLock, thread::sleep, time::Duration};
+use std::{process::Stdio, sync::OnceLock, thread::sleep, time::Duration};
 
 use crate::{
+    command::start,
+    guest,
     lab::{Lab, Setup},
     logs,
     needs::Backend,
+    proxy::Scissors,
     verify::compare_output,
 };
 
@@ -106,4 +109,31 @@ fn check_tail_and_head(lab: &Lab, id: &str, log: &[u8]) {
         (lines[..lines.len().min(3)].concat(), lines[lines.len().saturating_sub(3)..].concat());
     assert!(head.stdout == first, "--head 3 of {id}: {} bytes, expected {}", head.stdout.len(), first.len());
     assert!(tail.stdout == last, "--tail 3 of {id}: {} bytes, expected {}", tail.stdout.len(), last.len());
+}
+
+/// Connections between shim and guest are cut again and again, mostly inside of frames, while an
+/// exec writes and another reads.
+pub fn reconnects_change_nothing(backend: Backend) {
+    let lab = super::lab_with_waiting_container(backend);
+    let scissors = Scissors::at(&guest::socket(&lab, "c"));
+    let bytes: u64 = if backend.is_vm() { 8 << 20 } else { 64 << 20 };
+    let bytes_arg = bytes.to_string();
+    let argv = ["cube-test-writer", "stream", "1", &bytes_arg, "2", &bytes_arg];
+    let counts = compare_output(&mut lab.exec_command(&[], "c", &argv), Duration::from_secs(300), |_| ());
+    assert_eq!(counts, (bytes, bytes), "bytes at the readers");
+    let cuts = scissors.cuts();
+    assert!(cuts > 10, "only {cuts} cuts of output");
+
+    let mut input = vec![0; 4 << 20];
+    cube_test_writer::fill(3, 0, &mut input);
+    let argv = ["sh", "-c", "echo ready; sha256sum"];
+    let mut digest = start(lab.exec_command(&[], "c", &argv).stdin(Stdio::piped()));
+    digest.stdout.wait_for("ready\n", lab.limit());
+    digest.feed(input);
+    let found = digest.wait(lab.limit()).succeeds().out();
+    let expected = lab.exec("c", &["cube-test-writer", "sha256", "3", "0", "4194304"]).succeeds().out();
+    assert!(found.contains(expected.trim()), "{found} is not {expected}");
+    assert!(scissors.cuts() > cuts + 3, "only {} cuts of input", scissors.cuts() - cuts);
+    lab.remove("c");
+    lab.nothing_is_left();
 }
