@@ -4,9 +4,7 @@ use std::{
     collections::VecDeque,
     io::{self, IoSlice},
     os::fd::OwnedFd,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
-    task::{Context, Poll},
 };
 
 use cube_protocol::{
@@ -14,7 +12,7 @@ use cube_protocol::{
     stream::ErrorCode,
 };
 use tokio::{
-    io::{AsyncWrite, Interest, unix::AsyncFd},
+    io::{Interest, unix::AsyncFd},
     sync::Notify,
 };
 
@@ -301,16 +299,6 @@ impl Stream for Input {
             return step;
         }
         session.stop_step(consumed).unwrap_or_else(|| state.next_ack(attempt, self.terminal))
-    }
-
-    fn poll_send<W: AsyncWrite + Unpin>(
-        &self,
-        _: u64,
-        _: &mut &[u8],
-        _: Pin<&mut W>,
-        _: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 
     fn refuse(&self, attempt: u64, refusal: Refusal) {
