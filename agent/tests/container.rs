@@ -154,6 +154,26 @@ async fn only_allowed_devices_can_be_opened() {
 }
 
 #[tokio::test]
+async fn a_privileged_container_may_do_what_the_guest_may() {
+    let fixture = Fixture::new();
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:\t")).unwrap();
+    let bits = u64::from_str_radix(bounding, 16).unwrap();
+    let all = caps::all().into_iter().filter(|capability| bits & capability.bitmask() != 0);
+    let all: Vec<String> = all.map(|capability| capability.to_string()).collect();
+    let mut spec = default_spec();
+    spec["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
+    spec["process"]["noNewPrivileges"] = json!(false);
+    spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    spec["linux"]["maskedPaths"] = Value::Null;
+    spec["linux"]["readonlyPaths"] = Value::Null;
+    spec["mounts"][5]["options"] = json!(["nosuid", "noexec", "nodev", "rw"]);
+    let script = "grep CapEff /proc/self/status | cut -f2; mknod /log c 1 11 && : > /log && echo opened
+        mkdir /m && mount -t tmpfs none /m && echo mounted; test -w /proc/sys/kernel/shmmni && echo writable";
+    assert_eq!(fixture.script(spec, script).await, format!("{bounding}\nopened\nmounted\nwritable\n"));
+}
+
+#[tokio::test]
 async fn a_program_that_does_not_exist_is_named_by_create() {
     let fixture = Fixture::new();
     for (program, expected) in [

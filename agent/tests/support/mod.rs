@@ -12,7 +12,7 @@ use std::{
 };
 
 use cube_agent::{
-    container::{Config, Container, ContainerError, Spawned, set_stage_executable},
+    container::{Config, Container, ContainerError, Spawned, parse, set_stage_executable},
     stdio::ChildStdio,
 };
 use nix::{
@@ -84,7 +84,7 @@ impl Fixture {
         let (stdio, output) = stdio(&spec["process"]);
         let config = Config {
             id: "c1".into(),
-            spec: serde_json::from_value(spec).unwrap(),
+            spec: parse(spec.to_string().as_bytes())?,
             rootfs: self.rootfs(),
             cgroup_parent: self.cgroup.clone(),
             allow_vsock,
