@@ -68,10 +68,11 @@ impl Helper {
     /// process's environment but `PATH`.
     pub(crate) fn launch(launch: Launch) -> Result<Helper, VmmError> {
         let procs = launch.cgroup.join("cgroup.procs");
-        let procs = OpenOptions::new()
-            .write(true)
-            .open(&procs)
-            .map_err(|source| VmmError::Io { action: "cannot open", path: procs, source })?;
+        let procs = OpenOptions::new().write(true).open(&procs).map_err(|source| VmmError::Io {
+            action: "cannot open",
+            path: procs,
+            source,
+        })?;
         let mut command = Command::new(&launch.program);
         command.args(&launch.args).env_clear().env("RUST_LOG", "warn").kill_on_drop(false);
         command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
@@ -80,9 +81,8 @@ impl Helper {
         let own_network = launch.own_network;
         // SAFETY: `enter` makes system calls only; it neither allocates nor takes a lock.
         unsafe { command.pre_exec(move || enter(&procs, own_network, &inherited)) };
-        let mut child = command
-            .spawn()
-            .map_err(|source| VmmError::Spawn { program: launch.program.clone(), source })?;
+        let mut child =
+            command.spawn().map_err(|source| VmmError::Spawn { program: launch.program.clone(), source })?;
 
         let output = Ring::new(PROGRAM_OUTPUT);
         let stdout = launch.stdout.unwrap_or_else(|| output.clone());
@@ -206,8 +206,11 @@ pub(crate) async fn listening(path: &Path) -> Result<(), VmmError> {
 /// `Num RefCount Protocol Flags Type St Inode Path`; `__SO_ACCEPTCON` is 0x10000. See proc_net(5).
 fn is_listening(path: &Path) -> Result<bool, VmmError> {
     const TABLE: &str = "/proc/net/unix";
-    let table = std::fs::read(TABLE)
-        .map_err(|source| VmmError::Io { action: "cannot read", path: TABLE.into(), source })?;
+    let table = std::fs::read(TABLE).map_err(|source| VmmError::Io {
+        action: "cannot read",
+        path: TABLE.into(),
+        source,
+    })?;
     let suffix = [b" ", path.as_os_str().as_bytes()].concat();
     let listens = |line: &[u8]| {
         let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
@@ -297,10 +300,8 @@ mod tests {
         file.write_all(b"x").unwrap();
         let kept = fs::File::open(dir.path().join("given")).unwrap();
         let number = file.as_raw_fd();
-        let mut launch = scratch.sh(&format!(
-            "test -e /proc/self/fd/{number} && ! test -e /proc/$$/fd/{}",
-            kept.as_raw_fd()
-        ));
+        let mut launch = scratch
+            .sh(&format!("test -e /proc/self/fd/{number} && ! test -e /proc/$$/fd/{}", kept.as_raw_fd()));
         launch.fds = vec![file.into()];
         let helper = Helper::launch(launch).unwrap();
         let ended = timeout(LIMIT, helper.ended()).await.unwrap();
