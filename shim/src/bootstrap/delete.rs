@@ -21,7 +21,7 @@ use ttrpc::{
     context,
 };
 
-use super::{ADDRESS_FILE, BootstrapError, Flags, io_error, load_config, ttrpc_address};
+use super::{ADDRESS_FILE, BootstrapError, Flags, drain, io_error, load_config, ttrpc_address};
 use crate::{
     events::timestamp,
     sandbox::{Exit, Host, LinuxHost, spec},
@@ -52,16 +52,27 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
 /// left that knows it.
 fn clean(flags: &Flags, host: &dyn Host) -> Result<u32, BootstrapError> {
     let run_dir = find(flags)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("cannot make", "the runtime"))?;
     let Some(state) = run_dir.load()? else {
         // Between `start` and the first Create there is a directory without a state.
+        runtime.block_on(shut_down(&run_dir));
         return remove_unused(&run_dir).map(|()| 0);
     };
     let member = state.sandbox_id != flags.id && state.containers.keys().any(|id| *id != flags.id);
-    if member && delete_member(&run_dir, &flags.id)? {
+    if member && runtime.block_on(delete_member(&run_dir, &flags.id)) {
         return Ok(state.vmm_pid);
     }
     let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(state.vmm_pid) };
-    host.destroy(&run_dir, &state.cgroup)?;
+    // Another `delete` may have been here while we waited for the lock.
+    if run_dir.load()?.is_some() {
+        // Without a readable configuration the defaults say how logs rotate.
+        let config = load_config(None).unwrap_or_default();
+        runtime.block_on(drain::drain(&run_dir, &state, &config.log));
+        host.destroy(&run_dir, &state.cgroup)?;
+    }
     Ok(state.vmm_pid)
 }
 
@@ -83,7 +94,7 @@ fn named_by(address: &Path) -> Option<RunDir> {
     RunDir::of_socket(&socket).filter(|_| socket.is_absolute())
 }
 
-/// A shim that never got a Create ends by itself; what a dead one left is removed.
+/// Removes what a shim left that never got a Create.
 fn remove_unused(run_dir: &RunDir) -> Result<(), BootstrapError> {
     let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(()) };
     let lives = std::os::unix::net::UnixStream::connect(run_dir.path().join("shim.sock")).is_ok();
@@ -93,29 +104,164 @@ fn remove_unused(run_dir: &RunDir) -> Result<(), BootstrapError> {
     Ok(())
 }
 
+async fn connect(run_dir: &RunDir) -> Option<TaskClient> {
+    let socket = run_dir.path().join("shim.sock");
+    let stream = timeout(CALL_LIMIT, UnixStream::connect(&socket)).await.ok()?.ok()?;
+    Some(TaskClient::new(Client::new(Socket::new(stream))))
+}
+
+/// A shim without containers ends when it is told so, and takes its files along.
+async fn shut_down(run_dir: &RunDir) {
+    if let Some(client) = connect(run_dir).await {
+        // It may end before its answer is out.
+        let _ = client.shutdown(context::with_duration(CALL_LIMIT), &api::ShutdownRequest::new()).await;
+    }
+}
+
 /// Asks the pod's shim, if it lives, to remove one member. Tells whether it did: with the shim gone,
 /// the whole sandbox is lost and goes.
-fn delete_member(run_dir: &RunDir, id: &str) -> Result<bool, BootstrapError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(io_error("cannot make", "the runtime"))?;
-    Ok(runtime.block_on(async {
-        let socket = run_dir.path().join("shim.sock");
-        let Ok(Ok(stream)) = timeout(CALL_LIMIT, UnixStream::connect(&socket)).await else { return false };
-        let client = TaskClient::new(Client::new(Socket::new(stream)));
-        let context = || context::with_duration(CALL_LIMIT);
-        let kill =
-            api::KillRequest { id: id.into(), signal: libc::SIGKILL as u32, all: true, ..Default::default() };
-        let wait = api::WaitRequest { id: id.into(), ..Default::default() };
-        let delete = api::DeleteRequest { id: id.into(), ..Default::default() };
-        // What has exited or is gone already fails here, which is fine: Delete tells.
-        let _ = client.kill(context(), &kill).await;
-        let _ = client.wait(context(), &wait).await;
-        match client.delete(context::with_duration(CALL_LIMIT * 3), &delete).await {
-            Ok(_) => true,
-            Err(ttrpc::Error::RpcStatus(status)) => status.code() == ttrpc::Code::NOT_FOUND,
-            Err(_) => false,
+async fn delete_member(run_dir: &RunDir, id: &str) -> bool {
+    let Some(client) = connect(run_dir).await else { return false };
+    let context = || context::with_duration(CALL_LIMIT);
+    let signal = libc::SIGKILL as u32;
+    let kill = api::KillRequest { id: id.into(), signal, all: true, ..Default::default() };
+    let wait = api::WaitRequest { id: id.into(), ..Default::default() };
+    let delete = api::DeleteRequest { id: id.into(), ..Default::default() };
+    // What has exited or is gone already fails here, which is fine: Delete tells.
+    let _ = client.kill(context(), &kill).await;
+    let _ = client.wait(context(), &wait).await;
+    match client.delete(context::with_duration(CALL_LIMIT * 3), &delete).await {
+        Ok(_) => true,
+        Err(ttrpc::Error::RpcStatus(status)) => status.code() == ttrpc::Code::NOT_FOUND,
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        path::PathBuf,
+        sync::atomic::{AtomicU32, Ordering},
+    };
+
+    use containerd_shim_protos::api::Mount;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{
+        config::Config,
+        errors::Error,
+        sandbox::{Rootfs, Selected},
+        state::{ContainerState, FORMAT, State},
+        vmm::VmSpec,
+    };
+
+    /// Counts how often a sandbox is destroyed.
+    #[derive(Default)]
+    struct Counter(AtomicU32);
+
+    impl Host for Counter {
+        fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(run_dir.remove()?)
         }
-    }))
+
+        fn cgroup(&self, _: &str) -> Result<PathBuf, Error> {
+            unreachable!()
+        }
+
+        fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
+            unreachable!()
+        }
+
+        fn prepare_rootfs(
+            &self,
+            _: &RunDir,
+            _: &str,
+            _: &Path,
+            _: &[Mount],
+            _: &mut Value,
+        ) -> Result<Rootfs, Error> {
+            unreachable!()
+        }
+
+        fn release_rootfs(&self, _: &RunDir, _: &str) -> Result<(), Error> {
+            unreachable!()
+        }
+
+        fn select(&self, _: &Config, _: VmSpec) -> Result<Selected, Error> {
+            unreachable!()
+        }
+    }
+
+    /// A sandbox whose shim has died, with a bundle for each container.
+    fn dead_sandbox(root: &Path, containers: &[&str]) -> RunDir {
+        let run_dir = RunDir::of(&root.join("run"), "/c", "default", containers[0]);
+        run_dir.create().unwrap();
+        let entry = |id: &&str| {
+            let bundle = root.join(id);
+            fs::create_dir_all(&bundle).unwrap();
+            let address = format!("unix://{}", run_dir.socket().unwrap().display());
+            fs::write(bundle.join(ADDRESS_FILE), address).unwrap();
+            ((*id).to_owned(), ContainerState { bundle, log_dir: None, created_ns: 1 })
+        };
+        let state = State {
+            format: FORMAT,
+            namespace: "default".into(),
+            sandbox_id: containers[0].into(),
+            cgroup: "/no/such/cgroup".into(),
+            backend: "fake".into(),
+            vmm_pid: 4242,
+            timeline: 1,
+            created_ns: 1,
+            containers: containers.iter().map(entry).collect(),
+        };
+        run_dir.save(&state).unwrap();
+        run_dir
+    }
+
+    fn flags(root: &Path, id: &str) -> Flags {
+        let bundle = root.join(id).display().to_string();
+        Flags {
+            namespace: "default".into(),
+            id: id.into(),
+            bundle,
+            address: "/c".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_dead_sandbox_is_destroyed_once_however_many_ask_at_once_and_again() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = dead_sandbox(root.path(), &["pod", "m1", "m2"]);
+        let host = Counter::default();
+        std::thread::scope(|scope| {
+            for id in ["pod", "m1", "m2", "m1", "pod"] {
+                let flags = flags(root.path(), id);
+                let host = &host;
+                scope.spawn(move || clean(&flags, host).unwrap());
+            }
+        });
+        assert_eq!(host.0.load(Ordering::Relaxed), 1);
+        assert!(!run_dir.path().exists());
+        assert_eq!(clean(&flags(root.path(), "pod"), &host).unwrap(), 0);
+        assert_eq!(host.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_pid_that_containerd_was_told_is_told_again() {
+        let root = tempfile::tempdir().unwrap();
+        dead_sandbox(root.path(), &["c1"]);
+        assert_eq!(clean(&flags(root.path(), "c1"), &Counter::default()).unwrap(), 4242);
+    }
+
+    #[test]
+    fn a_directory_without_a_state_and_without_a_shim_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = dead_sandbox(root.path(), &["c1"]);
+        fs::remove_file(run_dir.path().join(crate::state::FILE)).unwrap();
+        assert_eq!(clean(&flags(root.path(), "c1"), &Counter::default()).unwrap(), 0);
+        assert!(!run_dir.path().exists());
+    }
 }

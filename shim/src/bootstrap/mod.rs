@@ -5,6 +5,7 @@
 //! `docs/runtime-v2.md` in its sources.
 
 mod delete;
+mod drain;
 mod info;
 mod reply;
 mod serve;

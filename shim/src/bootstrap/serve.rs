@@ -48,6 +48,8 @@ pub(super) fn run(flags: &Flags) -> Result<(), BootstrapError> {
     // Fails only if we lead a group already, and then we have what it is for: containerd's terminal
     // and process group are not ours.
     let _ = setsid();
+    // Else ps and pgrep show "exe", after the link that was executed.
+    let _ = nix::sys::prctl::set_name(c"containerd-shim");
     let prepared = prepare(flags);
     let (listener, daemon) = match prepared {
         Ok(prepared) => prepared,

@@ -8,6 +8,7 @@ use std::{
         unix::{
             fs::OpenOptionsExt,
             net::{UnixListener, UnixStream},
+            process::CommandExt,
         },
     },
     path::{Path, PathBuf},
@@ -115,6 +116,7 @@ impl Daemon<'_> {
         keep_on_exec(&listener).map_err(io_error("cannot hand over", self.socket))?;
         let mut command = Command::new("/proc/self/exe");
         command
+            .arg0("containerd-shim-cube-v2")
             .args(["-namespace", &self.flags.namespace, "-id", self.sandbox_id])
             .args(["-address", &self.flags.address, "-bundle"])
             .arg(self.flags.bundle()?)

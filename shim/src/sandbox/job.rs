@@ -32,6 +32,8 @@ const STATS_LIMIT: Duration = Duration::from_secs(1);
 const DELETE_LIMIT: Duration = Duration::from_secs(2);
 /// How long output that was not delivered yet may hold Delete up.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// The same with the guest gone: then only what is in the log already can be delivered.
+const ORPHAN_DRAIN_LIMIT: Duration = Duration::from_millis(500);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a job ended.
@@ -168,7 +170,8 @@ pub(super) struct Removal {
 pub(super) async fn remove(removal: Removal, host: Arc<dyn Host>, run_dir: RunDir) {
     let Removal { processes, containers, guest, sandbox } = removal;
     let (ids, ios): (Vec<_>, Vec<_>) = processes.into_iter().unzip();
-    join_all(ids.iter().zip(ios).filter_map(|(id, io)| Some(finish(id, io?)))).await;
+    let limit = if guest.is_some() { DRAIN_LIMIT } else { ORPHAN_DRAIN_LIMIT };
+    join_all(ids.iter().zip(ios).filter_map(|(id, io)| Some(finish(id, io?, limit)))).await;
 
     match (&guest, &sandbox) {
         (Some(guest), Some(_)) => power_off(guest).await,
@@ -193,9 +196,9 @@ pub(super) async fn remove(removal: Removal, host: Arc<dyn Host>, run_dir: RunDi
     }
 }
 
-async fn finish(process: &ProcessId, io: ProcessIo) {
+async fn finish(process: &ProcessId, io: ProcessIo, limit: Duration) {
     io.process_exited();
-    let report = io.finish(DRAIN_LIMIT).await;
+    let report = io.finish(limit).await;
     if !report.complete {
         warn!(container = process.container, exec = process.exec, "output was discarded: {report:?}");
     }

@@ -1,0 +1,67 @@
+//! Saving the output that the guest still holds when its shim has died.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::api;
+use futures::future::join_all;
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    agent::{Agent, Dial, dial::HybridVsock},
+    config,
+    state::{RunDir, State},
+    stdio::{LogConfig, ProcessIo, StdioConfig},
+};
+
+/// Time for all of it: containerd kills `delete` after 5 s, and the clean-up comes after this.
+const LIMIT: Duration = Duration::from_millis(2500);
+
+/// Time to reach the agent, and for each call. A guest that lives answers in milliseconds.
+const CALL_LIMIT: Duration = Duration::from_millis(500);
+
+/// Ends every container of the sandbox, so that its streams end, and writes what the guest holds of
+/// their output to the logs. Does what it can in its time: what fails here is lost with the guest.
+pub(super) async fn drain(run_dir: &RunDir, state: &State, log: &config::Log) {
+    let _ = timeout(LIMIT, try_drain(run_dir, state, log)).await;
+}
+
+async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
+    let begun = Instant::now();
+    let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join("vm.vsock")));
+    let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CALL_LIMIT).await else { return };
+    join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
+    let drains = state.containers.iter().filter_map(|(id, container)| {
+        let log = LogConfig {
+            dir: container.log_dir.clone()?,
+            segment_bytes: log.segment_bytes,
+            segments: log.segments,
+        };
+        let config = StdioConfig {
+            namespace: state.namespace.clone(),
+            container_id: id.clone(),
+            exec_id: String::new(),
+            terminal: false,
+            stdin: String::new(),
+            stdout: String::new(),
+            stderr: String::new(),
+            log: Some(log),
+        };
+        let (dial, timeline) = (dial.clone(), state.timeline);
+        Some(async move {
+            let Ok(mut io) = ProcessIo::recover(config).await else { return };
+            io.start(dial, timeline);
+            io.process_exited();
+            // It must be over before the time limit cuts it off.
+            let left = (LIMIT * 9 / 10).saturating_sub(begun.elapsed());
+            io.finish(left).await;
+        })
+    });
+    join_all(drains).await;
+}
+
+async fn kill(agent: &Agent, id: &str) {
+    let call =
+        api::KillRequest { id: id.into(), signal: libc::SIGKILL as u32, all: true, ..Default::default() };
+    // What has exited already has ended its streams as well.
+    let _ = agent.call("Kill", CALL_LIMIT, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
+}
