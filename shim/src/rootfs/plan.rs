@@ -98,14 +98,12 @@ impl Plan {
 
     /// Mounts on the host what the guest is to see. On an error nothing stays mounted. Blocks.
     pub fn mount(&self, share: &Share) -> Result<(), RootfsError> {
-        let result = self.try_mount(share);
-        if result.is_err() {
+        self.try_mount(share).inspect_err(|_| {
             if let Err(error) = share.remove_container(&self.id) {
                 let error: &(dyn std::error::Error + 'static) = &error;
                 tracing::warn!(error, container = self.id, "mounts of a failed create stay");
             }
-        }
-        result
+        })
     }
 
     fn try_mount(&self, share: &Share) -> Result<(), RootfsError> {
