@@ -14,8 +14,8 @@ use std::{io, path::PathBuf};
 
 pub use self::{
     mount::HostMount,
-    plan::{GuestPaths, Plan, Rootfs, Volume},
-    share::Share,
+    plan::{Plan, Rootfs, Volume},
+    share::{GUEST_SHARE, Share},
 };
 
 /// Why a container's file systems cannot be given to the guest.

@@ -8,10 +8,10 @@ use std::{
 };
 
 use containerd_shim_protos::api::Mount;
-use oci_spec::runtime::Spec;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{HostMount, RootfsError, Share};
+use super::{HostMount, RootfsError, Share, share::GUEST_SHARE};
 use crate::vmm::Disk;
 
 /// File systems that are taken as a disk, from a block device or from a file. The guest needs the
@@ -20,18 +20,6 @@ const BLOCK_TYPES: [&str; 5] = ["ext4", "ext3", "xfs", "btrfs", "erofs"];
 
 /// File systems that are mounted on the host and shared.
 const SHARED_TYPES: [&str; 5] = ["bind", "rbind", "overlay", "tmpfs", "none"];
-
-/// Where the agent finds what is in the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum GuestPaths {
-    /// In a VM: below the mount of the virtiofs device.
-    Virtiofs,
-    /// `process` backend: where it is on the host.
-    Host,
-}
-
-/// Mount point of the share in the guest.
-const GUEST_SHARE: &str = "/run/cube/shared";
 
 /// The root file system of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,9 +59,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Looks at `mounts` of containerd's Create and at the bind mounts in `spec`. Without mounts,
-    /// the rootfs is already in `bundle`, where runc would find it. Changes nothing.
-    pub fn new(id: &str, bundle: &Path, mounts: &[Mount], spec: &Spec) -> Result<Plan, RootfsError> {
+    /// Looks at `mounts` of containerd's Create and at the bind mounts in `spec`, the contents of
+    /// config.json. Without mounts, the rootfs is already in `bundle`, where runc would find it.
+    /// Changes nothing.
+    pub fn new(id: &str, bundle: &Path, mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
         check_id(id)?;
         let rootfs = match mounts {
             [mount] if BLOCK_TYPES.contains(&mount.type_.as_str()) => block(id, mount)?,
@@ -85,7 +74,7 @@ impl Plan {
                 file_type(&mount.source, || "the rootfs".into())?;
             }
         }
-        let mounts = spec.mounts().iter().flatten().enumerate();
+        let mounts = spec["mounts"].as_array().into_iter().flatten().enumerate();
         let volumes = mounts.filter_map(|(index, mount)| volume(index, mount).transpose());
         Ok(Plan { id: id.into(), rootfs, volumes: volumes.collect::<Result<_, _>>()? })
     }
@@ -109,14 +98,12 @@ impl Plan {
 
     /// Mounts on the host what the guest is to see. On an error nothing stays mounted. Blocks.
     pub fn mount(&self, share: &Share) -> Result<(), RootfsError> {
-        let result = self.try_mount(share);
-        if result.is_err() {
+        self.try_mount(share).inspect_err(|_| {
             if let Err(error) = share.remove_container(&self.id) {
                 let error: &(dyn std::error::Error + 'static) = &error;
                 tracing::warn!(error, container = self.id, "mounts of a failed create stay");
             }
-        }
-        result
+        })
     }
 
     fn try_mount(&self, share: &Share) -> Result<(), RootfsError> {
@@ -129,11 +116,11 @@ impl Plan {
     }
 
     /// The mounts that the agent makes for the rootfs, for `CreateTaskRequest.rootfs`.
-    pub fn guest_rootfs(&self, share: &Share, paths: &GuestPaths) -> Vec<Mount> {
+    pub fn guest_rootfs(&self) -> Vec<Mount> {
         let mount = match &self.rootfs {
             Rootfs::Shared(_) => Mount {
                 type_: "bind".into(),
-                source: guest_path(share, paths, &self.rootfs_dir()),
+                source: guest_path(&self.rootfs_dir()),
                 options: vec!["rbind".into()],
                 ..Mount::default()
             },
@@ -149,14 +136,12 @@ impl Plan {
 
     /// Points the bind mounts of `spec`, the one that the plan was made from, to where the guest
     /// finds their sources.
-    pub fn rewrite_spec(&self, spec: &mut Spec, share: &Share, paths: &GuestPaths) {
-        let Some(mut mounts) = spec.mounts().clone() else { return };
+    pub fn rewrite_spec(&self, spec: &mut Value) {
         for volume in &self.volumes {
-            if let Some(mount) = mounts.get_mut(volume.index) {
-                mount.set_source(Some(guest_path(share, paths, &self.volume_dir(volume)).into()));
+            if let Some(mount) = spec.get_mut("mounts").and_then(|mounts| mounts.get_mut(volume.index)) {
+                mount["source"] = guest_path(&self.volume_dir(volume)).into();
             }
         }
-        spec.set_mounts(Some(mounts));
     }
 
     fn rootfs_dir(&self) -> PathBuf {
@@ -177,16 +162,12 @@ pub(super) fn check_id(id: &str) -> Result<(), RootfsError> {
     }
 }
 
-fn guest_path(share: &Share, paths: &GuestPaths, relative: &Path) -> String {
-    let root = match paths {
-        GuestPaths::Virtiofs => Path::new(GUEST_SHARE),
-        GuestPaths::Host => share.dir(),
-    };
-    root.join(relative).to_string_lossy().into_owned()
+fn guest_path(relative: &Path) -> String {
+    Path::new(GUEST_SHARE).join(relative).to_string_lossy().into_owned()
 }
 
-fn bundle_rootfs(bundle: &Path, spec: &Spec) -> HostMount {
-    let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
+fn bundle_rootfs(bundle: &Path, spec: &Value) -> HostMount {
+    let path = spec["root"]["path"].as_str().unwrap_or("rootfs");
     HostMount {
         fs_type: "bind".into(),
         source: bundle.join(path).to_string_lossy().into_owned(),
@@ -239,14 +220,15 @@ fn serial(id: &str) -> String {
     hash.iter().take(10).map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn volume(index: usize, mount: &oci_spec::runtime::Mount) -> Result<Option<Volume>, RootfsError> {
-    let options = mount.options().clone().unwrap_or_default();
-    let bind = |option: &String| option == "bind" || option == "rbind";
-    if mount.typ().as_deref() != Some("bind") && !options.iter().any(bind) {
+/// The volume that a mount of the spec is, if it is one.
+fn volume(index: usize, mount: &Value) -> Result<Option<Volume>, RootfsError> {
+    let text = |key: &str| mount[key].as_str().unwrap_or("").to_owned();
+    let options = mount["options"].as_array().into_iter().flatten();
+    let options: Vec<String> = options.filter_map(|option| option.as_str().map(str::to_owned)).collect();
+    if text("type") != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
         return Ok(None);
     }
-    let target = mount.destination().display();
-    let source = mount.source().as_deref().unwrap_or(Path::new("")).to_string_lossy().into_owned();
+    let (source, target) = (text("source"), text("destination"));
     let kind = file_type(&source, || format!("the volume {target}"))?;
     if !kind.is_dir() && !kind.is_file() {
         return Err(RootfsError::Unsupported {
@@ -273,7 +255,7 @@ fn file_type(source: &str, what: impl FnOnce() -> String) -> Result<FileType, Ro
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::{MountBuilder, SpecBuilder};
+    use serde_json::json;
 
     use super::*;
 
@@ -286,22 +268,16 @@ mod tests {
         }
     }
 
-    fn spec(volumes: &[(&str, &str)]) -> Spec {
-        let mounts = volumes.iter().map(|(source, destination)| {
-            let options = vec!["rbind".to_owned(), "ro".to_owned(), "nosuid".to_owned()];
-            MountBuilder::default()
-                .destination(*destination)
-                .typ("bind")
-                .source(*source)
-                .options(options)
-                .build()
-                .unwrap()
-        });
-        let proc = MountBuilder::default().destination("/proc").typ("proc").source("proc").build().unwrap();
-        SpecBuilder::default().mounts([proc].into_iter().chain(mounts).collect::<Vec<_>>()).build().unwrap()
+    fn spec(volumes: &[(&str, &str)]) -> Value {
+        let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
+        mounts.extend(volumes.iter().map(|(source, destination)| {
+            let options = ["rbind", "ro", "nosuid"];
+            json!({"destination": destination, "type": "bind", "source": source, "options": options})
+        }));
+        json!({"ociVersion": "1.2.0", "mounts": mounts})
     }
 
-    fn plan(mounts: &[Mount], spec: &Spec) -> Result<Plan, RootfsError> {
+    fn plan(mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
         Plan::new("c1", Path::new("/tmp"), mounts, spec)
     }
 
@@ -310,14 +286,11 @@ mod tests {
         let overlay = mount("overlay", "overlay", &["index=off", "lowerdir=/a"]);
         let plan = plan(&[overlay], &spec(&[])).unwrap();
         assert!(plan.needs_share() && plan.disk().is_none());
-        let share = Share::of(Path::new("/run/cube/k"));
-        let guest = plan.guest_rootfs(&share, &GuestPaths::Virtiofs);
+        let guest = plan.guest_rootfs();
         assert_eq!(
             (guest[0].type_.as_str(), guest[0].source.as_str()),
             ("bind", "/run/cube/shared/c1/rootfs")
         );
-        let host = plan.guest_rootfs(&share, &GuestPaths::Host);
-        assert_eq!(host[0].source, "/run/cube/k/shared/c1/rootfs");
     }
 
     #[test]
@@ -339,7 +312,7 @@ mod tests {
         assert!(!plan.needs_share());
         let disk = plan.disk().unwrap();
         assert!(disk.read_only && disk.serial.len() == 20 && disk.serial.is_ascii());
-        let guest = &plan.guest_rootfs(&Share::of(Path::new("/r")), &GuestPaths::Virtiofs)[0];
+        let guest = &plan.guest_rootfs()[0];
         assert_eq!(guest.source, format!("serial:{}", disk.serial));
         assert_eq!(guest.options, ["ro", "noatime"]);
     }
@@ -352,11 +325,10 @@ mod tests {
         let plan = plan(&[mount("overlay", "overlay", &[])], &spec).unwrap();
         let kept = ["rbind".to_owned(), "ro".to_owned()];
         assert_eq!((plan.volumes[0].index, &plan.volumes[0].mount.options[..]), (1, &kept[..]));
-        plan.rewrite_spec(&mut spec, &Share::of(Path::new("/r")), &GuestPaths::Virtiofs);
-        let mounts = spec.mounts().as_ref().unwrap();
-        assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
-        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/run/cube/shared/c1/mounts/1")));
-        assert_eq!(mounts[1].options().as_ref().unwrap().len(), 3);
+        plan.rewrite_spec(&mut spec);
+        assert_eq!(spec["mounts"][0]["source"], "proc");
+        assert_eq!(spec["mounts"][1]["source"], "/run/cube/shared/c1/mounts/1");
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro", "nosuid"]));
     }
 
     #[test]

@@ -10,12 +10,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use cube_protocol::guest::SharedMount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{HostMount, RootfsError, failed, mount::mount_setattr, mountinfo};
+use crate::vmm::{Backend, SHARE_TAG};
 
 /// Unmounting uncovers what was mounted over; more rounds than that, somebody mounts meanwhile.
 const UNMOUNT_ROUNDS: usize = 16;
+
+/// Mount point of the share in the guest, with every backend.
+pub const GUEST_SHARE: &str = "/run/cube/shared";
 
 /// `<run_dir>/shared`, with a subdirectory for each container.
 #[derive(Debug, Clone)]
@@ -56,6 +61,17 @@ impl Share {
                 .map_err(failed("cannot make read-only", &self.view))?;
         }
         Ok(())
+    }
+
+    /// How the guest mounts the share, for `PrepareSandbox`. On the `process` backend the agent binds
+    /// the host's directory, with what is mounted below it, to the path that it has in a VM.
+    pub fn guest_mount(&self, backend: Backend) -> SharedMount {
+        let (fs_type, source, options) = match backend {
+            Backend::CloudHypervisor | Backend::Qemu(_) => ("virtiofs", SHARE_TAG.to_owned(), Vec::new()),
+            Backend::Process => ("bind", self.view.to_string_lossy().into_owned(), vec!["rbind".to_owned()]),
+        };
+        let (fs_type, target) = (fs_type.to_owned(), GUEST_SHARE.to_owned());
+        SharedMount { fs_type, source, target, options, ..SharedMount::default() }
     }
 
     /// Mounts `mounts` on top of each other at `<container>/<name>`. A source that is a file gets a

@@ -30,20 +30,11 @@ impl Process {
     }
 }
 
-/// `--propagation slave`, so that a rootfs mounted on the host later appears, and nothing goes the
+/// The agent mounts /proc itself. `--propagation slave`, so that a rootfs mounted on the host later appears, and nothing goes the
 /// other way. No cgroup namespace: below one, cgroup2 mounted with `nsdelegate` lets the agent move
 /// no process from its own cgroup `helpers/` into `guest/`.
-const UNSHARE: [&str; 9] = [
-    "--fork",
-    "--kill-child=KILL",
-    "--pid",
-    "--mount",
-    "--propagation=slave",
-    "--mount-proc",
-    "--uts",
-    "--ipc",
-    "--net",
-];
+const UNSHARE: [&str; 8] =
+    ["--fork", "--kill-child=KILL", "--pid", "--mount", "--propagation=slave", "--uts", "--ipc", "--net"];
 
 #[async_trait]
 impl Backend for Process {
