@@ -11,7 +11,7 @@ mod image;
 pub mod kvm;
 mod machine;
 mod process;
-mod program;
+pub mod program;
 mod qemu;
 pub mod select;
 mod virtiofsd;
