@@ -1,1 +1,354 @@
+//! The guest's end of the stream port for tests: keeps output until it is acknowledged, and fails in
+//! every way that a connection to a guest can.
 
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_trait::async_trait;
+use bytes::BytesMut;
+use cube_protocol::{
+    frame::{Flags, Frame, Header, Kind, read_frame},
+    ports,
+    stream::{self, ErrorCode, Gap, Open, Opened, Stream},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+};
+
+use crate::agent::{Dial, DialError};
+
+pub(super) const EPOCH: u64 = 77;
+pub(super) const TIMELINE: u64 = 5;
+
+/// What happens to one connection.
+#[derive(Debug, Clone)]
+pub(super) enum Fault {
+    /// It ends when this many bytes have gone to the host.
+    CutAfterSending(usize),
+    /// It ends when this many bytes have come from the host.
+    CutAfterReceiving(usize),
+    /// The host gets these bytes after OPENED, and then the end.
+    Raw(Vec<u8>),
+    /// OPEN is answered with this error.
+    Refuse(ErrorCode),
+    /// OPEN is not answered.
+    Silence,
+    /// The dial fails.
+    NoDial,
+    /// The stream goes on at this offset in OPENED.
+    OpenedAt(u64),
+}
+
+#[derive(Default)]
+struct State {
+    outputs: HashMap<i32, Output>,
+    stdin: Stdin,
+    faults: VecDeque<Fault>,
+    opens: Vec<(u64, Open)>,
+    /// The highest of each stream.
+    attempts: HashMap<i32, u64>,
+}
+
+/// One output stream of the guest.
+#[derive(Default, Clone)]
+struct Output {
+    /// All bytes; those in `gaps` are never sent.
+    data: Vec<u8>,
+    gaps: Vec<(u64, u64)>,
+    acked: u64,
+    eof: Option<Flags>,
+    last_acked: bool,
+}
+
+/// What the process has been given.
+#[derive(Default, Clone)]
+pub(super) struct Stdin {
+    pub(super) bytes: Vec<u8>,
+    pub(super) eof: bool,
+}
+
+/// The fake guest.
+pub(super) struct FakeAgent {
+    state: Mutex<State>,
+    changed: watch::Sender<()>,
+    /// Bytes of one DATA frame at most.
+    frame: usize,
+}
+
+impl FakeAgent {
+    pub(super) fn new(frame: usize) -> Arc<FakeAgent> {
+        let (changed, _) = watch::channel(());
+        Arc::new(FakeAgent { state: Mutex::default(), changed, frame })
+    }
+
+    pub(super) fn with_faults(frame: usize, faults: impl IntoIterator<Item = Fault>) -> Arc<FakeAgent> {
+        let agent = FakeAgent::new(frame);
+        agent.lock().faults.extend(faults);
+        agent
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.changed.send_replace(());
+        result
+    }
+
+    fn output<T>(&self, stream: Stream, change: impl FnOnce(&mut Output) -> T) -> T {
+        self.change(|state| change(state.outputs.entry(stream as i32).or_default()))
+    }
+
+    /// The process writes.
+    pub(super) fn write(&self, stream: Stream, bytes: &[u8]) {
+        self.output(stream, |output| output.data.extend_from_slice(bytes));
+    }
+
+    /// The process writes, and the guest drops it.
+    pub(super) fn lose(&self, stream: Stream, bytes: u64) {
+        self.output(stream, |output| {
+            let at = output.data.len() as u64;
+            output.data.resize(output.data.len() + bytes as usize, 0);
+            output.gaps.push((at, at + bytes));
+        });
+    }
+
+    /// The last writer of the stream has gone.
+    pub(super) fn end(&self, stream: Stream, flags: Flags) {
+        self.output(stream, |output| output.eof = Some(flags));
+    }
+
+    pub(super) fn acked(&self, stream: Stream) -> u64 {
+        self.output(stream, |output| output.acked)
+    }
+
+    pub(super) fn is_released(&self, stream: Stream) -> bool {
+        self.output(stream, |output| output.last_acked)
+    }
+
+    /// Offsets and bodies of all OPENs so far.
+    pub(super) fn opens(&self) -> Vec<(u64, Open)> {
+        self.lock().opens.clone()
+    }
+
+    pub(super) fn stdin(&self) -> Stdin {
+        self.lock().stdin.clone()
+    }
+
+    /// Resolves when `condition` holds.
+    pub(super) async fn until(&self, condition: impl Fn(&FakeAgent) -> bool) {
+        let mut changed = self.changed.subscribe();
+        while !condition(self) {
+            changed.changed().await.unwrap();
+        }
+    }
+
+    async fn serve(self: Arc<Self>, socket: UnixStream, fault: Option<Fault>) -> io::Result<()> {
+        let (mut reader, writer) = socket.into_split();
+        let mut writer = Cut { writer, left: usize::MAX };
+        let mut receiving = usize::MAX;
+        match &fault {
+            Some(Fault::CutAfterSending(n)) => writer.left = *n,
+            Some(Fault::CutAfterReceiving(n)) => receiving = *n,
+            _ => {}
+        }
+        let mut budget = (&mut reader).take(receiving as u64);
+        let open = read(&mut budget).await?;
+        let message: Open = open.message().map_err(io::Error::other)?;
+        let offset = open.header.offset;
+        self.change(|state| {
+            state.opens.push((offset, message.clone()));
+            let highest = state.attempts.entry(message.stream.value()).or_default();
+            assert!(message.attempt > *highest, "attempts must increase");
+            *highest = message.attempt;
+        });
+        match fault {
+            Some(Fault::Refuse(code)) => return writer.error(code).await,
+            Some(Fault::Silence) => return std::future::pending().await,
+            Some(Fault::Raw(bytes)) => {
+                writer.message(Kind::Opened, offset, &opened()).await?;
+                return writer.send(&bytes).await;
+            }
+            Some(Fault::OpenedAt(at)) => {
+                writer.message(Kind::Opened, at, &opened()).await?;
+                return std::future::pending().await;
+            }
+            _ => {}
+        }
+        if message.timeline != TIMELINE {
+            return writer.error(ErrorCode::OTHER_TIMELINE).await;
+        }
+        match message.stream.enum_value_or_default() {
+            Stream::STDIN => self.take_input(budget, writer).await,
+            stream => {
+                if message.epoch != 0 && message.epoch != EPOCH {
+                    return writer.error(ErrorCode::NOT_FOUND).await;
+                }
+                self.give_output(stream, offset, budget, writer).await
+            }
+        }
+    }
+
+    async fn give_output(
+        &self,
+        stream: Stream,
+        from: u64,
+        mut reader: tokio::io::Take<&mut OwnedReadHalf>,
+        mut writer: Cut,
+    ) -> io::Result<()> {
+        let held = self.output(stream, |output| (output.acked, output.data.len() as u64));
+        if from < held.0 {
+            return writer.error(ErrorCode::OFFSET_LOST).await;
+        }
+        if from > held.1 {
+            return writer.error(ErrorCode::OFFSET_AHEAD).await;
+        }
+        self.output(stream, |output| output.acked = from);
+        writer.message(Kind::Opened, from, &opened()).await?;
+        let acks = async {
+            loop {
+                let frame = read(&mut reader).await?;
+                assert_eq!(frame.header.kind, Kind::Ack);
+                self.output(stream, |output| {
+                    assert!(frame.header.offset <= output.data.len() as u64);
+                    assert!(frame.header.offset >= output.acked, "an ACK must not go back");
+                    output.acked = frame.header.offset;
+                    output.last_acked |= frame.header.flags.contains(Flags::LAST);
+                });
+            }
+        };
+        let data = async {
+            let mut changed = self.changed.subscribe();
+            let mut at = from;
+            let mut size = 1;
+            loop {
+                changed.borrow_and_update();
+                let output = self.lock().outputs.get(&(stream as i32)).cloned().unwrap_or_default();
+                let end = output.data.len() as u64;
+                if let Some((from, to)) = output.gaps.iter().find(|(from, to)| (*from..*to).contains(&at)) {
+                    assert_eq!(*from, at);
+                    let lost = Gap { lost_bytes: to - at, ..Default::default() };
+                    at = *to;
+                    writer.message(Kind::Gap, at, &lost).await?;
+                } else if at < end {
+                    let limit = output.gaps.iter().map(|gap| gap.0).find(|gap| *gap > at).unwrap_or(end);
+                    // Odd sizes, from single bytes to whole frames.
+                    size = (size * 7 + 3) % self.frame + 1;
+                    let to = limit.min(at + size as u64);
+                    let body = &output.data[at as usize..to as usize];
+                    writer.frame(Header::new(Kind::Data, at), body).await?;
+                    at = to;
+                } else if let Some(flags) = output.eof {
+                    writer.frame(Header::new(Kind::Eof, at).with_flags(flags), &[]).await?;
+                    return std::future::pending().await;
+                } else {
+                    changed.changed().await.map_err(io::Error::other)?;
+                }
+            }
+        };
+        tokio::select! {
+            result = acks => result,
+            result = data => result,
+        }
+    }
+
+    async fn take_input(
+        &self,
+        mut reader: tokio::io::Take<&mut OwnedReadHalf>,
+        mut writer: Cut,
+    ) -> io::Result<()> {
+        let consumed = self.lock().stdin.bytes.len() as u64;
+        writer.message(Kind::Opened, consumed, &opened()).await?;
+        loop {
+            let frame = read(&mut reader).await?;
+            let at = self.change(|state| {
+                assert_eq!(frame.header.offset, state.stdin.bytes.len() as u64);
+                match frame.header.kind {
+                    Kind::Data => state.stdin.bytes.extend_from_slice(&frame.body),
+                    Kind::Eof => state.stdin.eof = true,
+                    other => panic!("{other:?} on stdin"),
+                }
+                state.stdin.bytes.len() as u64
+            });
+            let flags = if frame.header.kind == Kind::Eof { Flags::LAST } else { Flags::NONE };
+            writer.frame(Header::new(Kind::Ack, at).with_flags(flags), &[]).await?;
+        }
+    }
+}
+
+#[async_trait]
+impl Dial for Arc<FakeAgent> {
+    async fn dial(&self, port: u32) -> Result<UnixStream, DialError> {
+        assert_eq!(port, ports::STREAM);
+        let fault = self.change(|state| state.faults.pop_front());
+        if let Some(Fault::NoDial) = fault {
+            let source = io::ErrorKind::ConnectionRefused.into();
+            return Err(DialError::Connect { path: "fake".into(), source });
+        }
+        let (host, guest) = UnixStream::pair().unwrap();
+        let agent = self.clone();
+        let served = tokio::spawn(async move { agent.serve(guest, fault).await });
+        tokio::spawn(async move {
+            // Connections fail all the time here, but a broken assertion must not look like one.
+            if served.await.is_err_and(|e| e.is_panic()) {
+                std::process::abort();
+            }
+        });
+        Ok(host)
+    }
+}
+
+async fn read(reader: &mut (impl tokio::io::AsyncRead + Unpin)) -> io::Result<Frame> {
+    let frame = read_frame(reader, &mut BytesMut::new()).await.map_err(io::Error::other)?;
+    frame.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+fn opened() -> Opened {
+    Opened { epoch: EPOCH, ..Default::default() }
+}
+
+/// A frame as it goes over the wire.
+pub(super) fn wire(header: Header, body: &[u8]) -> Vec<u8> {
+    let mut wire = Header { len: body.len() as u32, ..header }.encode().to_vec();
+    wire.extend_from_slice(body);
+    wire
+}
+
+/// A writer that ends the connection after so many bytes.
+struct Cut {
+    writer: OwnedWriteHalf,
+    left: usize,
+}
+
+impl Cut {
+    async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let part = bytes.len().min(self.left);
+        self.writer.write_all(&bytes[..part]).await?;
+        self.left -= part;
+        if part < bytes.len() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
+
+    async fn frame(&mut self, header: Header, body: &[u8]) -> io::Result<()> {
+        self.send(&wire(header, body)).await
+    }
+
+    async fn message(&mut self, kind: Kind, offset: u64, body: &impl protobuf::Message) -> io::Result<()> {
+        let frame = Frame::with_message(kind, offset, body).map_err(io::Error::other)?;
+        self.frame(frame.header, &frame.body).await
+    }
+
+    async fn error(&mut self, code: ErrorCode) -> io::Result<()> {
+        let error = stream::Error { code: code.into(), message: "as told".into(), ..Default::default() };
+        self.message(Kind::Error, 0, &error).await
+    }
+}

@@ -148,7 +148,6 @@ impl Relay {
                     safe.map_err(|_| Ended::Sink)?;
                     let safe = *self.sink.safe.borrow_and_update();
                     self.counters.acknowledged.set(safe);
-                    self.connections.progressed();
                     acks.target = safe;
                     acks.flush(&socket);
                 }
@@ -196,6 +195,7 @@ impl Relay {
         let mut parts = Vec::new();
         let result = self.parse_into(incoming, &mut parts);
         if !parts.is_empty() {
+            self.connections.progressed();
             // A GAP that ended the chunk comes after it.
             self.pending.push_front(Chunk::Data(parts));
         }

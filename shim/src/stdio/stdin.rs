@@ -104,6 +104,9 @@ impl StdinRelay {
     async fn follow(&mut self, connected: Connected) -> Result<(), Broken> {
         let Connected { socket, epoch, offset } = connected;
         self.epoch = epoch;
+        if offset > self.acknowledged {
+            self.connections.progressed();
+        }
         // Anything up to what an earlier connection may have brought.
         self.acknowledge(offset, self.end())?;
         let mut progress = Progress { staged: offset, outgoing: BytesMut::new(), eof_staged: false };

@@ -1,0 +1,233 @@
+//! FIFOs and who reads them.
+
+use super::*;
+
+/// An exec: FIFOs without a log.
+fn exec(place: &Place) -> StdioConfig {
+    StdioConfig { exec_id: "e".into(), stdout: place.fifo("out"), ..place.config() }
+}
+
+fn with_fifo(place: &Place) -> StdioConfig {
+    StdioConfig { stdout: place.fifo("out"), ..place.logged() }
+}
+
+fn written(agent: &FakeAgent, len: usize) {
+    agent.write(Stream::STDOUT, &pattern(0, len));
+    agent.end(Stream::STDOUT, Flags::NONE);
+    agent.end(Stream::STDERR, Flags::NONE);
+}
+
+#[tokio::test]
+async fn a_reader_gets_every_byte_and_then_the_end() {
+    for log in [false, true] {
+        let place = Place::new();
+        let agent = FakeAgent::new(5000);
+        written(&agent, 1_000_000);
+        let config = if log { with_fifo(&place) } else { exec(&place) };
+        let mut reader = open_reader(&config.stdout);
+        let io = started(config, &agent).await;
+        assert_same(&soon(read_to_end(&mut reader)).await, &pattern(0, 1_000_000));
+        assert_eq!(soon(io.finish(LIMIT)).await, FinishReport { complete: true, discarded_bytes: 0 });
+    }
+}
+
+#[tokio::test]
+async fn a_fifo_that_nobody_reads_stalls_no_log() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    written(&agent, 1_000_000);
+    let io = started(with_fifo(&place), &agent).await;
+    soon(agent.until(|a| a.is_released(Stream::STDOUT))).await;
+    assert_same(&place.log("stdout"), &pattern(0, 1_000_000));
+    let begun = Instant::now();
+    assert!(soon(io.finish(LIMIT)).await.complete);
+    assert!(begun.elapsed() < Duration::from_secs(2), "nobody is there to be waited for");
+}
+
+#[tokio::test]
+async fn a_reader_that_comes_late_gets_everything_from_the_beginning() {
+    for log in [false, true] {
+        let place = Place::new();
+        let agent = FakeAgent::new(5000);
+        written(&agent, 200_000);
+        let config = if log { with_fifo(&place) } else { exec(&place) };
+        let path = config.stdout.clone();
+        let io = started(config, &agent).await;
+        soon(until(|| output(&io, "stdout").received > 0)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_same(&soon(read_to_end(&mut open_reader(&path))).await, &pattern(0, 200_000));
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_away_and_comes_back_misses_only_what_it_left_in_the_pipe() {
+    for log in [false, true] {
+        let place = Place::new();
+        let agent = FakeAgent::new(5000);
+        let config = if log { with_fifo(&place) } else { exec(&place) };
+        let path = config.stdout.clone();
+        let mut reader = open_reader(&path);
+        let io = started(config, &agent).await;
+        for round in 0..20 {
+            let bytes = pattern(round * 30_000, 30_000);
+            agent.write(Stream::STDOUT, &bytes);
+            // Whole rounds are read, so nothing is left in the pipe.
+            assert_same(&soon(read_exactly(&mut reader, 30_000)).await, &bytes);
+            drop(reader);
+            if round % 2 == 0 {
+                agent.write(Stream::STDERR, b"while nobody reads");
+                tokio::task::yield_now().await;
+            }
+            reader = open_reader(&path);
+        }
+        agent.end(Stream::STDOUT, Flags::NONE);
+        agent.end(Stream::STDERR, Flags::NONE);
+        assert_eq!(soon(read_to_end(&mut reader)).await, b"");
+        assert_eq!(output(&io, "stdout").lost, 0);
+        assert!(soon(io.finish(LIMIT)).await.complete);
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_a_reader_left_in_the_pipe_are_there_for_the_next() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    written(&agent, 300_000);
+    let config = exec(&place);
+    let path = config.stdout.clone();
+    let mut reader = open_reader(&path);
+    let _io = started(config, &agent).await;
+    let mut got = Vec::new();
+    while got.len() < 250_000 {
+        got.extend(soon(read_some(&mut reader, 1000)).await);
+        if got.len() % 7000 == 0 {
+            drop(reader);
+            reader = open_reader(&path);
+        }
+    }
+    got.extend(soon(read_to_end(&mut reader)).await);
+    assert_same(&got, &pattern(0, 300_000));
+}
+
+#[tokio::test]
+async fn a_slow_reader_holds_back_its_own_stream_alone() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    agent.write(Stream::STDOUT, &pattern(0, 4 << 20));
+    agent.write(Stream::STDERR, &pattern(0, 1 << 20));
+    let mut config = exec(&place);
+    config.stderr = place.fifo("err");
+    let mut stuck = open_reader(&config.stdout);
+    let mut quick = open_reader(&config.stderr);
+    let io = started(config, &agent).await;
+    assert_same(&soon(read_exactly(&mut quick, 1 << 20)).await, &pattern(0, 1 << 20));
+    soon(until(|| output(&io, "stdout").acknowledged > 0 || output(&io, "stdout").received > 0)).await;
+    let status = output(&io, "stdout");
+    assert!(status.received < 2 << 20, "what is held in memory is bounded: {status:?}");
+    assert_same(&soon(read_exactly(&mut stuck, 4 << 20)).await, &pattern(0, 4 << 20));
+}
+
+#[tokio::test]
+async fn a_slow_reader_of_a_logged_stream_holds_it_back_only_when_it_is_a_whole_log_behind() {
+    let place = Place::new();
+    let agent = FakeAgent::new(60_000);
+    let total = 2 << 20;
+    written(&agent, total);
+    let mut config = with_fifo(&place);
+    config.log = config.log.map(|log| LogConfig { segment_bytes: 128 << 10, segments: 3, ..log });
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    let got = soon(read_exactly(&mut reader, 10)).await;
+    soon(agent.until(|a| a.acked(Stream::STDOUT) >= 200 << 10)).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let held = agent.acked(Stream::STDOUT) as usize;
+    assert!(held < (128 << 10) * 3 + (64 << 10) + 10, "{held} is more than log and pipe can hold");
+    let rest = soon(read_to_end(&mut reader)).await;
+    assert_same(&[got, rest].concat(), &pattern(0, total));
+    assert_eq!(output(&io, "stdout").lost, 0);
+}
+
+#[tokio::test]
+async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_counted() {
+    let place = Place::new();
+    let agent = FakeAgent::new(60_000);
+    let total = 2 << 20;
+    agent.write(Stream::STDOUT, &pattern(0, total));
+    agent.end(Stream::STDERR, Flags::NONE);
+    let mut config = with_fifo(&place);
+    config.log = config.log.map(|log| LogConfig { segment_bytes: 128 << 10, segments: 3, ..log });
+    let path = config.stdout.clone();
+    let io = started(config, &agent).await;
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == total as u64)).await;
+    let mut reader = open_reader(&path);
+    soon(until(|| output(&io, "stdout").lost > 0)).await;
+    agent.end(Stream::STDOUT, Flags::NONE);
+    let got = soon(read_to_end(&mut reader)).await;
+    let lost = output(&io, "stdout").lost as usize;
+    assert_eq!(got.len() + lost, total);
+    // What was read from the log before anybody read, then the newest of the log.
+    let tail = got.len() - (64 << 10);
+    assert_same(&got[..64 << 10], &pattern(0, 64 << 10));
+    assert_same(&got[64 << 10..], &pattern(total - tail, tail));
+}
+
+#[tokio::test]
+async fn the_fifo_of_an_exited_process_is_closed_though_a_reader_takes_nothing() {
+    for log in [false, true] {
+        let place = Place::new();
+        let agent = FakeAgent::new(5000);
+        written(&agent, 1_000_000);
+        let config = if log { with_fifo(&place) } else { exec(&place) };
+        let mut reader = open_reader(&config.stdout);
+        let io = started(config, &agent).await;
+        soon(until(|| output(&io, "stdout").written > 0)).await;
+        io.process_exited();
+        tokio::time::sleep(phase::READER_PATIENCE + Duration::from_millis(500)).await;
+        let got = soon(read_to_end(&mut reader)).await;
+        assert!(got.len() < 1_000_000);
+        assert_same(&got, &pattern(0, got.len()));
+        let report = soon(io.finish(LIMIT)).await;
+        assert!(!report.complete && report.discarded_bytes > 0, "{report:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_fifo_of_an_exited_process_is_closed_though_the_guest_hangs() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    agent.write(Stream::STDOUT, b"last words");
+    let config = with_fifo(&place);
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    io.process_exited();
+    assert_eq!(soon(read_to_end(&mut reader)).await, b"last words");
+}
+
+#[tokio::test]
+async fn an_exec_that_nobody_ever_read_is_deleted_at_once() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    written(&agent, 1000);
+    let io = started(exec(&place), &agent).await;
+    soon(until(|| output(&io, "stdout").received == 1000)).await;
+    io.process_exited();
+    let begun = Instant::now();
+    let report = soon(io.finish(LIMIT)).await;
+    assert_eq!(report, FinishReport { complete: false, discarded_bytes: 1000 });
+    assert!(begun.elapsed() < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_terminal_is_one_stream() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    agent.write(Stream::TERMINAL, b"$ ");
+    agent.end(Stream::TERMINAL, Flags::NONE);
+    let mut config = exec(&place);
+    config.terminal = true;
+    config.stderr = "/nonexistent/ignored".into();
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    assert_eq!(io.wanted(), Wanted { stdin: false, stdout: true, stderr: false });
+    assert_eq!(soon(read_to_end(&mut reader)).await, b"$ ");
+}
