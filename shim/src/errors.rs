@@ -1,12 +1,13 @@
 //! What the Task service can fail with, and the one place where that becomes a ttrpc status.
 
-use std::{error::Error as StdError, path::PathBuf};
+use std::{error::Error as StdError, io};
 
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, annotations::AnnotationError, config::ConfigError, options::OptionsError,
-    sandbox::spec::SpecError, state::StateError, stdio::StdioError, vmm::VmmError,
+    agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
+    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, state::StateError,
+    stdio::StdioError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -127,18 +128,12 @@ pub enum Error {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Something on the host (cgroup, mounts) failed.
-    #[error("{what} {path}")]
-    Host {
-        /// What was done, "cannot mount the rootfs at" for example.
-        what: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// The code that fits.
-        code: Code,
-        /// Why.
-        source: Box<dyn StdError + Send + Sync>,
-    },
+    /// The rootfs or a volume cannot be given to the guest.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// The sandbox's cgroup cannot be made or removed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
 }
 
 impl Error {
@@ -161,11 +156,24 @@ impl Error {
                 Code::FAILED_PRECONDITION
             }
             Error::Agent(agent) => agent_code(agent),
-            Error::Host { code, .. } => *code,
-            Error::Stdio(_) | Error::Vmm(_) | Error::StateFile(_) | Error::Config(_) | Error::Task(_) => {
-                Code::UNKNOWN
-            }
+            Error::Rootfs(rootfs) => rootfs_code(rootfs),
+            Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
+            Error::Stdio(_)
+            | Error::Vmm(_)
+            | Error::StateFile(_)
+            | Error::Config(_)
+            | Error::Cgroup(_)
+            | Error::Task(_) => Code::UNKNOWN,
         }
+    }
+}
+
+fn rootfs_code(error: &RootfsError) -> Code {
+    match error {
+        RootfsError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        RootfsError::Option { .. } | RootfsError::Id(_) => Code::INVALID_ARGUMENT,
+        RootfsError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NOT_FOUND,
+        _ => Code::UNKNOWN,
     }
 }
 

@@ -1,16 +1,21 @@
 //! What a sandbox needs of its host, so that tests can put something else in its place.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use containerd_shim_protos::api::Mount;
 use cube_protocol::guest::SharedMount;
 use serde_json::Value;
 
 use crate::{
+    cgroup::SandboxCgroup,
     config::Config,
     errors::Error,
+    rootfs::{Plan, Share},
     state::RunDir,
-    vmm::{Disk, VmSpec, Vmm},
+    vmm::{self, Disk, VmSpec, Vmm},
 };
 
 /// How a container's rootfs reaches the guest.
@@ -69,39 +74,52 @@ pub trait Host: Send + Sync + 'static {
 /// The machine that this process runs on.
 pub struct LinuxHost;
 
-fn missing<T>(what: &str) -> Result<T, Error> {
-    Err(Error::Unimplemented { what: what.into(), hint: "" })
-}
+/// How long killing a sandbox's processes may take; they are in the hands of the kernel then.
+const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Host for LinuxHost {
-    fn cgroup(&self, _: &str) -> Result<PathBuf, Error> {
-        missing("a cgroup for the sandbox")
+    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
+        Ok(SandboxCgroup::for_key(key)?.dir().into())
     }
 
-    fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
-        missing("a cgroup for the sandbox")
+    fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
+        Ok(SandboxCgroup::at(cgroup).create()?)
     }
 
     fn prepare_rootfs(
         &self,
-        _: &RunDir,
-        _: &str,
-        _: &Path,
-        _: &[Mount],
-        _: &mut Value,
+        run_dir: &RunDir,
+        id: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        spec: &mut Value,
     ) -> Result<Rootfs, Error> {
-        missing("a rootfs")
+        let plan = Plan::new(id, bundle, mounts, spec)?;
+        let share = Share::of(run_dir.path());
+        share.prepare()?;
+        plan.mount(&share)?;
+        plan.rewrite_spec(spec);
+        let disks = plan.disk().into_iter().collect();
+        Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks, share: plan.needs_share() })
     }
 
-    fn release_rootfs(&self, _: &RunDir, _: &str) -> Result<(), Error> {
-        Ok(())
+    fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {
+        Ok(Share::of(run_dir.path()).remove_container(id)?)
     }
 
-    fn select(&self, _: &Config, _: VmSpec) -> Result<Selected, Error> {
-        missing("a VMM")
+    fn select(&self, config: &Config, spec: VmSpec) -> Result<Selected, Error> {
+        let share = Share::of(&spec.run_dir);
+        let (vmm, choice) = vmm::select(config, spec);
+        let (backend, reason) = (choice.backend.to_string(), choice.reason);
+        Ok(Selected { vmm, backend, reason, shared_mount: share.guest_mount(choice.backend) })
     }
 
-    fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
+    fn destroy(&self, run_dir: &RunDir, cgroup: &Path) -> Result<(), Error> {
+        // Empty: nothing was ever made in it.
+        if !cgroup.as_os_str().is_empty() {
+            SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
+        }
+        Share::of(run_dir.path()).remove()?;
         Ok(run_dir.remove()?)
     }
 }
