@@ -1,5 +1,8 @@
 //! The reaper with real children. In a process of its own, because it reaps every child.
 
+// Of the tests: helpers may panic, and it is the reaper that waits for children.
+#![allow(clippy::unwrap_used, clippy::zombie_processes)]
+
 use std::{
     process::Command,
     sync::Arc,

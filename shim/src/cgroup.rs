@@ -271,7 +271,7 @@ mod tests {
     }
 
     fn sleeper_in(dir: &Path) -> Child {
-        let script = format!("echo $$ > '{}/cgroup.procs' && echo in && sleep 600 & wait", dir.display());
+        let script = format!("echo $$ > '{}/cgroup.procs'; echo in; sleep 600 & wait", dir.display());
         let mut child =
             Command::new("sh").arg("-c").arg(script).stdout(std::process::Stdio::piped()).spawn().unwrap();
         let mut line = [0; 3];

@@ -5,8 +5,8 @@ use std::{error::Error as StdError, path::PathBuf};
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, annotations::AnnotationError, config::ConfigError, options::OptionsError,
-    sandbox::spec::SpecError, state::StateError, stdio::StdioError, vmm::VmmError,
+    agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError, options::OptionsError,
+    rootfs::RootfsError, sandbox::spec::SpecError, state::StateError, stdio::StdioError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -127,6 +127,12 @@ pub enum Error {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The sandbox's cgroup on the host failed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The rootfs or a volume cannot be given to the guest.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     /// Something on the host (cgroup, mounts) failed.
     #[error("{what} {path}")]
     Host {
@@ -161,11 +167,24 @@ impl Error {
                 Code::FAILED_PRECONDITION
             }
             Error::Agent(agent) => agent_code(agent),
+            Error::Rootfs(rootfs) => rootfs_code(rootfs),
             Error::Host { code, .. } => *code,
-            Error::Stdio(_) | Error::Vmm(_) | Error::StateFile(_) | Error::Config(_) | Error::Task(_) => {
-                Code::UNKNOWN
-            }
+            Error::Stdio(_)
+            | Error::Vmm(_)
+            | Error::StateFile(_)
+            | Error::Config(_)
+            | Error::Cgroup(_)
+            | Error::Task(_) => Code::UNKNOWN,
         }
+    }
+}
+
+fn rootfs_code(error: &RootfsError) -> Code {
+    match error {
+        RootfsError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        RootfsError::Option { .. } | RootfsError::Id(_) => Code::INVALID_ARGUMENT,
+        RootfsError::Source { .. } => Code::NOT_FOUND,
+        RootfsError::Mount { .. } | RootfsError::StillMounted { .. } | RootfsError::Io { .. } => Code::UNKNOWN,
     }
 }
 

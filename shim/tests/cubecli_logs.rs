@@ -256,6 +256,41 @@ fn following_a_deleted_container_prints_what_there_is_and_ends() {
 }
 
 #[test]
+fn following_both_streams_keeps_the_order_of_times() {
+    let host = Host::new();
+    let (mut out, mut err) = (host.log("c", "stdout"), host.log("c", "stderr"));
+    let sandbox = host.sandbox("c", host.log_dir("c"));
+    let mut follower = host.start(&["logs", "--follow", "--both", "--timestamps", "c"]);
+    let mut expected = String::new();
+    for n in 0..50u64 {
+        let (log, name) = if n % 3 == 0 { (&mut err, "err") } else { (&mut out, "out") };
+        log.write(NOON + n, format!("{name} {n}\n").as_bytes());
+        expected += &format!("2026-01-31T12:00:00.{n:09}Z {name} {n}\n");
+        // Lines that are there at once are put in order; those of different times are as they come.
+        if n % 10 == 9 {
+            follower.wait_for(expected.len());
+        }
+    }
+    sandbox.remove().unwrap();
+    let (status, printed) = follower.finish();
+    assert!(status.success());
+    assert_eq!(sorted(&printed), expected, "each line once, with its own time");
+    let of = |name: &str| lines_with(&printed, name);
+    assert!(of("out").is_sorted() && of("err").is_sorted());
+}
+
+fn sorted(printed: &[u8]) -> String {
+    let mut lines: Vec<&str> = std::str::from_utf8(printed).unwrap().split_inclusive('\n').collect();
+    lines.sort_unstable();
+    lines.concat()
+}
+
+fn lines_with(printed: &[u8], word: &str) -> Vec<String> {
+    let text = String::from_utf8_lossy(printed);
+    text.lines().filter(|line| line.contains(word)).map(String::from).collect()
+}
+
+#[test]
 fn following_ends_after_the_lines_that_head_asks_for() {
     let host = Host::new();
     let mut log = host.log("c", "stdout");

@@ -21,12 +21,12 @@ use support::Host;
 use tokio::sync::oneshot;
 use ttrpc::r#async::{Server, TtrpcContext};
 
-struct RunningTask;
+struct OneTask(Status);
 
 #[async_trait]
-impl Task for RunningTask {
+impl Task for OneTask {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let (status, pid) = (Status::RUNNING.into(), 77);
+        let (status, pid) = (self.0.into(), 77);
         Ok(StateResponse { id: request.id, status, pid, ..Default::default() })
     }
 }
@@ -34,14 +34,14 @@ impl Task for RunningTask {
 /// A shim that answers `State` until this is dropped.
 struct Shim(#[allow(dead_code, reason = "held, not read")] oneshot::Sender<()>);
 
-fn shim(socket: &Path) -> Shim {
+fn shim(socket: &Path, status: Status) -> Shim {
     let address = format!("unix://{}", socket.display());
     let (stop, stopped) = oneshot::channel();
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let service = create_task(Arc::new(RunningTask));
+            let service = create_task(Arc::new(OneTask(status)));
             let mut server = Server::new().bind(&address).unwrap().register_service(service);
             server.start().await.unwrap();
             ready.send(()).unwrap();
@@ -56,7 +56,7 @@ fn shim(socket: &Path) -> Shim {
 fn ls_asks_each_shim_and_waits_for_none_that_hangs() {
     let host = Host::new();
     let dirs = ["answers", "hangs", "gone"].map(|id| host.sandbox(id, host.log_dir(id)));
-    let _shim = shim(&dirs[0].socket().unwrap());
+    let _shim = shim(&dirs[0].socket().unwrap(), Status::RUNNING);
     let _hanging = UnixListener::bind(dirs[1].socket().unwrap()).unwrap();
     let begun = Instant::now();
     let text = host.text(&["cubebox", "ls"]);
@@ -107,7 +107,7 @@ fn gc_removes_logs_beyond_their_retention_and_says_so() {
         log_of_age(&host, id, hours);
     }
     let sandbox = host.sandbox("living", host.log_dir("living"));
-    let _shim = shim(&sandbox.socket().unwrap());
+    let _shim = shim(&sandbox.socket().unwrap(), Status::RUNNING);
     let old = host.log_dir("old");
     let would = host.text(&["cubebox", "gc", "--dry-run"]);
     assert_eq!(would, format!("would remove {} (unchanged for 25h)\n", old.display()));
@@ -121,7 +121,7 @@ fn gc_removes_logs_beyond_their_retention_and_says_so() {
 fn gc_removes_what_a_sandbox_without_shim_and_processes_has_left() {
     let host = Host::new();
     let (gone, living) = (host.sandbox("gone", host.log_dir("gone")), host.sandbox("up", host.log_dir("up")));
-    let _shim = shim(&living.socket().unwrap());
+    let _shim = shim(&living.socket().unwrap(), Status::RUNNING);
     fs::write(gone.path().join("shared/file"), "x").unwrap();
     let text = host.text(&["cubebox", "gc"]);
     assert!(text.contains(gone.key()) && text.lines().count() == 1, "{text}");
@@ -168,6 +168,17 @@ fn gc_unmounts_before_it_removes() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!gone.path().exists());
     assert!(image.join("precious").exists());
+}
+
+#[test]
+fn following_a_container_that_has_stopped_ends_though_it_is_not_deleted() {
+    let host = Host::new();
+    host.log("c", "stdout").write(1, b"last words\n");
+    let sandbox = host.sandbox("c", host.log_dir("c"));
+    let _shim = shim(&sandbox.socket().unwrap(), Status::STOPPED);
+    let (status, printed) = host.start(&["logs", "--follow", "c"]).finish();
+    assert!(status.success());
+    assert_eq!(printed, b"last words\n");
 }
 
 #[test]

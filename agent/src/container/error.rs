@@ -13,6 +13,9 @@ pub enum ContainerError {
         /// What to do, if anything.
         hint: Option<&'static str>,
     },
+    /// It is not a spec at all, or a field has the wrong type.
+    #[error("cannot read the JSON of the spec")]
+    Json(#[source] serde_json::Error),
     /// A field of the spec that makes no sense.
     #[error("{field} is {value:?}: {reason}")]
     Invalid {

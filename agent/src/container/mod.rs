@@ -28,7 +28,7 @@ use self::{
 };
 use crate::stdio::ChildStdio;
 
-pub use self::{error::ContainerError, spawn::set_stage_executable, stage::init_stage};
+pub use self::{error::ContainerError, spawn::set_stage_executable, spec::parse, stage::init_stage};
 
 /// How long [`Container::delete`] waits for killed processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);

@@ -6,7 +6,26 @@ use oci_spec::runtime::{
     LinuxResources, Mount, Process, Spec,
 };
 
+use serde::de::DeserializeOwned;
+
 use super::{ContainerError, cgroup, mount_options::MountOptions, namespaces};
+
+/// Reads config.json, or the process of an exec. A field that the specification's types do not have is
+/// refused as well: it may be of a later version, and would be dropped in silence.
+pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, ContainerError> {
+    let mut unknown = None;
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let parsed = serde_ignored::deserialize(&mut deserializer, |path| {
+        // Options show up as "?" in the path.
+        unknown.get_or_insert_with(|| path.to_string().replace(".?", ""));
+    })
+    .and_then(|parsed| deserializer.end().map(|()| parsed));
+    match (parsed, unknown) {
+        (Err(source), _) => Err(ContainerError::Json(source)),
+        (Ok(_), Some(field)) => Err(ContainerError::unsupported(field)),
+        (Ok(parsed), None) => Ok(parsed),
+    }
+}
 
 /// Fields that are refused when set, each with whether it is, and what to do.
 type Refusals<'a> = &'a [(&'a str, bool, Option<&'static str>)];
@@ -342,6 +361,24 @@ mod tests {
             let outcome = outcome(pointer, value.clone());
             assert!(outcome.contains(named), "{pointer} = {value}: {outcome}");
         }
+    }
+
+    #[test]
+    fn a_field_of_another_version_is_refused_by_its_name() {
+        let mut spec = minimal();
+        spec["linux"]["quantumState"] = json!("both");
+        let error = parse::<Spec>(spec.to_string().as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "linux.quantumState is not supported");
+        assert_eq!(parse::<Spec>(minimal().to_string().as_bytes()).unwrap().version(), "1.0.2");
+    }
+
+    #[test]
+    fn what_is_no_json_is_an_error_that_says_where() {
+        let error = parse::<Spec>(b"{\"process\": {\"args\": 3}}").unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("line 1 column"), "{source}");
+        assert!(parse::<Spec>(b"not json").is_err());
+        assert!(parse::<Spec>(b"{} trailing").is_err());
     }
 
     #[test]

@@ -22,20 +22,10 @@ impl Identity {
 }
 
 fn random() -> io::Result<u64> {
-    let mut bytes = [0u8; 8];
     loop {
-        // SAFETY: the buffer is valid for writes of its length. Up to 256 bytes are never cut short.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match usize::try_from(got) {
-            Ok(got) if got == bytes.len() => match u64::from_ne_bytes(bytes) {
-                0 => {}
-                id => return Ok(id),
-            },
-            Ok(_) => {}
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
+        let id = getrandom::u64()?;
+        if id != 0 {
+            return Ok(id);
         }
     }
 }

@@ -35,6 +35,16 @@ pub enum Error {
         /// What it should be.
         reason: &'static str,
     },
+    /// A message of another type than the call needs.
+    #[error("{field} is of type {found:?}, {needed} is needed")]
+    Type {
+        /// The field of the request.
+        field: &'static str,
+        /// Its type.
+        found: String,
+        /// The right one.
+        needed: &'static str,
+    },
     /// A field of the request that cannot be decoded.
     #[error("{field} cannot be decoded")]
     Undecodable {
@@ -133,7 +143,9 @@ impl Error {
     /// The status code, chosen so that containerd's `errdefs` make of it what they would of runc's.
     pub fn code(&self) -> Code {
         match self {
-            Error::Id { .. } | Error::Invalid { .. } | Error::Undecodable { .. } => Code::INVALID_ARGUMENT,
+            Error::Id { .. } | Error::Invalid { .. } | Error::Type { .. } | Error::Undecodable { .. } => {
+                Code::INVALID_ARGUMENT
+            }
             Error::NoContainer(_) | Error::NoProcess(_) | Error::Finished(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::State { .. } | Error::PreparedOtherwise | Error::Timeline { .. } | Error::Version(_) => {
@@ -161,7 +173,9 @@ fn container_code(error: &ContainerError) -> Code {
     match error {
         // Not UNIMPLEMENTED: containerd takes that for a shim without the call and tries another
         // version of the API.
-        ContainerError::Unsupported { .. } | ContainerError::Invalid { .. } => Code::INVALID_ARGUMENT,
+        ContainerError::Unsupported { .. } | ContainerError::Invalid { .. } | ContainerError::Json(_) => {
+            Code::INVALID_ARGUMENT
+        }
         ContainerError::Stage { action, source } if action.starts_with("exec ") => exec_code(source),
         ContainerError::Stage { source, .. } => io_code(source),
         ContainerError::Cgroup { source, .. } => match source.raw_os_error() {

@@ -26,10 +26,12 @@ use ttrpc::asynchronous::TtrpcContext;
 use super::{
     detached,
     error::Error,
+    ids,
     tasks::{NewTask, State, Streams, Tasks},
 };
 use crate::{
     boot::reaper::Exit,
+    container,
     guest::storage::Mount,
     stdio::{Hub, Policy},
 };
@@ -96,6 +98,7 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        ids::exec(&request.exec_id)?;
         let streams = streams(request.terminal, &request.stdin, &request.stdout, &request.stderr)?;
         let process: runtime::Process = json("spec", PROCESS, request.spec.into_option())?;
         check_terminal(&process, streams)?;
@@ -199,6 +202,7 @@ impl Task for TaskService {
 }
 
 fn new_task(request: CreateTaskRequest) -> Result<NewTask, Error> {
+    ids::container(&request.id)?;
     for (field, checkpoint) in
         [("checkpoint", &request.checkpoint), ("parent_checkpoint", &request.parent_checkpoint)]
     {
@@ -218,8 +222,7 @@ fn new_task(request: CreateTaskRequest) -> Result<NewTask, Error> {
             return Err(Error::Invalid { field: "options.log_mode", value, reason: "no such mode" });
         }
     };
-    let spec: Spec =
-        serde_json::from_slice(&options.spec).map_err(|error| undecodable("options.spec", error))?;
+    let spec: Spec = container::parse(&options.spec)?;
     if let Some(process) = spec.process() {
         check_terminal(process, streams)?;
     }
@@ -287,7 +290,7 @@ fn value(field: &'static str, expected: &'static str, any: Option<Any>) -> Resul
     if any.type_url == expected || any.type_url.rsplit('/').next() == Some(expected) {
         return Ok(any.value);
     }
-    Err(Error::Invalid { field, value: format!("of type {:?}", any.type_url), reason: expected })
+    Err(Error::Type { field, found: any.type_url, needed: expected })
 }
 
 fn json<T: DeserializeOwned>(
@@ -295,8 +298,7 @@ fn json<T: DeserializeOwned>(
     expected: &'static str,
     any: Option<Any>,
 ) -> Result<T, Error> {
-    let value = value(field, expected, any)?;
-    serde_json::from_slice(&value).map_err(|error| undecodable(field, error))
+    Ok(container::parse(&value(field, expected, any)?)?)
 }
 
 fn undecodable(field: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -358,12 +360,16 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused_with_the_field_and_its_value() {
         let text = refused(request("not json"));
-        assert!(text.starts_with("options.spec cannot be decoded: expected"), "{text}");
+        assert!(text.starts_with("cannot read the JSON of the spec: expected"), "{text}");
 
         let mut other = request(SPEC);
         other.options.mut_or_insert_default().type_url = "containerd.runc.v1.Options".into();
         let text = refused(other);
         assert!(text.contains("runc.v1") && text.contains(CREATE_OPTIONS), "{text}");
+
+        let mut outside = request("not json");
+        outside.id = "../c1".into();
+        assert!(refused(outside).contains("../c1"));
 
         let mut none = request(SPEC);
         none.options = MessageField::none();

@@ -4,9 +4,7 @@ use std::{
     collections::VecDeque,
     io::{self, IoSlice},
     os::fd::OwnedFd,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
-    task::{Context, Poll},
 };
 
 use cube_protocol::{
@@ -14,7 +12,7 @@ use cube_protocol::{
     stream::ErrorCode,
 };
 use tokio::{
-    io::{AsyncWrite, Interest, unix::AsyncFd},
+    io::{Interest, unix::AsyncFd},
     sync::Notify,
 };
 
@@ -76,7 +74,7 @@ enum Work {
 }
 
 impl Input {
-    /// On a `terminal`, EOF does nothing.
+    /// On a `terminal`, EOF is acknowledged and does nothing else.
     pub(super) fn new(epoch: u64, terminal: bool) -> Arc<Input> {
         let state = State {
             consumed: 0,
@@ -118,7 +116,7 @@ impl Input {
 
     async fn pump(self: Arc<Self>, sink: Arc<AsyncFd<OwnedFd>>) {
         loop {
-            let work = self.state().work();
+            let work = self.state().work(self.terminal);
             match work {
                 Work::Wait => self.work.notified().await,
                 Work::Finish => return,
@@ -156,11 +154,11 @@ impl State {
         self.consumed + self.pending.len() as u64
     }
 
-    fn work(&mut self) -> Work {
+    fn work(&mut self, terminal: bool) -> Work {
         match self.sink {
             Sink::Closed | Sink::Abandoned => Work::Finish,
             Sink::Open if !self.pending.is_empty() => Work::Write,
-            Sink::Open if self.eof => {
+            Sink::Open if self.eof && !terminal => {
                 self.sink = Sink::Closed;
                 self.wake();
                 Work::Finish
@@ -220,16 +218,16 @@ impl State {
         Ok(())
     }
 
-    fn receive_eof(&mut self, offset: u64, terminal: bool) -> Result<(), Refusal> {
+    fn receive_eof(&mut self, offset: u64) -> Result<(), Refusal> {
         let received = self.received();
         if offset != received {
             return Err(Refusal::protocol(format!("EOF at {offset}, but {received} comes next")));
         }
-        self.eof = !terminal;
+        self.eof = true;
         Ok(())
     }
 
-    /// ACK if there is something new to acknowledge: bytes, or that EOF has reached the process.
+    /// ACK if there is something new to acknowledge: bytes, or (LAST) that EOF has reached the process.
     fn next_ack(&mut self, attempt: u64, terminal: bool) -> Step {
         let eof_done = match self.sink {
             Sink::Open => terminal && self.pending.is_empty(),
@@ -243,7 +241,8 @@ impl State {
         }
         receiving.acked = *consumed;
         receiving.eof_unanswered &= !eof_answered;
-        Step::Plain(Header::new(Kind::Ack, *consumed))
+        let flags = if eof_answered { Flags::LAST } else { Flags::NONE };
+        Step::Plain(Header::new(Kind::Ack, *consumed).with_flags(flags))
     }
 }
 
@@ -284,7 +283,7 @@ impl Stream for Input {
             Kind::Eof => {
                 session.detail.eof_unanswered = true;
                 session.wake();
-                state.receive_eof(offset, self.terminal)?;
+                state.receive_eof(offset)?;
                 self.work.notify_one();
             }
             kind => return Err(Refusal::unexpected(kind)),
@@ -301,16 +300,6 @@ impl Stream for Input {
             return step;
         }
         session.stop_step(consumed).unwrap_or_else(|| state.next_ack(attempt, self.terminal))
-    }
-
-    fn poll_send<W: AsyncWrite + Unpin>(
-        &self,
-        _: u64,
-        _: &mut &[u8],
-        _: Pin<&mut W>,
-        _: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 
     fn refuse(&self, attempt: u64, refusal: Refusal) {

@@ -14,6 +14,7 @@ mod losses;
 mod output;
 mod pipe;
 mod pool;
+mod process;
 mod ring;
 mod server;
 mod session;
@@ -40,7 +41,13 @@ use tokio::io::{
     unix::{AsyncFd, AsyncFdRegisterError},
 };
 
-use self::{input::Input, output::Output, pool::Pool, session::Refusal};
+use self::{
+    input::Input,
+    output::Output,
+    pool::Pool,
+    process::{Endpoint, Process, Terminal},
+    session::Refusal,
+};
 
 /// How long a process that outlives the one that has exited may go on writing to its output.
 const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -133,42 +140,6 @@ pub struct Hub {
     connections: AtomicUsize,
     /// [`Totals::refused_connections`].
     refused: AtomicU64,
-}
-
-/// The streams of one process.
-#[derive(Debug, Default)]
-struct Process {
-    stdin: Option<Arc<Input>>,
-    /// The output of a terminal, too.
-    stdout: Option<Arc<Output>>,
-    stderr: Option<Arc<Output>>,
-    terminal: Option<Terminal>,
-}
-
-/// A terminal, before and after its master has come from the container's devpts.
-#[derive(Debug)]
-enum Terminal {
-    /// With the window size, width and height, that it is to have.
-    Promised {
-        window: Option<(u16, u16)>,
-    },
-    Attached(Arc<AsyncFd<OwnedFd>>),
-}
-
-/// What a connection may open.
-#[derive(Debug)]
-enum Endpoint {
-    Input(Arc<Input>),
-    Output(Arc<Output>),
-}
-
-impl Endpoint {
-    fn epoch(&self) -> u64 {
-        match self {
-            Endpoint::Input(input) => input.epoch(),
-            Endpoint::Output(output) => output.epoch(),
-        }
-    }
 }
 
 impl Hub {
@@ -358,15 +329,7 @@ impl Hub {
     }
 
     fn endpoint(&self, process: &ProcessId, wanted: stream::Stream) -> Option<Endpoint> {
-        let processes = locked(&self.processes);
-        let streams = processes.get(process)?;
-        let output = match (wanted, &streams.terminal) {
-            (stream::Stream::STDIN, _) => return streams.stdin.clone().map(Endpoint::Input),
-            (stream::Stream::STDOUT, None) | (stream::Stream::TERMINAL, Some(_)) => &streams.stdout,
-            (stream::Stream::STDERR, None) => &streams.stderr,
-            _ => return None,
-        };
-        output.clone().map(Endpoint::Output)
+        locked(&self.processes).get(process)?.endpoint(wanted)
     }
 
     /// Counts a connection whose host broke the protocol.
@@ -375,39 +338,6 @@ impl Hub {
             tracing::warn!("stream connection broke the protocol: {}", refusal.message);
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
-    }
-}
-
-impl Process {
-    fn outputs(&self) -> impl Iterator<Item = &Arc<Output>> {
-        self.stdout.iter().chain(&self.stderr)
-    }
-
-    fn infos(&self, process: &ProcessId) -> Vec<StreamInfo> {
-        let info = |stream: &str| StreamInfo {
-            container_id: process.container.clone(),
-            exec_id: process.exec.clone(),
-            stream: stream.into(),
-            ..Default::default()
-        };
-        let stdin = self.stdin.iter().map(|stdin| {
-            let (end_offset, acked_offset, connections) = stdin.figures();
-            StreamInfo { end_offset, acked_offset, connections, ..info("stdin") }
-        });
-        let stdout_name = if self.terminal.is_some() { "terminal" } else { "stdout" };
-        let stdout = self.stdout.iter().map(|output| (stdout_name, output));
-        let stderr = self.stderr.iter().map(|output| ("stderr", output));
-        let outputs = stdout.chain(stderr).map(|(name, output)| {
-            let figures = output.figures();
-            StreamInfo {
-                end_offset: figures.end,
-                acked_offset: figures.acked,
-                lost_bytes: figures.lost,
-                connections: figures.connections,
-                ..info(name)
-            }
-        });
-        stdin.chain(outputs).collect()
     }
 }
 

@@ -86,14 +86,16 @@ pub(super) trait Stream: Send + Sync + 'static {
     /// Decides what to write next.
     fn next(&self, attempt: u64) -> Step;
 
-    /// Writes `head`, then the body that the last [`Step::Data`] announced.
+    /// Writes `head`, then the body that the last [`Step::Data`] announced. For streams that have any.
     fn poll_send<W: AsyncWrite + Unpin>(
         &self,
-        attempt: u64,
-        head: &mut &[u8],
-        writer: Pin<&mut W>,
-        context: &mut Context<'_>,
-    ) -> Poll<io::Result<()>>;
+        _attempt: u64,
+        _head: &mut &[u8],
+        _writer: Pin<&mut W>,
+        _context: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Makes `refusal` the next and last step of the connection.
     fn refuse(&self, attempt: u64, refusal: Refusal);

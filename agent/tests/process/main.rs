@@ -1,5 +1,8 @@
 //! The agent's services over a real socket, with real containers, in process mode. Needs root.
 
+// Helpers of tests may panic.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod agent;
 
 use agent::{Agent, LIMIT, deadline};

@@ -30,6 +30,14 @@ struct State {
     abandoned: bool,
 }
 
+impl State {
+    /// Whether an attached reader has not read all of the oldest segment.
+    fn reader_blocks(&self) -> bool {
+        let end = self.segments.front().map_or(0, Extent::end);
+        self.reader.is_some_and(|position| position < end)
+    }
+}
+
 /// A retained segment.
 #[derive(Debug)]
 struct Extent {
@@ -103,13 +111,15 @@ impl Retained {
         self.released.notify_all();
     }
 
-    /// Waits until the reader has moved, at most for `limit`. Whether the writer should go on trying.
-    pub(crate) fn wait(&self, limit: Duration) -> bool {
+    /// Waits at most for `limit`, or until the reader no longer needs the oldest segment; if only
+    /// `for_reader`, returns at once when it does not. Whether the writer should go on trying.
+    pub(crate) fn wait(&self, limit: Duration, for_reader: bool) -> bool {
         let state = self.lock();
-        if state.abandoned {
-            return false;
-        }
-        let (state, _) = self.released.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner);
+        let blocked = for_reader || state.reader_blocks();
+        let (state, _) = self
+            .released
+            .wait_timeout_while(state, limit, |s| !s.abandoned && (!blocked || s.reader_blocks()))
+            .unwrap_or_else(PoisonError::into_inner);
         !state.abandoned
     }
 
@@ -146,8 +156,7 @@ impl Retained {
     pub(super) fn droppable(&self) -> Option<u64> {
         let state = self.lock();
         let oldest = state.segments.front()?;
-        let needed = state.reader.is_some_and(|position| position < oldest.end());
-        (!needed || state.abandoned).then_some(oldest.number)
+        (!state.reader_blocks() || state.abandoned).then_some(oldest.number)
     }
 
     /// Forgets the oldest segment.

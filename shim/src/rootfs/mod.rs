@@ -1,2 +1,88 @@
-//! Root file systems and volumes.
+//! What containerd mounts for a container, and how it gets into the guest.
+//!
+//! containerd names the root file system as a list of mounts and leaves making them to the shim.
+//! Directories (overlay, bind) are mounted on the host, below the sandbox's [`Share`], which
+//! virtiofsd exports. A file system on a block device or in a file goes to the guest as a disk.
+//! Volumes, which are the bind mounts in the container's spec, go through the share.
+
+mod mount;
 pub mod mountinfo;
+mod plan;
+mod share;
+
+use std::{io, path::PathBuf};
+
+pub use self::{
+    mount::HostMount,
+    plan::{Plan, Rootfs, Volume},
+    share::{GUEST_SHARE, Share},
+};
+
+/// Why a container's file systems cannot be given to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// A mount that cannot be done, or not across the boundary of a VM.
+    #[error("{what} is not supported: {hint}")]
+    Unsupported {
+        /// The mount, with its type and source.
+        what: String,
+        /// What to do instead.
+        hint: &'static str,
+    },
+    /// An option that makes no sense where it is.
+    #[error("the mount option {option:?} of {source_path:?} is not valid: {reason}")]
+    Option {
+        /// The option.
+        option: String,
+        /// The mount's source.
+        source_path: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A mount's source that is not there.
+    #[error("the source {path} of {what} cannot be used")]
+    Source {
+        /// The source.
+        path: PathBuf,
+        /// "the rootfs", "the volume /data".
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A container id that is not a file name.
+    #[error("the container id {0:?} is not a file name")]
+    Id(String),
+    /// A mount failed.
+    #[error("cannot mount {mount_source:?} on {target} as {fs_type}")]
+    Mount {
+        /// File system type.
+        fs_type: String,
+        /// What was mounted.
+        mount_source: String,
+        /// Where.
+        target: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something is still mounted where everything was unmounted.
+    #[error("{path} is still a mount point after it was unmounted")]
+    StillMounted {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// A file system operation failed.
+    #[error("{action} {path}")]
+    Io {
+        /// What was done, "cannot create" for example.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// For `map_err`.
+fn failed(action: &'static str, path: &std::path::Path) -> impl FnOnce(io::Error) -> RootfsError {
+    move |source| RootfsError::Io { action, path: path.into(), source }
+}

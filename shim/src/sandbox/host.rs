@@ -1,16 +1,21 @@
 //! What a sandbox needs of its host, so that tests can put something else in its place.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use containerd_shim_protos::api::Mount;
 use cube_protocol::guest::SharedMount;
 use serde_json::Value;
 
 use crate::{
+    cgroup::SandboxCgroup,
     config::Config,
     errors::Error,
+    rootfs::{Plan, Share},
     state::RunDir,
-    vmm::{Disk, VmSpec, Vmm},
+    vmm::{self, Disk, VmSpec, Vmm},
 };
 
 /// How a container's rootfs reaches the guest.
@@ -69,39 +74,58 @@ pub trait Host: Send + Sync + 'static {
 /// The machine that this process runs on.
 pub struct LinuxHost;
 
-fn missing<T>(what: &str) -> Result<T, Error> {
-    Err(Error::Unimplemented { what: what.into(), hint: "" })
-}
+/// Time for the processes of a sandbox to be gone after their SIGKILL.
+const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Host for LinuxHost {
-    fn cgroup(&self, _: &str) -> Result<PathBuf, Error> {
-        missing("a cgroup for the sandbox")
+    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
+        Ok(SandboxCgroup::for_key(key)?.dir().to_owned())
     }
 
-    fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
-        missing("a cgroup for the sandbox")
+    fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
+        Ok(SandboxCgroup::at(cgroup).create()?)
     }
 
     fn prepare_rootfs(
         &self,
-        _: &RunDir,
-        _: &str,
-        _: &Path,
-        _: &[Mount],
-        _: &mut Value,
+        run_dir: &RunDir,
+        id: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        spec: &mut Value,
     ) -> Result<Rootfs, Error> {
-        missing("a rootfs")
+        let plan = Plan::new(id, bundle, mounts, spec)?;
+        let share = plan.needs_share();
+        if share {
+            let share = Share::of(run_dir.path());
+            share.prepare()?;
+            plan.mount(&share)?;
+        }
+        plan.rewrite_spec(spec);
+        Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks: plan.disk().into_iter().collect(), share })
     }
 
-    fn release_rootfs(&self, _: &RunDir, _: &str) -> Result<(), Error> {
-        Ok(())
+    fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {
+        Ok(Share::of(run_dir.path()).remove_container(id)?)
     }
 
-    fn select(&self, _: &Config, _: VmSpec) -> Result<Selected, Error> {
-        missing("a VMM")
+    fn select(&self, config: &Config, spec: VmSpec) -> Result<Selected, Error> {
+        let share = Share::of(&spec.run_dir);
+        if spec.share.is_some() {
+            share.prepare()?;
+        }
+        let (vmm, choice) = vmm::select(config, spec);
+        Ok(Selected {
+            vmm,
+            backend: choice.backend.to_string(),
+            reason: choice.reason,
+            shared_mount: share.guest_mount(choice.backend),
+        })
     }
 
-    fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
+    fn destroy(&self, run_dir: &RunDir, cgroup: &Path) -> Result<(), Error> {
+        SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
+        Share::of(run_dir.path()).remove()?;
         Ok(run_dir.remove()?)
     }
 }

@@ -46,24 +46,16 @@ impl Feed {
         }
         let rest = retained.end().saturating_sub(position);
         counters.lost.add(rest);
-        match result {
-            Ok(Ok(())) => counters.delivered.set(1),
+        let cause = match result {
+            Ok(Ok(())) => return counters.delivered.set(1),
             // Nobody reads: nobody misses it, and the log has it.
-            Ok(Err(Closed::Unread)) => counters.delivered.set(1),
-            Ok(Err(closed @ (Closed::Slow | Closed::Gone))) => {
-                counters.discarded.add(rest);
-                tracing::warn!(
-                    stream = name,
-                    bytes = rest,
-                    ?closed,
-                    "output was not delivered, the log has it"
-                );
-            }
-            Err(e) => {
-                counters.discarded.add(rest);
-                tracing::warn!(stream = name, bytes = rest, error = %error_chain(&e), "output was not delivered");
-            }
-        }
+            Ok(Err(Closed::Unread)) => return counters.delivered.set(1),
+            Ok(Err(Closed::Slow)) => "it was taken too slowly".to_owned(),
+            Ok(Err(Closed::Gone)) => "the log program reads no more".to_owned(),
+            Err(e) => error_chain(&e),
+        };
+        counters.discarded.add(rest);
+        tracing::warn!(stream = name, bytes = rest, cause, "output was not delivered, the log has it");
     }
 
     async fn follow(&mut self) -> io::Result<Result<(), Closed>> {

@@ -70,7 +70,7 @@ impl LogThread {
     fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
         while let Err(stall) = work(&mut self.writer) {
             self.report(&stall);
-            if !self.retained.wait(RETRY) {
+            if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) {
                 return false;
             }
         }

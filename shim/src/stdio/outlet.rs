@@ -82,7 +82,9 @@ impl Outlet {
     }
 
     /// Delivers the beginning of `bytes`, waiting as long as `phases` allows; calls `waiting` each time
-    /// before it waits. Gives the number of bytes taken, at least one. Cancel safe.
+    /// before it waits. Gives the number of bytes taken, at least one.
+    ///
+    /// Not cancel safe: a file may have taken bytes that nobody is told of.
     pub(super) async fn deliver(
         &mut self,
         bytes: &Bytes,

@@ -14,8 +14,11 @@ pub(crate) const GUEST_CONSOLE: usize = 1 << 20;
 pub(crate) const PROGRAM_OUTPUT: usize = 64 << 10;
 
 /// Lines, and bytes of them, that an error message quotes.
-const QUOTED_LINES: usize = 20;
-const QUOTED_BYTES: usize = 4096;
+const QUOTED_LINES: usize = 12;
+const QUOTED_BYTES: usize = 8192;
+
+/// How the Linux kernel begins its last words. What follows is a stack that explains little.
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// The last bytes of an endless output. Clones share them. Memory is taken as it fills.
 #[derive(Debug, Clone)]
@@ -50,7 +53,7 @@ impl Ring {
         }
     }
 
-    /// The last lines, fit for a message. Control characters are replaced: a guest wrote them, and
+    /// The last lines, fit for a message; of a kernel that panicked, those up to the panic. Control characters are replaced: a guest wrote them, and
     /// an operator's terminal may show them.
     pub(crate) fn last_lines(&self) -> String {
         let tail: Vec<u8> = {
@@ -59,7 +62,8 @@ impl Ring {
         };
         let text = String::from_utf8_lossy(&tail);
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
+        let end = lines.iter().rposition(|line| line.contains(PANIC)).map_or(lines.len(), |line| line + 1);
+        let last = &lines[end.saturating_sub(QUOTED_LINES)..end];
         last.join("\n").replace(|c: char| c.is_control() && c != '\n' && c != '\t', "\u{fffd}")
     }
 }
@@ -85,7 +89,20 @@ mod tests {
             ring.push(format!("line {n}\r\n\r\n").as_bytes());
         }
         let lines = ring.last_lines();
-        assert!(lines.starts_with("line 80\n") && lines.ends_with("line 99"), "{lines}");
+        assert!(lines.starts_with("line 88\n") && lines.ends_with("line 99"), "{lines}");
+    }
+
+    #[test]
+    fn of_a_kernel_that_panicked_the_cause_is_quoted() {
+        let ring = Ring::new(GUEST_CONSOLE);
+        ring.push(
+            b"cube-agent: out of ideas\n[    4.2] Kernel panic - not syncing: Attempted to kill init!\n",
+        );
+        for n in 0..40 {
+            ring.push(format!("[    4.3]  function_{n}+0x1/0x2\n").as_bytes());
+        }
+        let lines = ring.last_lines();
+        assert!(lines.starts_with("cube-agent: out of ideas\n") && lines.ends_with("kill init!"), "{lines}");
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Whether KVM can run a virtual CPU here.
 //!
-//! That /dev/kvm opens says little: in many a cloud VM it is there, and running a guest fails or
-//! never returns. So one is run: a page of HLT instructions at the reset vector.
+//! That /dev/kvm opens says little: in many a cloud VM it is there, and running a guest fails, never
+//! returns, or is emulated instruction by instruction until the emulator meets one that it does not
+//! know. So a virtual CPU is run, and its first instruction is one of the kind that only a processor
+//! knows.
 
 use std::{
     fs::{File, OpenOptions},
@@ -35,9 +37,12 @@ const KVM_EXIT_HLT: u32 = 5;
 const EXIT_REASON: usize = 8;
 
 const PAGE: usize = 4096;
-const HLT: u8 = 0xf4;
-/// The page with the reset vector, 0xfffffff0, where an x86 CPU begins.
+/// The page with the reset vector, 0xfffffff0, where an x86 CPU begins, and the vector's offset in it.
 const RESET_PAGE: u64 = 0xffff_f000;
+const RESET_OFFSET: usize = 0xff0;
+/// `fld1; hlt`. Every x86-64 CPU loads a floating point constant right after its reset; the kernel's
+/// instruction emulator (arch/x86/kvm/emulate.c) has no arithmetic of the x87.
+const PROGRAM: [u8; 3] = [0xd9, 0xe8, 0xf4];
 
 /// `struct kvm_userspace_memory_region`.
 #[repr(C)]
@@ -70,8 +75,13 @@ pub enum KvmError {
 }
 
 /// Steps of the attempt; the number is the exit status of the process that makes it.
-const STEPS: [&str; 5] =
-    ["tell its version", "create a VM", "give memory to a VM", "create a virtual CPU", "run a virtual CPU"];
+const STEPS: [&str; 5] = [
+    "tell its version",
+    "create a VM",
+    "give memory to a VM",
+    "create a virtual CPU",
+    "run a virtual CPU in hardware",
+];
 
 /// Runs a virtual CPU, in a child process that is killed if it hangs. Takes milliseconds, blocks for
 /// two seconds at most. The result is not kept: modules come and go, and so do permissions.
@@ -100,7 +110,7 @@ pub fn probe() -> Result<(), KvmError> {
             let step = usize::try_from(status - 1).ok().and_then(|n| STEPS.get(n));
             Err(KvmError::Step { step: step.copied().unwrap_or("be tried") })
         }
-        Ok(_) => Err(KvmError::Step { step: "run a virtual CPU" }),
+        Ok(_) => Err(KvmError::Step { step: "run a virtual CPU in hardware" }),
         Err(errno) => Err(KvmError::Attempt(errno.into())),
     }
 }
@@ -137,8 +147,8 @@ fn attempt(kvm: &File) -> Result<(), usize> {
         return Err(1);
     }
     let page = map(PAGE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1).ok_or(2_usize)?;
-    // SAFETY: the page was just mapped, writable, and is nobody else's.
-    unsafe { page.write_bytes(HLT, PAGE) };
+    // SAFETY: the page was just mapped, writable, and is nobody else's; the program fits behind the offset.
+    unsafe { page.add(RESET_OFFSET).copy_from_nonoverlapping(PROGRAM.as_ptr(), PROGRAM.len()) };
     let region = MemoryRegion {
         slot: 0,
         flags: 0,

@@ -4,16 +4,27 @@
 //! it starts is put into the sandbox's cgroup before it runs, and every file that it makes is in
 //! the sandbox's run directory, so that clean-up needs neither the backend nor this process.
 
+mod cloud_hypervisor;
 mod console;
 mod helper;
+mod image;
 pub mod kvm;
-mod program;
+mod machine;
+mod process;
+pub mod program;
+mod qemu;
+pub mod select;
+mod virtiofsd;
 
 use std::{path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::agent::dial::HybridVsock;
+pub use self::{
+    qemu::Accel,
+    select::{Backend, Choice, choose, select},
+};
+use crate::{agent::dial::HybridVsock, cgroup::CgroupError};
 
 /// What a VM is made of. Host paths are absolute and exist before [`Vmm::boot`].
 #[derive(Debug, Clone)]
@@ -39,6 +50,9 @@ pub struct VmSpec {
 /// Tag of the virtiofs device and of its mount in the guest, `/run/cube/shared`.
 pub const SHARE_TAG: &str = "cube";
 
+/// Name of the hybrid vsock socket in the run directory, with every backend.
+pub const VSOCK_SOCKET: &str = "vm.vsock";
+
 /// A block device of a VM.
 #[derive(Debug, Clone)]
 pub struct Disk {
@@ -60,7 +74,7 @@ pub struct VmmExit {
     pub description: String,
 }
 
-/// One VM. Made by [`crate::vmm::select`]; used by the sandbox's owner task only.
+/// One VM. Made by [`select()`]; used by the sandbox's owner task only.
 ///
 /// Order of calls: [`boot`](Vmm::boot) once; then any; [`shutdown`](Vmm::shutdown) or
 /// [`kill`](Vmm::kill) at the end. Dropping it leaves the VM running.
@@ -153,6 +167,9 @@ pub enum VmmError {
         /// Why.
         source: std::io::Error,
     },
+    /// The sandbox's processes could not be ended.
+    #[error("cannot end the processes of the sandbox")]
+    Cgroup(#[from] CgroupError),
     /// The backend cannot do this.
     #[error("the {backend} backend does not support {what}: {hint}")]
     Unsupported {

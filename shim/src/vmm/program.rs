@@ -25,7 +25,7 @@ pub(crate) const AGENT_HINT: &str =
 pub(crate) const UNSHARE_HINT: &str = "`apt-get install util-linux`";
 
 /// The executable that `program` means: a path as it is, a name on `PATH`.
-pub(crate) fn find(program: &Path, hint: &'static str) -> Result<PathBuf, VmmError> {
+pub fn find(program: &Path, hint: &'static str) -> Result<PathBuf, VmmError> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut candidates: Vec<PathBuf> = match program.is_absolute() {
         true => vec![program.into()],

@@ -21,7 +21,7 @@ use std::{
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns, unshare},
-    sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
 };
 use oci_spec::runtime::{Process, Spec};
 
@@ -31,6 +31,10 @@ use self::{
     terminal::Terminal,
 };
 use super::{namespaces::Namespaces, spec};
+
+// Of the kernel, which counts up to 64 and takes a set as 64 bits.
+const LAST_SIGNAL: libc::c_int = 64;
+const SIGNAL_SET_SIZE: usize = 8;
 
 /// The step that failed, and why.
 #[derive(Debug)]
@@ -100,12 +104,20 @@ fn run(control: &StageEnd, instructions: OwnedFd, extra: OwnedFd) -> Result<Infa
 }
 
 /// The agent blocks signals around the clone, and its runtime ignores SIGPIPE; both would be inherited
-/// by the container's program.
+/// by the container's program. So would what the agent itself has inherited.
 fn restore_signals() -> Result<()> {
-    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: SIG_DFL installs no handler.
-        unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }
-            .step(|| format!("reset {signal}"))?;
+    // struct sigaction of the kernel: SIG_DFL, no flags, no restorer, an empty mask. The C library would
+    // not let us touch the two signals that its threads use.
+    let default = [0u64; 4];
+    for signal in 1..=LAST_SIGNAL {
+        let no_old = std::ptr::null_mut::<u64>();
+        // SAFETY: the kernel reads the living array, of the size that it expects, and writes nothing.
+        let result = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), no_old, SIGNAL_SET_SIZE)
+        };
+        if signal != libc::SIGKILL && signal != libc::SIGSTOP {
+            Errno::result(result).step(|| format!("reset signal {signal}"))?;
+        }
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).step(|| "unblock signals".into())
 }

@@ -2,12 +2,14 @@
 
 use std::{
     fs,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
-    unistd::{chdir, fchdir, pivot_root},
+    unistd::{chdir, chroot, fchdir, pivot_root},
 };
 use oci_spec::runtime::Spec;
 
@@ -15,6 +17,7 @@ use super::{Failure, Result, Step, mounts::set_attributes, root::Root};
 use crate::container::{mount_options::Attributes, spec};
 
 const NONE: Option<&str> = None;
+const MOUNTS: &str = "/proc/self/mountinfo";
 
 /// Detaches the mounts of this namespace from the guest's, and makes the rootfs a mount of its own.
 pub(super) fn prepare(rootfs: &Path, spec: &Spec) -> Result<Root> {
@@ -24,6 +27,8 @@ pub(super) fn prepare(rootfs: &Path, spec: &Spec) -> Result<Root> {
     let kind = if shared { MsFlags::MS_SHARED } else { MsFlags::MS_SLAVE };
     mount(NONE, "/", NONE, kind | MsFlags::MS_REC, NONE)
         .step(|| format!("set the propagation of / to {kind:?}"))?;
+
+    leave_initramfs()?;
 
     let action = || format!("use {} as the rootfs", rootfs.display());
     let rootfs = fs::canonicalize(rootfs).step(action)?;
@@ -35,16 +40,51 @@ pub(super) fn prepare(rootfs: &Path, spec: &Spec) -> Result<Root> {
     Root::open(&rootfs).step(action)
 }
 
+/// pivot_root(2) refuses to replace the initial ramfs, which is what a guest without a root disk runs in.
+/// A copy of all its mounts, mounted on top, is a root like any other.
+fn leave_initramfs() -> Result<()> {
+    if root_type()? != "rootfs" {
+        return Ok(());
+    }
+    let action = || "mount a copy of the initial ramfs over it".to_owned();
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as libc::c_uint;
+    // SAFETY: the path is a living C string.
+    let copy = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c"/".as_ptr(), flags) };
+    let copy = Errno::result(copy).step(action)?;
+    // SAFETY: open_tree has just made this descriptor.
+    let copy = unsafe { OwnedFd::from_raw_fd(copy as RawFd) };
+    // SAFETY: the paths are living C strings, and the descriptor is open.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            copy.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            c"/".as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    Errno::result(moved).step(action)?;
+    fchdir(&copy).and_then(|()| chroot(".")).step(action)
+}
+
+/// The file system type of `/`.
+fn root_type() -> Result<String> {
+    let table = fs::read_to_string(MOUNTS).step(|| format!("read {MOUNTS}"))?;
+    // Fields: id, parent, device, root, mount point, options, tags …, "-", type, source, options.
+    let roots = table.lines().filter(|line| line.split(' ').nth(4) == Some("/"));
+    let fs_type = roots.last().and_then(|line| line.split_once(" - ")?.1.split(' ').next());
+    Ok(fs_type.unwrap_or_default().to_owned())
+}
+
 fn propagation(spec: &Spec) -> Result<Option<MsFlags>> {
     let Some(linux) = spec.linux() else { return Ok(None) };
     // The agent has checked it.
-    spec::propagation(linux)
-        .map_err(|error| Failure { action: error.to_string(), errno: nix::errno::Errno::EINVAL })
+    spec::propagation(linux).map_err(|error| Failure { action: error.to_string(), errno: Errno::EINVAL })
 }
 
 /// The mount point that a canonical path lies on.
 fn mount_point_of(path: &Path) -> Result<PathBuf> {
-    const MOUNTS: &str = "/proc/self/mountinfo";
     let table = fs::read_to_string(MOUNTS).step(|| format!("read {MOUNTS}"))?;
     let mount_points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
     let longest =

@@ -28,7 +28,7 @@ use tokio::{
 };
 
 pub use self::{create::NewTask, delete::Deleted, process::Process, state::State};
-use super::{error::Error, events::Events, ids};
+use super::{error::Error, events::Events};
 use crate::{
     boot::reaper::{Exit, Reaper},
     container::Container,
@@ -99,7 +99,7 @@ impl Tasks {
         lock(&self.slots).values().filter_map(ready).collect()
     }
 
-    /// Registers an exec, to be spawned by its Start.
+    /// Registers an exec, to be spawned by its Start. The caller has checked `exec_id`.
     pub async fn exec(
         &self,
         id: &str,
@@ -107,7 +107,6 @@ impl Tasks {
         process: runtime::Process,
         streams: Streams,
     ) -> Result<(), Error> {
-        ids::exec(exec_id)?;
         let task = self.get(id)?;
         // Keeps a Delete out, which would not see the new process.
         let _container = task.container.read().await;

@@ -23,7 +23,8 @@ async fn feed(host: &mut Host, input: &[u8], offset: u64, until: u64, random: &m
 
 async fn send_eof(host: &mut Host, offset: u64) {
     host.send_header(Header::new(Kind::Eof, offset)).await;
-    assert_eq!(host.expect(Kind::Ack).await.header.offset, offset);
+    let last = Header::new(Kind::Ack, offset).with_flags(Flags::LAST);
+    assert_eq!(host.expect(Kind::Ack).await.header, last);
 }
 
 #[tokio::test]

@@ -103,6 +103,21 @@ async fn a_dropping_stream_never_stalls_its_writer_and_counts_what_it_lost() {
 }
 
 #[tokio::test]
+async fn a_dropping_stream_drops_nothing_before_more_comes() {
+    let hub = hub();
+    let script = format!("head -c {RING_MAX} /dev/zero; read wait; echo more");
+    let _child = spawn(&hub, &process(), Policy::DropOldest, &script);
+    until(|| info(&hub, "stdout").end_offset == RING_MAX as u64).await;
+    let (_host, start) = Host::open(&hub, STDOUT, 1, 0).await;
+    assert_eq!((start, info(&hub, "stdout").lost_bytes), (0, 0));
+    let (mut stdin, _) = Host::open(&hub, stream::Stream::STDIN, 1, 0).await;
+    stdin.send_data(0, b"\n").await;
+    until(|| info(&hub, "stdout").end_offset == RING_MAX as u64 + 5).await;
+    let (_host, start) = Host::open(&hub, STDOUT, 2, 0).await;
+    assert!(start > 0 && start < 64 * 1024);
+}
+
+#[tokio::test]
 async fn a_slow_connection_of_a_dropping_stream_gets_whole_frames_and_gaps() {
     let hub = hub();
     let written = seq(1_000_000);
@@ -235,6 +250,25 @@ async fn what_was_written_within_the_2_s_is_delivered_however_late_it_is_taken()
     assert_eq!(eof, Header::new(Kind::Eof, written.len() as u64).with_flags(Flags::TRUNCATED));
     let pid = String::from_utf8(pid.to_vec()).unwrap();
     assert!(Command::new("kill").arg(pid.trim()).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_survivor_that_never_stops_writing_is_discarded_without_holding_memory() {
+    let hub = hub();
+    let child = spawn(&hub, &process(), Policy::Block, "while :; do echo y; done & echo $! >&2");
+    let (mut stderr, _) = Host::open(&hub, STDERR, 1, 0).await;
+    let pid = stderr.expect(Kind::Data).await.body;
+    stderr.ack(pid.len() as u64).await;
+    assert!(exit(child).await.success());
+    hub.exited(&process());
+    let (mut host, _) = Host::open(&hub, STDOUT, 1, 0).await;
+    let (taken, eof) = host.drain(0).await;
+    assert_eq!(eof.flags, Flags::TRUNCATED);
+    assert_eq!(eof.offset, taken.len() as u64);
+    assert!(taken == b"y\n".repeat(taken.len() / 2));
+    until(|| hub.totals().ring_bytes == 0).await;
+    let pid = String::from_utf8(pid.to_vec()).unwrap();
+    assert!(Command::new("kill").arg(pid.trim()).status().unwrap().success(), "it was alive");
 }
 
 #[tokio::test]

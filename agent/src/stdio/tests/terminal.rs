@@ -38,9 +38,10 @@ async fn a_terminal_carries_both_directions_and_ends_with_its_process() {
     let child =
         spawn_on(pty.slave, "stty -echo; stty size; read line; echo \"<$line>\"; read line; stty size");
     assert_eq!(stdin.expect(Kind::Ack).await.header.offset, 12);
-    // EOF does nothing on a terminal, and more may follow.
+    // EOF does nothing on a terminal: its process reads on, and a new connection may bring more.
     stdin.send_header(Header::new(Kind::Eof, 12)).await;
-    assert_eq!(stdin.expect(Kind::Ack).await.header.offset, 12);
+    assert_eq!(stdin.expect(Kind::Ack).await.header, Header::new(Kind::Ack, 12).with_flags(Flags::LAST));
+    let (mut stdin, _) = Host::open(&hub, STDIN, 2, 12).await;
 
     let mut seen = String::new();
     while !seen.contains("<typed ahead>") {

@@ -10,6 +10,7 @@ use cube_protocol::version;
 use cube_shim::{
     config::{self, Config},
     log::locate,
+    vmm,
 };
 
 use crate::{error::CliError, table};
@@ -20,7 +21,7 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
         row("guest protocol", version::CURRENT),
         file("configuration", &config_path(explicit)),
     ];
-    rows.extend(vmm(config));
+    rows.push(row("vmm", vmm::choose(config)));
     let tools = &config.tools;
     for (name, path) in [
         ("tools.cloud_hypervisor", &tools.cloud_hypervisor),
@@ -60,34 +61,15 @@ fn file(name: &str, path: &Path) -> [String; 2] {
     row(name, format!("{} ({state})", path.display()))
 }
 
-/// A program, looked for on PATH as the shim does. The shim's PATH is containerd's.
+/// A program, looked for as the shim does it. The shim's PATH is containerd's, though.
 fn program(name: &str, program: &Path) -> [String; 2] {
-    match find(program) {
-        Some(path) => row(name, path.display()),
-        None if program.is_absolute() => row(name, format!("{} (does not exist)", program.display())),
-        None => row(name, format!("{} (not on PATH)", program.display())),
+    match vmm::program::find(program, "") {
+        Ok(path) => row(name, path.display()),
+        Err(_) => row(name, format!("{} (not found)", program.display())),
     }
-}
-
-fn find(program: &Path) -> Option<PathBuf> {
-    if program.components().count() > 1 {
-        return program.is_file().then(|| program.into());
-    }
-    let path = env::var_os("PATH")?;
-    env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 fn config_path(explicit: Option<&Path>) -> PathBuf {
     let named = explicit.map(Path::to_owned).or_else(|| env::var_os(config::PATH_VARIABLE).map(Into::into));
     named.unwrap_or_else(|| config::DEFAULT_PATH.into())
-}
-
-fn vmm(config: &Config) -> Vec<[String; 2]> {
-    let configured = match config.vmm {
-        config::VmmChoice::Auto => "auto",
-        config::VmmChoice::CloudHypervisor => "cloud-hypervisor",
-        config::VmmChoice::Qemu => "qemu",
-        config::VmmChoice::Process => "process",
-    };
-    vec![row("vmm, configured", configured)]
 }

@@ -4,8 +4,8 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, time::SystemTime};
 
 use super::{Dir, Index, ReadError, Stream, open::inode};
 
-/// Attempts to open all segments while the writer removes some. It would have to fill a segment, of
-/// 64 KiB at least, as often as that while this process opens a few files.
+/// Attempts to open the live segment, each foiled by a rotation. Without it, what is read is an exact
+/// prefix, and the next look goes on from there.
 const ATTEMPTS: u32 = 100;
 
 /// A segment that is held open: rotation may rename or remove it, its bytes stay readable.
@@ -140,26 +140,71 @@ impl Segments {
         }
     }
 
-    /// Appends the segments after the last one held. Lengths are taken last, when all but the newest
-    /// are final.
+    /// Appends the segments after the last one held.
+    ///
+    /// They are opened by number, one after the other. A listing is asked only where the next number
+    /// does not exist, and believed only about files that had their names before it began: readdir(3)
+    /// may leave out files that are renamed meanwhile.
     fn open_newer(&mut self, dir: &Dir) -> Result<(), ReadError> {
-        let mut found = Vec::new();
-        for _ in 0..ATTEMPTS {
-            let vanished;
-            (found, vanished) = self.open_all(dir)?;
-            if !vanished {
-                break;
+        let mut next = match self.list.last_mut() {
+            Some(last) => {
+                last.look_again(dir, self.stream)?;
+                last.number + 1
+            }
+            None => self.closed_numbers(dir)?.first().copied().unwrap_or(1),
+        };
+        let mut closed_up_to = 0;
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
+            if let Some(closed) = self.open_closed(dir, next)? {
+                self.append(dir, closed)?;
+                next += 1;
+                continue;
+            }
+            let newer = self.closed_numbers(dir)?.into_iter().filter(|number| *number >= next);
+            match (newer.clone().min(), newer.max()) {
+                // The next number was closed before the listing began, so it has been removed.
+                (Some(oldest), _) if next <= closed_up_to => next = oldest,
+                // It was closed by the end of the listing: it may be there now.
+                (_, Some(newest)) => closed_up_to = newest,
+                _ => match self.open_live(dir, next)? {
+                    Live::Segment(live) => return self.append(dir, live),
+                    Live::None => return Ok(()),
+                    Live::Rotated => attempts += 1,
+                },
             }
         }
-        if let Some(last) = self.list.last_mut() {
-            if let Some(same) = found.iter().find(|segment| segment.inode == last.inode) {
-                last.number = same.number;
-            }
-            last.look_again(dir, self.stream)?;
-        }
-        let held = self.list.last().map(|last| (last.number, last.inode));
-        for mut segment in found {
-            if held.is_none_or(|(number, inode)| segment.number > number && segment.inode != inode) {
+        Ok(())
+    }
+
+    fn open_closed(&self, dir: &Dir, number: u64) -> Result<Option<Segment>, ReadError> {
+        let file = format!("{}.{number}", self.stream.file_name());
+        let Some(data) = optional(dir.open_file(&file))? else { return Ok(None) };
+        Segment::new(number, dir.path().join(file), data).map(Some)
+    }
+
+    /// Opens the live segment, which is number `next` if no closed one has that number or a later one.
+    fn open_live(&self, dir: &Dir, next: u64) -> Result<Live, ReadError> {
+        let name = self.stream.file_name();
+        let Some(data) = optional(dir.open_file(name))? else { return Ok(Live::None) };
+        let mut live = Segment::new(next, dir.path().join(name), data)?;
+        // Without closed segments in between the index knows better: somebody has removed them.
+        let index = optional(dir.open_file(&format!("{name}.idx")))?.and_then(Index::open);
+        live.number = index.map_or(next, |index| index.header().number.max(next));
+        let now = optional(dir.open_file(name))?.map(|file| inode(&file, dir.path())).transpose()?;
+        let is_rotated = now != Some(live.inode) || self.open_closed(dir, next)?.is_some();
+        Ok(if is_rotated { Live::Rotated } else { Live::Segment(live) })
+    }
+
+    /// Adds a segment behind the last one, unless it is that one under its new name.
+    fn append(&mut self, dir: &Dir, mut segment: Segment) -> Result<(), ReadError> {
+        match self.list.last_mut() {
+            Some(last) if last.inode == segment.inode => last.number = segment.number,
+            last => {
+                // What was written to it before the rotation.
+                if let Some(last) = last {
+                    last.look_again(dir, self.stream)?;
+                }
                 segment.look_again(dir, self.stream)?;
                 self.list.push(segment);
             }
@@ -167,49 +212,27 @@ impl Segments {
         Ok(())
     }
 
-    /// Opens what there is, in order; and tells whether a segment was removed in the meantime, so that
-    /// the numbers may be wrong.
-    ///
-    /// The live file and its index are opened before the closed ones are listed: if they are rotated
-    /// in between, the file is among them, known by its inode.
-    fn open_all(&self, dir: &Dir) -> Result<(Vec<Segment>, bool), ReadError> {
-        let name = self.stream.file_name();
-        let live = optional(dir.open_file(name))?;
-        let live_index = optional(dir.open_file(&format!("{name}.idx")))?.and_then(Index::open);
-
-        let mut found = Vec::new();
-        let mut vanished = false;
-        for number in self.closed_numbers(dir)? {
-            let file = format!("{name}.{number}");
-            match optional(dir.open_file(&file))? {
-                Some(data) => found.push(Segment::new(number, dir.path().join(file), data)?),
-                None => vanished = true,
-            }
-        }
-        if let Some(data) = live {
-            let newest = found.last().map_or(0, |segment| segment.number);
-            let mut segment = Segment::new(newest + 1, dir.path().join(name), data)?;
-            if found.iter().all(|closed| closed.inode != segment.inode) {
-                // An index of a closed number is one whose segment has just been closed.
-                let number = live_index.map_or(0, |index| index.header().number);
-                segment.number = segment.number.max(number);
-                found.push(segment);
-            }
-        }
-        Ok((found, vanished))
-    }
-
     /// Numbers of the closed segments, in order.
     fn closed_numbers(&self, dir: &Dir) -> Result<Vec<u64>, ReadError> {
         let name = self.stream.file_name();
         let number = |file: &str| {
             let digits = file.strip_prefix(name)?.strip_prefix('.')?;
-            digits.parse().ok().filter(|number: &u64| number.to_string() == digits)
+            digits.parse().ok().filter(|number: &u64| number.to_string() == digits && *number < u64::MAX)
         };
         let mut numbers: Vec<u64> = dir.names()?.iter().filter_map(|file| number(file)).collect();
         numbers.sort_unstable();
         Ok(numbers)
     }
+}
+
+/// What was found where the live segment should be.
+enum Live {
+    /// The live segment.
+    Segment(Segment),
+    /// None exists: a rotation is half done, or the stream has no log.
+    None,
+    /// It was closed in the meantime.
+    Rotated,
 }
 
 /// `None` for a file that does not exist.

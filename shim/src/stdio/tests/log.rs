@@ -154,3 +154,51 @@ async fn delete_does_not_wait_longer_than_its_limit_for_a_guest_that_hangs() {
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert_eq!(place.log("stdout"), b"no end");
 }
+
+/// A log of which the first rotation fails until the path is removed.
+fn obstructed(place: &Place) -> (StdioConfig, PathBuf) {
+    let mut config = place.logged();
+    config.log = config.log.map(|log| LogConfig { segment_bytes: 64 << 10, segments: 10, ..log });
+    // rename(2) does not put a file in the place of a directory.
+    (config, place.path("log/ns/id/stdout.1.idx"))
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_stops_the_acknowledgements_until_it_can() {
+    let place = Place::new();
+    let agent = FakeAgent::new(700);
+    let (config, obstacle) = obstructed(&place);
+    let mut io = ProcessIo::prepare(config).await.unwrap();
+    std::fs::create_dir(&obstacle).unwrap();
+    io.start(Arc::new(agent.clone()), TIMELINE);
+    agent.write(Stream::STDERR, &pattern(0, 100_000));
+    agent.write(Stream::STDOUT, &pattern(0, 200_000));
+    agent.end(Stream::STDOUT, Flags::NONE);
+    agent.end(Stream::STDERR, Flags::NONE);
+    soon(agent.until(|a| a.is_released(Stream::STDERR))).await;
+    assert!(agent.acked(Stream::STDOUT) < 64 << 10, "only what is in the log is acknowledged");
+    std::fs::remove_dir(&obstacle).unwrap();
+    soon(agent.until(|a| a.is_released(Stream::STDOUT))).await;
+    assert!(soon(io.finish(LIMIT)).await.complete);
+    let names = ["stdout.1", "stdout.2", "stdout.3", "stdout"];
+    let all: Vec<u8> = names.iter().flat_map(|name| place.log(name)).collect();
+    assert_same(&all, &pattern(0, 200_000));
+}
+
+#[tokio::test]
+async fn delete_does_not_wait_longer_than_its_limit_for_a_log_that_cannot_be_written() {
+    let place = Place::new();
+    let agent = FakeAgent::new(700);
+    let (config, obstacle) = obstructed(&place);
+    let mut io = ProcessIo::prepare(config).await.unwrap();
+    std::fs::create_dir(obstacle).unwrap();
+    io.start(Arc::new(agent.clone()), TIMELINE);
+    agent.write(Stream::STDOUT, &pattern(0, 200_000));
+    soon(until(|| output(&io, "stdout").received > 64 << 10)).await;
+    let begun = Instant::now();
+    let report = soon(io.finish(Duration::from_millis(300))).await;
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(!report.complete && report.discarded_bytes > 0, "{report:?}");
+    let log = place.log("stdout");
+    assert_same(&log, &pattern(0, log.len()));
+}

@@ -1,0 +1,382 @@
+//! From a container's mounts to what is done on the host and what the guest is told.
+
+use std::{
+    fs::{self, FileType},
+    io,
+    os::unix::fs::FileTypeExt,
+    path::{Component, Path, PathBuf},
+};
+
+use containerd_shim_protos::api::Mount;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::{HostMount, RootfsError, Share, share::GUEST_SHARE};
+use crate::vmm::Disk;
+
+/// File systems that are taken as a disk, from a block device or from a file. The guest needs the
+/// file system's module: the image of `build-guest` has those of ext4 and erofs.
+const BLOCK_TYPES: [&str; 5] = ["ext4", "ext3", "xfs", "btrfs", "erofs"];
+
+/// File systems that are mounted on the host and shared.
+const SHARED_TYPES: [&str; 5] = ["bind", "rbind", "overlay", "tmpfs", "none"];
+
+/// The root file system of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rootfs {
+    /// Mounted on the host, one after the other, and shared.
+    Shared(Vec<HostMount>),
+    /// A disk of the VM; it has to be there when the VM boots.
+    Block {
+        /// The disk.
+        serial: String,
+        /// Block device or file.
+        path: PathBuf,
+        /// What the guest mounts it as.
+        fs_type: String,
+        /// Options for the guest's mount.
+        options: Vec<String>,
+    },
+}
+
+/// A bind mount of the spec whose source is on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Index of the mount in the spec.
+    pub index: usize,
+    /// What is mounted in the share.
+    pub mount: HostMount,
+}
+
+/// What a container needs of the host's file systems. Made and checked before anything is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    id: String,
+    /// The root file system.
+    pub rootfs: Rootfs,
+    /// The volumes, in the order of the spec.
+    pub volumes: Vec<Volume>,
+}
+
+impl Plan {
+    /// Looks at `mounts` of containerd's Create and at the bind mounts in `spec`, the contents of
+    /// config.json. Without mounts, the rootfs is already in `bundle`, where runc would find it.
+    /// Changes nothing.
+    pub fn new(id: &str, bundle: &Path, mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
+        check_id(id)?;
+        let rootfs = match mounts {
+            [mount] if BLOCK_TYPES.contains(&mount.type_.as_str()) => block(id, mount)?,
+            [] => Rootfs::Shared(vec![bundle_rootfs(bundle, spec)]),
+            mounts => Rootfs::Shared(mounts.iter().map(shared).collect::<Result<_, _>>()?),
+        };
+        if let Rootfs::Shared(mounts) = &rootfs {
+            for mount in mounts.iter().filter(|mount| mount.is_bind()) {
+                file_type(&mount.source, || "the rootfs".into())?;
+            }
+        }
+        let mounts = spec["mounts"].as_array().into_iter().flatten().enumerate();
+        let volumes = mounts.filter_map(|(index, mount)| volume(index, mount).transpose());
+        Ok(Plan { id: id.into(), rootfs, volumes: volumes.collect::<Result<_, _>>()? })
+    }
+
+    /// Whether the VM needs a virtiofs device for this container.
+    pub fn needs_share(&self) -> bool {
+        matches!(self.rootfs, Rootfs::Shared(_)) || !self.volumes.is_empty()
+    }
+
+    /// The disk that the VM must boot with, if there is one.
+    pub fn disk(&self) -> Option<Disk> {
+        match &self.rootfs {
+            Rootfs::Shared(_) => None,
+            Rootfs::Block { serial, path, fs_type, options } => Some(Disk {
+                path: path.clone(),
+                serial: serial.clone(),
+                read_only: fs_type == "erofs" || options.iter().any(|option| option == "ro"),
+            }),
+        }
+    }
+
+    /// Mounts on the host what the guest is to see. On an error nothing stays mounted. Blocks.
+    pub fn mount(&self, share: &Share) -> Result<(), RootfsError> {
+        self.try_mount(share).inspect_err(|_| {
+            if let Err(error) = share.remove_container(&self.id) {
+                let error: &(dyn std::error::Error + 'static) = &error;
+                tracing::warn!(error, container = self.id, "mounts of a failed create stay");
+            }
+        })
+    }
+
+    fn try_mount(&self, share: &Share) -> Result<(), RootfsError> {
+        if let Rootfs::Shared(mounts) = &self.rootfs {
+            share.mount(&self.rootfs_dir(), mounts)?;
+        }
+        self.volumes
+            .iter()
+            .try_for_each(|volume| share.mount(&self.volume_dir(volume), std::slice::from_ref(&volume.mount)))
+    }
+
+    /// The mounts that the agent makes for the rootfs, for `CreateTaskRequest.rootfs`.
+    pub fn guest_rootfs(&self) -> Vec<Mount> {
+        let mount = match &self.rootfs {
+            Rootfs::Shared(_) => Mount {
+                type_: "bind".into(),
+                source: guest_path(&self.rootfs_dir()),
+                options: vec!["rbind".into()],
+                ..Mount::default()
+            },
+            Rootfs::Block { serial, fs_type, options, .. } => Mount {
+                type_: fs_type.clone(),
+                source: format!("serial:{serial}"),
+                options: options.clone(),
+                ..Mount::default()
+            },
+        };
+        vec![mount]
+    }
+
+    /// Points the bind mounts of `spec`, the one that the plan was made from, to where the guest
+    /// finds their sources.
+    pub fn rewrite_spec(&self, spec: &mut Value) {
+        for volume in &self.volumes {
+            if let Some(mount) = spec.get_mut("mounts").and_then(|mounts| mounts.get_mut(volume.index)) {
+                mount["source"] = guest_path(&self.volume_dir(volume)).into();
+            }
+        }
+    }
+
+    fn rootfs_dir(&self) -> PathBuf {
+        Path::new(&self.id).join("rootfs")
+    }
+
+    fn volume_dir(&self, volume: &Volume) -> PathBuf {
+        Path::new(&self.id).join("mounts").join(volume.index.to_string())
+    }
+}
+
+/// Refuses an id that would name something else than a directory of its own.
+pub(super) fn check_id(id: &str) -> Result<(), RootfsError> {
+    let mut parts = Path::new(id).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) if name == id => Ok(()),
+        _ => Err(RootfsError::Id(id.into())),
+    }
+}
+
+fn guest_path(relative: &Path) -> String {
+    Path::new(GUEST_SHARE).join(relative).to_string_lossy().into_owned()
+}
+
+fn bundle_rootfs(bundle: &Path, spec: &Value) -> HostMount {
+    let path = spec["root"]["path"].as_str().unwrap_or("rootfs");
+    HostMount {
+        fs_type: "bind".into(),
+        source: bundle.join(path).to_string_lossy().into_owned(),
+        options: vec!["rbind".into()],
+    }
+}
+
+fn shared(mount: &Mount) -> Result<HostMount, RootfsError> {
+    let unsupported = |hint| RootfsError::Unsupported {
+        what: format!("a rootfs mount of type {:?} from {:?}", mount.type_, mount.source),
+        hint,
+    };
+    if !mount.target.is_empty() {
+        return Err(unsupported("only mounts of a whole rootfs are, not those below it"));
+    }
+    let host = HostMount {
+        fs_type: mount.type_.clone(),
+        source: mount.source.clone(),
+        options: mount.options.clone(),
+    };
+    if !SHARED_TYPES.contains(&mount.type_.as_str()) || (mount.type_ == "none" && !host.is_bind()) {
+        return Err(unsupported("use a snapshotter that gives overlay or bind mounts, or one block device"));
+    }
+    host.check()?;
+    Ok(host)
+}
+
+fn block(id: &str, mount: &Mount) -> Result<Rootfs, RootfsError> {
+    let what = || format!("the {} rootfs", mount.type_);
+    let kind = file_type(&mount.source, what)?;
+    if !kind.is_block_device() && !kind.is_file() {
+        return Err(RootfsError::Unsupported {
+            what: format!("a rootfs of type {:?} from {:?}", mount.type_, mount.source),
+            hint: "the source must be a block device or a file",
+        });
+    }
+    // A file needs no loop device here.
+    let options = mount.options.iter().filter(|option| *option != "loop").cloned().collect();
+    let path = fs::canonicalize(&mount.source).map_err(|source| RootfsError::Source {
+        path: mount.source.clone().into(),
+        what: what(),
+        source,
+    })?;
+    Ok(Rootfs::Block { serial: serial(id), path, fs_type: mount.type_.clone(), options })
+}
+
+/// virtio-blk has 20 bytes for a serial, ids are longer.
+fn serial(id: &str) -> String {
+    let hash = Sha256::digest(id.as_bytes());
+    hash.iter().take(10).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The volume that a mount of the spec is, if it is one.
+fn volume(index: usize, mount: &Value) -> Result<Option<Volume>, RootfsError> {
+    let text = |key: &str| mount[key].as_str().unwrap_or("").to_owned();
+    let options = mount["options"].as_array().into_iter().flatten();
+    let options: Vec<String> = options.filter_map(|option| option.as_str().map(str::to_owned)).collect();
+    if text("type") != "bind" && !options.iter().any(|option| option == "bind" || option == "rbind") {
+        return Ok(None);
+    }
+    let (source, target) = (text("source"), text("destination"));
+    let kind = file_type(&source, || format!("the volume {target}"))?;
+    if !kind.is_dir() && !kind.is_file() {
+        return Err(RootfsError::Unsupported {
+            what: format!("the volume {target} from {source:?}, a socket, FIFO or device,"),
+            hint: "only directories and files of the host can be seen from a guest",
+        });
+    }
+    // Of its options, the host takes those that protect it; the guest gets all.
+    let kept = ["rbind", "bind", "ro", "rro", "rw"];
+    let kept = options.into_iter().filter(|option| kept.contains(&option.as_str())).collect();
+    let mount = HostMount { fs_type: "bind".into(), source, options: kept };
+    Ok(Some(Volume { index, mount }))
+}
+
+/// What `source`, an absolute path, is.
+fn file_type(source: &str, what: impl FnOnce() -> String) -> Result<FileType, RootfsError> {
+    let path = Path::new(source);
+    let found = match path.is_absolute() {
+        true => fs::metadata(path).map(|meta| meta.file_type()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not an absolute path")),
+    };
+    found.map_err(|source| RootfsError::Source { path: path.into(), what: what(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn mount(fs_type: &str, source: &str, options: &[&str]) -> Mount {
+        Mount {
+            type_: fs_type.into(),
+            source: source.into(),
+            options: options.iter().map(ToString::to_string).collect(),
+            ..Mount::default()
+        }
+    }
+
+    fn spec(volumes: &[(&str, &str)]) -> Value {
+        let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
+        mounts.extend(volumes.iter().map(|(source, destination)| {
+            let options = ["rbind", "ro", "nosuid"];
+            json!({"destination": destination, "type": "bind", "source": source, "options": options})
+        }));
+        json!({"ociVersion": "1.2.0", "mounts": mounts})
+    }
+
+    fn plan(mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
+        Plan::new("c1", Path::new("/tmp"), mounts, spec)
+    }
+
+    #[test]
+    fn an_overlay_is_shared_and_bound_in_the_guest() {
+        let overlay = mount("overlay", "overlay", &["index=off", "lowerdir=/a"]);
+        let plan = plan(&[overlay], &spec(&[])).unwrap();
+        assert!(plan.needs_share() && plan.disk().is_none());
+        let guest = plan.guest_rootfs();
+        assert_eq!(
+            (guest[0].type_.as_str(), guest[0].source.as_str()),
+            ("bind", "/run/cube/shared/c1/rootfs")
+        );
+    }
+
+    #[test]
+    fn without_mounts_the_bundle_has_the_rootfs() {
+        let bundle = tempfile::tempdir().unwrap();
+        let error = Plan::new("c1", bundle.path(), &[], &spec(&[])).unwrap_err();
+        assert!(matches!(&error, RootfsError::Source { path, .. } if path.ends_with("rootfs")), "{error}");
+        fs::create_dir(bundle.path().join("rootfs")).unwrap();
+        let plan = Plan::new("c1", bundle.path(), &[], &spec(&[])).unwrap();
+        let Rootfs::Shared(mounts) = plan.rootfs else { panic!("{plan:?}") };
+        assert_eq!(Path::new(&mounts[0].source), bundle.path().join("rootfs"));
+    }
+
+    #[test]
+    fn a_file_system_in_a_file_is_a_disk_and_needs_no_virtiofsd() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let plan = plan(&[mount("ext4", path, &["loop", "ro", "noatime"])], &spec(&[])).unwrap();
+        assert!(!plan.needs_share());
+        let disk = plan.disk().unwrap();
+        assert!(disk.read_only && disk.serial.len() == 20 && disk.serial.is_ascii());
+        let guest = &plan.guest_rootfs()[0];
+        assert_eq!(guest.source, format!("serial:{}", disk.serial));
+        assert_eq!(guest.options, ["ro", "noatime"]);
+    }
+
+    #[test]
+    fn volumes_are_found_and_the_spec_points_to_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().to_str().unwrap();
+        let mut spec = spec(&[(source, "/data")]);
+        let plan = plan(&[mount("overlay", "overlay", &[])], &spec).unwrap();
+        let kept = ["rbind".to_owned(), "ro".to_owned()];
+        assert_eq!((plan.volumes[0].index, &plan.volumes[0].mount.options[..]), (1, &kept[..]));
+        plan.rewrite_spec(&mut spec);
+        assert_eq!(spec["mounts"][0]["source"], "proc");
+        assert_eq!(spec["mounts"][1]["source"], "/run/cube/shared/c1/mounts/1");
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro", "nosuid"]));
+    }
+
+    #[test]
+    fn what_cannot_cross_into_a_vm_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("a.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let overlay = || mount("overlay", "overlay", &[]);
+        let with_target = Mount { target: "sub".into(), ..overlay() };
+        for (mounts, spec, named) in [
+            (vec![mount("nfs", "host:/x", &[])], spec(&[]), "nfs"),
+            (vec![mount("ext4", "/nonexistent", &[])], spec(&[]), "/nonexistent"),
+            (vec![mount("ext4", "/dev/null", &[])], spec(&[]), "/dev/null"),
+            (vec![mount("erofs", "/etc/passwd", &[]), overlay()], spec(&[]), "erofs"),
+            (vec![with_target], spec(&[]), "overlay"),
+            (vec![mount("overlay", "overlay", &["uidmap=0:0:1"])], spec(&[]), "uidmap"),
+            (vec![overlay()], spec(&[(socket.to_str().unwrap(), "/s")]), "a.sock"),
+            (vec![overlay()], spec(&[("/nonexistent/v", "/v")]), "/nonexistent/v"),
+            (vec![overlay()], spec(&[("relative", "/v")]), "relative"),
+        ] {
+            let error = plan(&mounts, &spec).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_id_cannot_lead_out_of_the_share() {
+        for id in ["", ".", "..", "../x", "a/b", "/a", "a/"] {
+            assert!(
+                matches!(Plan::new(id, Path::new("/"), &[], &spec(&[])), Err(RootfsError::Id(_))),
+                "{id:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_plan_that_fails_half_way_leaves_nothing_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = Share::of(dir.path());
+        share.prepare().unwrap();
+        fs::create_dir(dir.path().join("good")).unwrap();
+        let good = dir.path().join("good");
+        let overlay = mount("overlay", "overlay", &["lowerdir=/nonexistent/layer"]);
+        let bind = mount("bind", good.to_str().unwrap(), &["rbind"]);
+        let plan = plan(&[bind, overlay], &spec(&[])).unwrap();
+        let error = plan.mount(&share).unwrap_err();
+        assert!(matches!(error, RootfsError::Mount { .. }), "{error}");
+        assert!(!share.dir().join("c1").exists());
+        share.remove().unwrap();
+    }
+}

@@ -1,0 +1,257 @@
+//! The directory of a sandbox that the guest sees over virtiofs.
+//!
+//! The guest may do there whatever root may, so the directory itself is a read-only view: only what
+//! is mounted below it can be written to, as far as its own mount allows. Mount points are made
+//! through the directory behind the view.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use cube_protocol::guest::SharedMount;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::{HostMount, RootfsError, failed, mount::mount_setattr, mountinfo};
+use crate::vmm::{Backend, SHARE_TAG};
+
+/// Unmounting uncovers what was mounted over; more rounds than that, somebody mounts meanwhile.
+const UNMOUNT_ROUNDS: usize = 16;
+
+/// Mount point of the share in the guest, with every backend.
+pub const GUEST_SHARE: &str = "/run/cube/shared";
+
+/// `<run_dir>/shared`, with a subdirectory for each container.
+#[derive(Debug, Clone)]
+pub struct Share {
+    view: PathBuf,
+    behind: PathBuf,
+}
+
+impl Share {
+    /// The share of the sandbox with this run directory. Touches nothing.
+    pub fn of(run_dir: &Path) -> Share {
+        Share { view: run_dir.join("shared"), behind: run_dir.join("mountpoints") }
+    }
+
+    /// The directory to export.
+    pub fn dir(&self) -> &Path {
+        &self.view
+    }
+
+    /// Makes the directory, before the VM boots. What is mounted below it later is seen by virtiofsd
+    /// and by the agent of the `process` backend, which live in other mount namespaces: it is a
+    /// mount of its own, for a directory cannot propagate, in a peer group of its own, so that
+    /// nothing appears anywhere else. Can be repeated.
+    pub fn prepare(&self) -> Result<(), RootfsError> {
+        for dir in [&self.behind, &self.view] {
+            fs::create_dir_all(dir).map_err(failed("cannot create", dir))?;
+        }
+        let mounts =
+            mountinfo::at_and_below(&self.view).map_err(failed("cannot read the mounts at", &self.view))?;
+        if !mounts.contains(&self.view) {
+            let none = None::<&str>;
+            let change = |flags| mount(none, &self.view, none, flags, none);
+            mount(Some(&self.behind), &self.view, none, MsFlags::MS_BIND, none)
+                .and_then(|()| change(MsFlags::MS_PRIVATE))
+                .and_then(|()| change(MsFlags::MS_SHARED))
+                .map_err(|errno| failed("cannot mount", &self.view)(errno.into()))?;
+            mount_setattr(&self.view, libc::MOUNT_ATTR_RDONLY, false)
+                .map_err(failed("cannot make read-only", &self.view))?;
+        }
+        Ok(())
+    }
+
+    /// How the guest mounts the share, for `PrepareSandbox`. On the `process` backend the agent binds
+    /// the host's directory, with what is mounted below it, to the path that it has in a VM.
+    pub fn guest_mount(&self, backend: Backend) -> SharedMount {
+        let (fs_type, source, options) = match backend {
+            Backend::CloudHypervisor | Backend::Qemu(_) => ("virtiofs", SHARE_TAG.to_owned(), Vec::new()),
+            Backend::Process => ("bind", self.view.to_string_lossy().into_owned(), vec!["rbind".to_owned()]),
+        };
+        let (fs_type, target) = (fs_type.to_owned(), GUEST_SHARE.to_owned());
+        SharedMount { fs_type, source, target, options, ..SharedMount::default() }
+    }
+
+    /// Mounts `mounts` on top of each other at `<container>/<name>`. A source that is a file gets a
+    /// file as its mount point.
+    pub(super) fn mount(&self, relative: &Path, mounts: &[HostMount]) -> Result<(), RootfsError> {
+        let target = self.view.join(relative);
+        let behind = self.behind.join(relative);
+        let is_file = mounts.first().is_some_and(|m| m.is_bind() && !Path::new(&m.source).is_dir());
+        let parent = behind.parent().unwrap_or(&behind);
+        fs::create_dir_all(parent).map_err(failed("cannot create", parent))?;
+        match is_file {
+            true => fs::File::create(&behind).map(|_| ()).map_err(failed("cannot create", &behind))?,
+            false => fs::create_dir_all(&behind).map_err(failed("cannot create", &behind))?,
+        }
+        mounts.iter().try_for_each(|mount| mount.mount_on(&target))
+    }
+
+    /// Unmounts and removes what a container had. Can be repeated.
+    pub fn remove_container(&self, id: &str) -> Result<(), RootfsError> {
+        super::plan::check_id(id)?;
+        unmount_all(&self.view.join(id))?;
+        remove_unmounted(&self.behind.join(id))
+    }
+
+    /// Unmounts and removes everything, the directory included. Can be repeated, and needs nothing
+    /// but the run directory's path.
+    pub fn remove(&self) -> Result<(), RootfsError> {
+        unmount_all(&self.view)?;
+        remove_unmounted(&self.view)?;
+        remove_unmounted(&self.behind)
+    }
+}
+
+/// Unmounts whatever is at and below `dir`, innermost first. Lazily, for virtiofsd or a reader of the
+/// host may hold files open, and the mounts must be gone from containerd's eyes all the same.
+fn unmount_all(dir: &Path) -> Result<(), RootfsError> {
+    for _ in 0..UNMOUNT_ROUNDS {
+        let points = mountinfo::at_and_below(dir).map_err(failed("cannot read the mounts at", dir))?;
+        if points.is_empty() {
+            return Ok(());
+        }
+        for point in points {
+            match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                // EINVAL, ENOENT: somebody else has unmounted it.
+                Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+                Err(errno) => return Err(failed("cannot unmount", &point)(errno.into())),
+            }
+        }
+    }
+    Err(RootfsError::StillMounted { path: dir.into() })
+}
+
+/// Removes mount points, and only those: directories that are empty, and the files on which files
+/// were mounted. Should something be mounted in spite of all, its contents are safe.
+fn remove_unmounted(dir: &Path) -> Result<(), RootfsError> {
+    let still = mountinfo::at_and_below(dir).map_err(failed("cannot read the mounts at", dir))?;
+    if let Some(path) = still.into_iter().next() {
+        return Err(RootfsError::StillMounted { path });
+    }
+    let gone = |result: std::io::Result<()>| match result {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(failed("cannot read", dir)(source)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed("cannot read", dir))?;
+        let path = entry.path();
+        match entry.file_type().map_err(failed("cannot look at", &path))?.is_dir() {
+            true => remove_unmounted(&path)?,
+            false => gone(fs::remove_file(&path)).map_err(failed("cannot remove", &path))?,
+        }
+    }
+    gone(fs::remove_dir(dir)).map_err(failed("cannot remove", dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind(source: &Path, options: &[&str]) -> HostMount {
+        HostMount {
+            fs_type: "bind".into(),
+            source: source.to_str().unwrap().into(),
+            options: options.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    /// A run directory whose mounts are gone after the test.
+    struct Scratch(tempfile::TempDir);
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            unmount_all(self.0.path()).unwrap();
+        }
+    }
+
+    fn scratch() -> (Scratch, Share, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let share = Share::of(dir.path());
+        share.prepare().unwrap();
+        let source = dir.path().join("source");
+        fs::create_dir_all(source.join("sub")).unwrap();
+        fs::write(source.join("file"), "content").unwrap();
+        (Scratch(dir), share, source)
+    }
+
+    #[test]
+    fn only_what_is_mounted_in_the_share_can_be_written_to() {
+        let (_scratch, share, source) = scratch();
+        share.mount(Path::new("c/rootfs"), &[bind(&source, &["rbind", "rw"])]).unwrap();
+        share.mount(Path::new("c/mounts/0"), &[bind(&source, &["rbind", "ro"])]).unwrap();
+        let read_only = |path: &str| {
+            fs::write(share.dir().join(path), "x").is_err_and(|e| e.kind() == ErrorKind::ReadOnlyFilesystem)
+        };
+        assert!(read_only("new") && read_only("c/new") && read_only("c/mounts/0/new"));
+        fs::write(share.dir().join("c/rootfs/new"), "x").unwrap();
+        assert!(source.join("new").exists());
+    }
+
+    #[test]
+    fn the_share_propagates_to_other_mount_namespaces() {
+        let (_scratch, share, _) = scratch();
+        let entry = mountinfo::read().unwrap().into_iter().find(|m| m.mount_point == share.dir());
+        assert!(entry.unwrap().shared);
+    }
+
+    #[test]
+    fn a_file_is_mounted_on_a_file() {
+        let (_scratch, share, source) = scratch();
+        share.mount(Path::new("c/mounts/0"), &[bind(&source.join("file"), &["rbind"])]).unwrap();
+        assert_eq!(fs::read(share.dir().join("c/mounts/0")).unwrap(), b"content");
+        share.remove_container("c").unwrap();
+    }
+
+    #[test]
+    fn removal_takes_mounts_on_top_of_each_other_and_spares_their_contents() {
+        let (_scratch, share, source) = scratch();
+        share.mount(Path::new("c/rootfs"), &[bind(&source, &[]), bind(&source, &[])]).unwrap();
+        share.mount(Path::new("d/rootfs"), &[bind(&source, &[])]).unwrap();
+        share.remove_container("c").unwrap();
+        assert!(!share.dir().join("c").exists() && share.dir().join("d/rootfs/file").exists());
+        share.remove_container("c").unwrap();
+        share.remove().unwrap();
+        share.remove().unwrap();
+        assert!(!share.dir().exists());
+        assert_eq!(fs::read(source.join("file")).unwrap(), b"content");
+    }
+
+    #[test]
+    fn a_failed_mount_names_source_and_target() {
+        let (_scratch, share, _) = scratch();
+        let error = share.mount(Path::new("c/rootfs"), &[bind(Path::new("/nonexistent"), &[])]).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent"), "{error}");
+    }
+
+    #[test]
+    fn an_overlay_of_more_layers_than_a_page_names_is_mounted() {
+        let (scratch, share, _) = scratch();
+        let layers = scratch.0.path().join("l".repeat(100));
+        let lower: Vec<String> = (0..120)
+            .map(|n| {
+                let dir = layers.join(format!("{n}"));
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join(format!("from-{n}")), "").unwrap();
+                dir.to_str().unwrap().to_owned()
+            })
+            .collect();
+        let option = format!("lowerdir={}", lower.join(":"));
+        assert!(option.len() > 8192);
+        let overlay =
+            HostMount { fs_type: "overlay".into(), source: "overlay".into(), options: vec![option] };
+        let before = std::env::current_dir().unwrap();
+        share.mount(Path::new("c/rootfs"), &[overlay]).unwrap();
+        assert!(
+            share.dir().join("c/rootfs/from-0").exists() && share.dir().join("c/rootfs/from-119").exists()
+        );
+        assert_eq!(std::env::current_dir().unwrap(), before);
+    }
+}

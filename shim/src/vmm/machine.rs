@@ -1,0 +1,238 @@
+//! A VM that runs: its VMM process and the helpers that it depends on. Shared by the backends.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, spawn_blocking},
+    time::timeout,
+};
+
+use super::{
+    VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit,
+    console::Ring,
+    helper::{Ended, Helper},
+};
+use crate::{agent::dial::HybridVsock, cgroup::SandboxCgroup};
+
+/// How long processes may take to die of SIGKILL. A VMM has guest memory to give back.
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a VMM ends although its exit status does not tell: "the guest restarted". Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct EndReason(Arc<Mutex<Option<String>>>);
+
+impl EndReason {
+    /// The first reason stays: what follows is its consequence.
+    pub(crate) fn set(&self, reason: impl Into<String>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.into());
+    }
+
+    fn get(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The parts of a VM, once all of them run.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vmm: Helper,
+    /// When one of them ends, the guest would hang: the VM is killed.
+    pub(crate) helpers: Vec<Helper>,
+    /// The guest's serial console.
+    pub(crate) console: Ring,
+    pub(crate) reason: EndReason,
+    /// Follows the VMM's events, and ends with the VMM.
+    pub(crate) events: Option<JoinHandle<()>>,
+}
+
+/// The VMM process and the task that follows it.
+#[derive(Debug)]
+struct Machine {
+    pid: u32,
+    shutting_down: Arc<AtomicBool>,
+    exit: watch::Receiver<Option<VmmExit>>,
+}
+
+impl Machine {
+    fn supervise(parts: Parts, cgroup: SandboxCgroup) -> Machine {
+        let shutting_down = Arc::new(AtomicBool::new(false));
+        let (sender, exit) = watch::channel(None);
+        let machine = Machine { pid: parts.vmm.pid(), shutting_down: shutting_down.clone(), exit };
+        tokio::spawn(async move {
+            let exit = supervise(parts, cgroup, &shutting_down).await;
+            let _ = sender.send(Some(exit));
+        });
+        machine
+    }
+
+    async fn wait(&self) -> VmmExit {
+        match self.exit.clone().wait_for(Option::is_some).await.map(|exit| exit.clone()) {
+            Ok(Some(exit)) => exit,
+            // The supervising task goes away with the runtime only.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+/// Ends everything in the sandbox's cgroup. Also for a VM of which only some parts were started.
+async fn kill_all(cgroup: &SandboxCgroup) -> Result<(), VmmError> {
+    let cgroup = cgroup.clone();
+    match spawn_blocking(move || cgroup.kill(KILL_LIMIT)).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+    }
+}
+
+/// What differs from one VMM to the next.
+#[async_trait]
+pub(crate) trait Backend: Send + Sync {
+    fn spec(&self) -> &VmSpec;
+
+    /// Starts helpers and VMM, and returns when the virtual CPUs run. On an error it may leave
+    /// processes behind in the sandbox's cgroup.
+    async fn start(&self) -> Result<Parts, VmmError>;
+}
+
+/// A VM of some backend.
+#[derive(Debug)]
+pub(crate) struct Vm<B> {
+    backend: B,
+    machine: Option<Machine>,
+}
+
+impl<B: Backend> Vm<B> {
+    pub(crate) fn new(backend: B) -> Vm<B> {
+        Vm { backend, machine: None }
+    }
+
+    fn cgroup(&self) -> SandboxCgroup {
+        SandboxCgroup::at(&self.backend.spec().cgroup)
+    }
+}
+
+#[async_trait]
+impl<B: Backend> Vmm for Vm<B> {
+    async fn boot(&mut self) -> Result<(), VmmError> {
+        match self.backend.start().await {
+            Ok(parts) => {
+                self.machine = Some(Machine::supervise(parts, self.cgroup()));
+                Ok(())
+            }
+            Err(error) => {
+                kill_all(&self.cgroup()).await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.machine.as_ref().map_or(0, |machine| machine.pid)
+    }
+
+    fn vsock(&self) -> HybridVsock {
+        HybridVsock::new(self.backend.spec().run_dir.join(VSOCK_SOCKET))
+    }
+
+    async fn wait(&self) -> VmmExit {
+        match &self.machine {
+            Some(machine) => machine.wait().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn shutdown(&mut self, grace: Duration) -> Result<(), VmmError> {
+        if let Some(machine) = &self.machine {
+            machine.shutting_down.store(true, Ordering::Relaxed);
+            let _ = timeout(grace, machine.wait()).await;
+        }
+        self.kill().await
+    }
+
+    async fn kill(&mut self) -> Result<(), VmmError> {
+        kill_all(&self.cgroup()).await?;
+        let Some(machine) = &self.machine else { return Ok(()) };
+        match timeout(KILL_LIMIT, machine.wait()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(VmmError::Timeout { what: "the end of the killed VMM", limit: KILL_LIMIT }),
+        }
+    }
+}
+
+/// The death of a helper if one has died, else `error`: a VMM reports it in its own, vaguer words.
+pub(crate) async fn culprit(helpers: &[Helper], error: VmmError) -> VmmError {
+    match timeout(Duration::from_millis(200), first_to_end(helpers)).await {
+        Ok(helper) => helper.died().await,
+        Err(_) => error,
+    }
+}
+
+async fn supervise(parts: Parts, cgroup: SandboxCgroup, shutting_down: &AtomicBool) -> VmmExit {
+    let Parts { vmm, helpers, console, reason, events } = parts;
+    let ended = tokio::select! {
+        biased;
+        ended = vmm.ended() => ended,
+        helper = first_to_end(&helpers) => end_without(helper, &vmm, &cgroup, &reason).await,
+    };
+    // Helpers that outlived the VMM would keep connections to the guest open, and their users waiting.
+    log_failure(kill_all(&cgroup).await);
+    if let Some(events) = events {
+        let _ = timeout(Duration::from_secs(1), events).await;
+    }
+    let reason = reason.get();
+    let expected = shutting_down.load(Ordering::Relaxed) || (ended.success && reason.is_none());
+    let program = vmm.program().display();
+    let status = &ended.status;
+    let mut description = format!("{program} ended with {status}");
+    if !expected {
+        let quotes = [
+            (": ", reason.unwrap_or_default()),
+            ("; its last lines: ", vmm.last_lines()),
+            ("; the guest's last lines: ", console.last_lines()),
+        ];
+        for (intro, text) in quotes.iter().filter(|(_, text)| !text.is_empty()) {
+            description.push_str(intro);
+            description.push_str(text);
+        }
+    }
+    VmmExit { expected, description }
+}
+
+/// A guest would hang without its helper, so the VM is killed. But a helper also ends when the VMM
+/// disconnects from it: the VMM's own end may be just behind.
+async fn end_without(helper: &Helper, vmm: &Helper, cgroup: &SandboxCgroup, reason: &EndReason) -> Ended {
+    if let Ok(ended) = timeout(Duration::from_secs(1), vmm.ended()).await {
+        return ended;
+    }
+    let (program, status) = (helper.program().display(), helper.ended().await.status);
+    reason.set(format!("{program} ended with {status}, so the VM was killed: {}", helper.last_lines()));
+    log_failure(kill_all(cgroup).await);
+    vmm.ended().await
+}
+
+fn log_failure(result: Result<(), VmmError>) {
+    if let Err(error) = result {
+        let error: &(dyn std::error::Error + 'static) = &error;
+        tracing::error!(error, "processes of a VM that has ended live on");
+    }
+}
+
+async fn first_to_end(helpers: &[Helper]) -> &Helper {
+    if helpers.is_empty() {
+        return std::future::pending().await;
+    }
+    let ends = helpers.iter().map(|helper| {
+        Box::pin(async move {
+            helper.ended().await;
+            helper
+        })
+    });
+    futures::future::select_all(ends).await.0
+}

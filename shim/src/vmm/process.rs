@@ -1,0 +1,79 @@
+//! No VM: the agent in fresh namespaces of the host. For tests and benchmarks.
+//!
+//! util-linux's unshare(1) makes the namespaces: the agent must be the first process of a pid
+//! namespace, which takes a fork that an asynchronous program cannot do by itself.
+
+use async_trait::async_trait;
+
+use super::{
+    VSOCK_SOCKET, VmSpec, VmmError,
+    console::{GUEST_CONSOLE, Ring},
+    helper::{Helper, Launch},
+    machine::{Backend, EndReason, Parts},
+    program::{AGENT_HINT, UNSHARE_HINT, find},
+};
+use crate::{
+    cgroup::SandboxCgroup,
+    config::{Config, Tools},
+};
+
+/// The agent as a child of unshare(1).
+#[derive(Debug)]
+pub(crate) struct Process {
+    spec: VmSpec,
+    tools: Tools,
+}
+
+impl Process {
+    pub(crate) fn new(config: &Config, spec: VmSpec) -> Process {
+        Process { spec, tools: config.tools.clone() }
+    }
+}
+
+/// The agent mounts /proc itself. `--propagation slave`, so that a rootfs mounted on the host later appears, and nothing goes the
+/// other way. No cgroup namespace: below one, cgroup2 mounted with `nsdelegate` lets the agent move
+/// no process from its own cgroup `helpers/` into `guest/`.
+const UNSHARE: [&str; 8] =
+    ["--fork", "--kill-child=KILL", "--pid", "--mount", "--propagation=slave", "--uts", "--ipc", "--net"];
+
+#[async_trait]
+impl Backend for Process {
+    fn spec(&self) -> &VmSpec {
+        &self.spec
+    }
+
+    async fn start(&self) -> Result<Parts, VmmError> {
+        let spec = &self.spec;
+        if let Some(disk) = spec.disks.first() {
+            return Err(VmmError::Unsupported {
+                backend: "process",
+                what: format!("the block device {}", disk.path.display()),
+                hint: "use a snapshotter that mounts directories, overlayfs for example",
+            });
+        }
+        let unshare = find("unshare".as_ref(), UNSHARE_HINT)?;
+        let agent = find(&self.tools.agent, AGENT_HINT)?;
+        let cgroup = SandboxCgroup::at(&spec.cgroup);
+        let state = spec.run_dir.join("agent");
+        std::fs::create_dir_all(&state).map_err(|source| VmmError::Io {
+            action: "cannot create",
+            path: state.clone(),
+            source,
+        })?;
+        let mut args: Vec<_> = UNSHARE.iter().map(Into::into).collect();
+        args.extend([agent.into(), "process".into()]);
+        args.extend(["--listen".into(), spec.run_dir.join(VSOCK_SOCKET).into()]);
+        args.extend(["--cgroup".into(), cgroup.guest().into()]);
+        args.extend(["--state".into(), state.into()]);
+        let vmm = Helper::launch(Launch {
+            program: unshare,
+            args,
+            cgroup: cgroup.helpers(),
+            fds: Vec::new(),
+            own_network: false,
+            stdout: None,
+        })?;
+        let console = Ring::new(GUEST_CONSOLE);
+        Ok(Parts { vmm, helpers: Vec::new(), console, reason: EndReason::default(), events: None })
+    }
+}

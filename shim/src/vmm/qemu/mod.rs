@@ -1,0 +1,155 @@
+//! QEMU: for hosts whose KVM cannot be used, by emulation; with KVM where that works.
+//!
+//! vhost-device-vsock gives it the same hybrid vsock that Cloud Hypervisor has built in.
+
+mod args;
+mod qmp;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use serde_json::Value;
+use tokio::net::UnixListener;
+
+use self::qmp::Qmp;
+use super::{
+    VSOCK_SOCKET, VmSpec, VmmError,
+    console::{GUEST_CONSOLE, Ring},
+    helper::{Helper, Launch, listening},
+    image,
+    machine::{Backend, EndReason, Parts, culprit},
+    program::{QEMU_HINT, VSOCK_HINT, find},
+    virtiofsd,
+};
+use crate::{
+    cgroup::SandboxCgroup,
+    config::{Config, Guest, Tools},
+};
+
+/// How long QEMU and its helpers may take until the virtual CPUs run: well below a second, but all
+/// of a loaded host's sandboxes may start at once.
+const BOOT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How QEMU runs guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// In hardware.
+    Kvm,
+    /// By translation: anywhere, and slowly.
+    Tcg,
+}
+
+fn qmp_socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("qmp.sock")
+}
+
+/// Where vhost-device-vsock serves the device to QEMU; the host dials another socket.
+fn vsock_device_socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("vsock-device.sock")
+}
+
+/// A VM in QEMU.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    spec: VmSpec,
+    guest: Guest,
+    tools: Tools,
+    accel: Accel,
+}
+
+impl Qemu {
+    pub(crate) fn new(config: &Config, spec: VmSpec, accel: Accel) -> Qemu {
+        Qemu { spec, guest: config.guest.clone(), tools: config.tools.clone(), accel }
+    }
+
+    fn cgroup(&self) -> SandboxCgroup {
+        SandboxCgroup::at(&self.spec.cgroup)
+    }
+
+    fn launch_vsock(&self) -> Result<Helper, VmmError> {
+        let run_dir = &self.spec.run_dir;
+        Helper::launch(Launch {
+            program: find(&self.tools.vhost_device_vsock, VSOCK_HINT)?,
+            args: vec![
+                "--guest-cid=3".into(),
+                "--socket".into(),
+                vsock_device_socket(run_dir).into(),
+                "--uds-path".into(),
+                run_dir.join(VSOCK_SOCKET).into(),
+            ],
+            cgroup: self.cgroup().helpers(),
+            fds: Vec::new(),
+            own_network: false,
+            stdout: None,
+        })
+    }
+}
+
+#[async_trait]
+impl Backend for Qemu {
+    fn spec(&self) -> &VmSpec {
+        &self.spec
+    }
+
+    async fn start(&self) -> Result<Parts, VmmError> {
+        let program = find(&self.tools.qemu, QEMU_HINT)?;
+        image::check(&self.guest.kernel, "kernel")?;
+        image::check(&self.guest.initrd, "initrd")?;
+        let args = args::command_line(&self.spec, &self.guest, self.accel)?;
+
+        let vsock = self.launch_vsock()?;
+        let mut helpers = Vec::new();
+        if let Some(share) = &self.spec.share {
+            helpers.push(virtiofsd::launch(&self.spec, share, &self.tools.virtiofsd)?);
+        }
+        let device = vsock_device_socket(&self.spec.run_dir);
+        vsock.until("the start of vhost-device-vsock", BOOT_LIMIT, listening(&device)).await?;
+        helpers.push(vsock);
+
+        let qmp_path = qmp_socket(&self.spec.run_dir);
+        let listener = UnixListener::bind(&qmp_path).map_err(|source| VmmError::Io {
+            action: "cannot listen on",
+            path: qmp_path.clone(),
+            source,
+        })?;
+        let console = Ring::new(GUEST_CONSOLE);
+        let vmm = Helper::launch(Launch {
+            program,
+            args,
+            cgroup: self.cgroup().helpers(),
+            fds: Vec::new(),
+            own_network: true,
+            stdout: Some(console.clone()),
+        })?;
+        let reason = EndReason::default();
+        let running = wait_until_running(listener, &qmp_path, reason.clone());
+        let qmp = match vmm.until("the start of QEMU", BOOT_LIMIT, running).await {
+            Ok(qmp) => qmp,
+            Err(error) => return Err(culprit(&helpers, error).await),
+        };
+        Ok(Parts { vmm, helpers, console, reason, events: Some(tokio::spawn(qmp.follow())) })
+    }
+}
+
+/// QEMU connects after it has made every device; the answer to the command comes from its main loop,
+/// which is entered with the virtual CPUs running.
+async fn wait_until_running(listener: UnixListener, path: &Path, reason: EndReason) -> Result<Qmp, VmmError> {
+    let (stream, _) = listener.accept().await.map_err(|source| VmmError::Io {
+        action: "cannot accept on",
+        path: path.into(),
+        source,
+    })?;
+    let mut qmp = Qmp::negotiate(stream, path, reason).await?;
+    let status = qmp.execute("query-status", path).await?;
+    match status.get("running").and_then(Value::as_bool) {
+        Some(true) => Ok(qmp),
+        _ => Err(VmmError::Refused {
+            program: "QEMU",
+            request: "to run the virtual CPUs".into(),
+            reply: status.to_string(),
+        }),
+    }
+}
