@@ -2,7 +2,7 @@
 //! with every event in the order in which it came.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex},
@@ -18,6 +18,7 @@ use containerd_shim_protos::{
     shim::event::Envelope,
     shim_sync::{Events, create_events},
 };
+use nix::{sys::stat::Mode, unistd::mkfifo};
 use protobuf::Message;
 use serde_json::{Value, json};
 use ttrpc::context::{self, Context};
@@ -39,6 +40,10 @@ pub struct Direct<'lab> {
     address: String,
     endpoint: ttrpc::Server,
     client: Option<TaskClient>,
+    /// Paths for stdout and stderr in Create.
+    fifos: [String; 2],
+    /// Write ends of the FIFOs, until the shim has its own.
+    keep: Vec<File>,
 }
 
 #[derive(Default)]
@@ -65,7 +70,17 @@ impl<'lab> Direct<'lab> {
             .register_service(create_events(events.clone()));
         endpoint.start().unwrap();
         lab.uses_sandbox(leftovers::key(&address, lab.namespace(), id));
-        let direct = Direct { lab, id: id.into(), bundle, events, address, endpoint, client: None };
+        let direct = Direct {
+            lab,
+            id: id.into(),
+            bundle,
+            events,
+            address,
+            endpoint,
+            client: None,
+            fifos: Default::default(),
+            keep: Vec::new(),
+        };
         direct.write_spec(&spec(argv));
         direct
     }
@@ -109,10 +124,30 @@ impl<'lab> Direct<'lab> {
     }
 
     /// Creates the task with these mounts for its rootfs.
-    pub fn create(&self, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
+    pub fn create(&mut self, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
         let bundle = self.bundle.display().to_string();
-        let request = CreateTaskRequest { id: self.id.clone(), bundle, rootfs, ..Default::default() };
-        Ok(self.task().create(self.context(), &request)?.pid)
+        let [stdout, stderr] = self.fifos.clone();
+        let id = self.id.clone();
+        let request = CreateTaskRequest { id, bundle, rootfs, stdout, stderr, ..Default::default() };
+        let created = self.task().create(self.context(), &request);
+        self.keep.clear();
+        Ok(created?.pid)
+    }
+
+    /// Makes FIFOs for stdout and stderr, and opens them for reading. `ctr` is no reader to compare
+    /// with: 1.6 closes its ends as soon as it hears of the exit, and loses what is still in flight.
+    pub fn read_fifos(&mut self) -> [File; 2] {
+        let base = self.bundle.with_file_name("fifo");
+        let paths = ["stdout", "stderr"].map(|stream| base.with_extension(stream));
+        self.fifos = paths.clone().map(|path| path.display().to_string());
+        paths.map(|path| {
+            mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+            // The end of a FIFO that nobody has opened for writing yet must not look like its last.
+            let keep = File::options().read(true).write(true).open(&path).unwrap();
+            let reader = File::options().read(true).open(&path).unwrap();
+            self.keep.push(keep);
+            reader
+        })
     }
 
     /// Starts the init process.

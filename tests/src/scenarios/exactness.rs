@@ -4,12 +4,13 @@ use std::{process::Stdio, sync::OnceLock, thread::sleep, time::Duration};
 
 use crate::{
     command::start,
+    direct::{Direct, bind_mount},
     guest,
     lab::{Lab, Setup},
     logs,
     needs::Backend,
     proxy::Scissors,
-    verify::compare_output,
+    verify::compare_both,
 };
 
 /// Bytes per stream: a gigabyte where nothing is emulated.
@@ -20,9 +21,16 @@ fn amount(backend: Backend) -> u64 {
 fn write_both(lab: &Lab, bytes: u64, slow: fn(u64)) {
     let bytes_arg = bytes.to_string();
     let argv = ["cube-test-writer", "stream", "1", &bytes_arg, "2", &bytes_arg];
-    let mut command = lab.run_command(&["--rm"], "c", &argv);
-    let counts = compare_output(&mut command, Duration::from_secs(400), slow);
-    assert_eq!(counts, (bytes, bytes), "bytes at the readers");
+    let mut direct = Direct::new(lab, "c", &argv);
+    let rootfs = direct.unpack_image();
+    let [out, err] = direct.read_fifos();
+    direct.start_shim();
+    direct.create(bind_mount(&rootfs)).unwrap();
+    direct.start().unwrap();
+    assert_eq!(compare_both(out, err, slow), (bytes, bytes), "bytes at the readers");
+    assert_eq!(direct.wait().unwrap(), 0);
+    direct.delete().unwrap();
+    direct.finish();
 }
 
 /// As fast as the process can, to both streams, in odd sizes, with room for all of it.
@@ -119,8 +127,11 @@ pub fn reconnects_change_nothing(backend: Backend) {
     let bytes: u64 = if backend.is_vm() { 8 << 20 } else { 64 << 20 };
     let bytes_arg = bytes.to_string();
     let argv = ["cube-test-writer", "stream", "1", &bytes_arg, "2", &bytes_arg];
-    let counts = compare_output(&mut lab.exec_command(&[], "c", &argv), Duration::from_secs(300), |_| ());
+    let mut exec = lab.exec_command(&[], "c", &argv);
+    let mut exec = exec.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let counts = compare_both(exec.stdout.take().unwrap(), exec.stderr.take().unwrap(), |_| ());
     assert_eq!(counts, (bytes, bytes), "bytes at the readers");
+    assert!(exec.wait().unwrap().success());
     let cuts = scissors.cuts();
     assert!(cuts > 10, "only {cuts} cuts of output");
 
