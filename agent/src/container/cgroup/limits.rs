@@ -137,7 +137,10 @@ fn add_cpu(settings: &mut Vec<Setting>, cpu: &LinuxCpu) -> Result<(), ContainerE
     refuse("cpu.realtimeRuntime", cpu.realtime_runtime().is_some_and(|runtime| runtime != 0))?;
     refuse("cpu.realtimePeriod", cpu.realtime_period().is_some_and(|period| period != 0))?;
     const DEFAULT_PERIOD_US: u64 = 100_000;
-    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+    // What every cgroup of version 1 begins with, and what `ctr run` writes into each spec: nothing is
+    // asked for, and a host without the controller has nothing to refuse.
+    const DEFAULT_SHARES: u64 = 1024;
+    if let Some(shares) = cpu.shares().filter(|shares| ![0, DEFAULT_SHARES].contains(shares)) {
         settings.push(Setting::new("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
     }
     let (quota, period) = (cpu.quota().unwrap_or(0), cpu.period().unwrap_or(0));
@@ -257,7 +260,8 @@ mod tests {
     #[test]
     fn cpu_limits_become_weight_and_max() {
         assert_eq!(written(json!({"cpu": {"shares": 2}})).unwrap(), ["cpu.weight=1"]);
-        assert_eq!(written(json!({"cpu": {"shares": 1024}})).unwrap(), ["cpu.weight=39"]);
+        assert_eq!(written(json!({"cpu": {"shares": 512}})).unwrap(), ["cpu.weight=20"]);
+        assert_eq!(written(json!({"cpu": {"shares": 1024}})).unwrap(), [""; 0]);
         assert_eq!(written(json!({"cpu": {"shares": 262144}})).unwrap(), ["cpu.weight=10000"]);
         assert_eq!(written(json!({"cpu": {"quota": 50000}})).unwrap(), ["cpu.max=50000 100000"]);
         assert_eq!(written(json!({"cpu": {"quota": -1, "period": 20000}})).unwrap(), ["cpu.max=max 20000"]);
