@@ -40,6 +40,10 @@ fn use_shell(lab: &Lab, terminal: &mut Terminal) {
     terminal.type_keys("echo st''arted; sleep 1000\r");
     terminal.wait_for("started", limit);
     terminal.type_keys("\x03");
+    // The shell discards what is typed before its prompt.
+    terminal.screen.wait_until("prompt after Ctrl-C", limit, |screen| {
+        String::from_utf8_lossy(screen).split("started").last().is_some_and(|rest| rest.contains("# "))
+    });
     terminal.type_keys("echo inter''rupted\r");
     terminal.wait_for("interrupted", Duration::from_secs(30));
     // Ctrl-D is the end of input, first that of a program, then that of the shell.
