@@ -36,8 +36,9 @@ fn use_shell(lab: &Lab, terminal: &mut Terminal) {
     terminal.type_keys("trap 'stty size' WINCH\r");
     terminal.resize(133, 41);
     wait_for_size(terminal, "41 133", limit);
-    // Ctrl-C ends what runs in the foreground, not the shell.
-    terminal.type_keys("echo st''arted; sleep 1000\r");
+    // Ctrl-C ends what runs in the foreground, not the shell. It is the program that says it has
+    // started: what the shell says may come before the program is in the foreground.
+    terminal.type_keys("sh -c \"echo st''arted; exec sleep 1000\"\r");
     terminal.wait_for("started", limit);
     terminal.type_keys("\x03");
     // The shell discards what is typed before its prompt.
