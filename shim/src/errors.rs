@@ -1,12 +1,13 @@
 //! What the Task service can fail with, and the one place where that becomes a ttrpc status.
 
-use std::{error::Error as StdError, path::PathBuf};
+use std::{error::Error as StdError, io};
 
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError, options::OptionsError,
-    rootfs::RootfsError, sandbox::spec::SpecError, state::StateError, stdio::StdioError, vmm::VmmError,
+    agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
+    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, state::StateError,
+    stdio::StdioError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -127,24 +128,12 @@ pub enum Error {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The sandbox's cgroup on the host failed.
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
     /// The rootfs or a volume cannot be given to the guest.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
-    /// Something on the host (cgroup, mounts) failed.
-    #[error("{what} {path}")]
-    Host {
-        /// What was done, "cannot mount the rootfs at" for example.
-        what: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// The code that fits.
-        code: Code,
-        /// Why.
-        source: Box<dyn StdError + Send + Sync>,
-    },
+    /// The sandbox's cgroup cannot be made or removed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
 }
 
 impl Error {
@@ -168,7 +157,7 @@ impl Error {
             }
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
-            Error::Host { code, .. } => *code,
+            Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
             Error::Stdio(_)
             | Error::Vmm(_)
             | Error::StateFile(_)
@@ -183,8 +172,8 @@ fn rootfs_code(error: &RootfsError) -> Code {
     match error {
         RootfsError::Unsupported { .. } => Code::UNIMPLEMENTED,
         RootfsError::Option { .. } | RootfsError::Id(_) => Code::INVALID_ARGUMENT,
-        RootfsError::Source { .. } => Code::NOT_FOUND,
-        RootfsError::Mount { .. } | RootfsError::StillMounted { .. } | RootfsError::Io { .. } => Code::UNKNOWN,
+        RootfsError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NOT_FOUND,
+        _ => Code::UNKNOWN,
     }
 }
 

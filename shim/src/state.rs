@@ -153,19 +153,10 @@ impl RunDir {
         if path.as_os_str().len() > SOCKET_PATH_MAX { Err(StateError::SocketPath { path }) } else { Ok(path) }
     }
 
-    /// Mounts and files that the guest sees: `shared/<container id>/...`.
-    pub fn shared(&self) -> PathBuf {
-        self.0.join("shared")
-    }
-
-    /// Makes the directory, its parents and `shared/`, mode 0700. May exist.
+    /// Makes the directory and its parents, mode 0700. May exist.
     pub fn create(&self) -> Result<(), StateError> {
-        let shared = self.shared();
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&shared)
-            .map_err(failed("cannot create", &shared))
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
+        made.map_err(failed("cannot create", &self.0))
     }
 
     /// Takes the exclusive lock, waiting at most `limit`. Blocks the thread. The lock is on the

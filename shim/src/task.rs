@@ -230,6 +230,7 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> ttrpc::Result<Empty> {
+        debug!(id = request.id, exec = request.exec_id, stdin = request.stdin, "close io");
         let process = process(request.id, request.exec_id)?;
         if request.stdin {
             self.sandbox.close_stdin(process).await?;

@@ -6,24 +6,43 @@ use oci_spec::runtime::{
     LinuxResources, Mount, Process, Spec,
 };
 
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use super::{ContainerError, cgroup, mount_options::MountOptions, namespaces};
 
 /// Reads config.json, or the process of an exec. A field that the specification's types do not have is
-/// refused as well: it may be of a later version, and would be dropped in silence.
-pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, ContainerError> {
-    let mut unknown = None;
-    let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let parsed = serde_ignored::deserialize(&mut deserializer, |path| {
-        // Options show up as "?" in the path.
-        unknown.get_or_insert_with(|| path.to_string().replace(".?", ""));
-    })
-    .and_then(|parsed| deserializer.end().map(|()| parsed));
-    match (parsed, unknown) {
-        (Err(source), _) => Err(ContainerError::Json(source)),
-        (Ok(_), Some(field)) => Err(ContainerError::unsupported(field)),
-        (Ok(parsed), None) => Ok(parsed),
+/// refused as well: it may be of a later version, and serde would drop it in silence.
+pub fn parse<T: DeserializeOwned + Serialize>(json: &[u8]) -> Result<T, ContainerError> {
+    let given: Value = serde_json::from_slice(json).map_err(ContainerError::Json)?;
+    let parsed: T = serde_json::from_slice(json).map_err(ContainerError::Json)?;
+    // Through the same serializer as the instructions of the init stage: a second one for a type
+    // of this size would show in the size of the agent.
+    let kept = serde_json::to_vec(&parsed).map_err(ContainerError::Json)?;
+    let kept: Value = serde_json::from_slice(&kept).map_err(ContainerError::Json)?;
+    match dropped(&given, &kept) {
+        Some(field) => Err(ContainerError::unsupported(field)),
+        None => Ok(parsed),
+    }
+}
+
+/// Path of the first field of `given` that has no counterpart in `kept`. `null` asks for nothing.
+fn dropped(given: &Value, kept: &Value) -> Option<String> {
+    match (given, kept) {
+        (Value::Object(given), Value::Object(kept)) => given.iter().find_map(|(name, value)| {
+            let below = match kept.get(name) {
+                None if value.is_null() => return None,
+                None => String::new(),
+                Some(counterpart) => dropped(value, counterpart)?,
+            };
+            let dot = if below.is_empty() || below.starts_with('[') { "" } else { "." };
+            Some(format!("{name}{dot}{below}"))
+        }),
+        (Value::Array(given), Value::Array(kept)) => {
+            let mut pairs = given.iter().zip(kept).enumerate();
+            pairs.find_map(|(index, (given, kept))| Some(format!("[{index}].{}", dropped(given, kept)?)))
+        }
+        _ => None,
     }
 }
 
@@ -292,7 +311,7 @@ pub(super) fn sysctl_path(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -369,6 +388,13 @@ mod tests {
         spec["linux"]["quantumState"] = json!("both");
         let error = parse::<Spec>(spec.to_string().as_bytes()).unwrap_err();
         assert_eq!(error.to_string(), "linux.quantumState is not supported");
+        spec = minimal();
+        spec["linux"]["namespaces"][1]["color"] = json!(1);
+        let error = parse::<Spec>(spec.to_string().as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "linux.namespaces[1].color is not supported");
+        spec = minimal();
+        spec["later"] = Value::Null;
+        parse::<Spec>(spec.to_string().as_bytes()).unwrap();
         assert_eq!(parse::<Spec>(minimal().to_string().as_bytes()).unwrap().version(), "1.0.2");
     }
 

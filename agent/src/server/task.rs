@@ -19,7 +19,7 @@ use protobuf::{
     EnumOrUnknown, Message, MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
 };
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
@@ -293,7 +293,7 @@ fn value(field: &'static str, expected: &'static str, any: Option<Any>) -> Resul
     Err(Error::Type { field, found: any.type_url, needed: expected })
 }
 
-fn json<T: DeserializeOwned>(
+fn json<T: DeserializeOwned + Serialize>(
     field: &'static str,
     expected: &'static str,
     any: Option<Any>,

@@ -61,3 +61,43 @@ impl Dial for HybridVsock {
         Ok(socket)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_connection_begins_right_behind_the_handshake() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let vmm = tokio::spawn(async move {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let port = hybrid::requested_port(&mut socket).await.unwrap();
+            socket.write_all(b"OK 1\nhello").await.unwrap();
+            port
+        });
+        let mut connection = HybridVsock::new(&path).dial(1025).await.unwrap();
+        let mut bytes = Vec::new();
+        connection.read_to_end(&mut bytes).await.unwrap();
+        assert_eq!((bytes.as_slice(), vmm.await.unwrap()), (&b"hello"[..], 1025));
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_is_not_there_and_a_guest_that_does_not_listen_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.vsock");
+        let dial = HybridVsock::new(&path);
+        assert!(
+            matches!(dial.dial(1024).await, Err(DialError::Connect { path: named, .. }) if named == path)
+        );
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move { drop(listener.accept().await) });
+        assert!(matches!(dial.dial(1024).await, Err(DialError::Handshake { port: 1024, .. })));
+    }
+}

@@ -11,6 +11,7 @@ use crate::{
     config,
     state::{RunDir, State},
     stdio::{LogConfig, ProcessIo, StdioConfig},
+    vmm::VSOCK_SOCKET,
 };
 
 /// Time for all of it: containerd kills `delete` after 5 s, and the clean-up comes after this.
@@ -27,7 +28,7 @@ pub(super) async fn drain(run_dir: &RunDir, state: &State, log: &config::Log) {
 
 async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     let begun = Instant::now();
-    let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join("vm.vsock")));
+    let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
     let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CALL_LIMIT).await else { return };
     join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
     let drains = state.containers.iter().filter_map(|(id, container)| {

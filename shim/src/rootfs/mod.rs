@@ -5,6 +5,7 @@
 //! virtiofsd exports. A file system on a block device or in a file goes to the guest as a disk.
 //! Volumes, which are the bind mounts in the container's spec, go through the share.
 
+mod bind;
 mod mount;
 pub mod mountinfo;
 mod plan;

@@ -4,9 +4,7 @@
 //! name, and everything else is data for the file system.
 
 use std::{
-    ffi::CString,
-    fs, io, mem,
-    os::unix::ffi::OsStrExt,
+    fs, io,
     path::{Path, PathBuf},
     thread,
 };
@@ -17,7 +15,7 @@ use nix::{
     unistd::chdir,
 };
 
-use super::RootfsError;
+use super::{RootfsError, bind::Bind};
 
 /// mount(2) takes one page of data; containerd, too, leaves some room.
 const DATA_MAX: usize = 4096 - 512;
@@ -39,8 +37,8 @@ struct Parsed {
     flags: MsFlags,
     /// `rro`: read-only all the way down.
     recursively_read_only: bool,
-    /// Propagation is set with a second call.
-    propagation: Option<MsFlags>,
+    /// `slave`, `rslave`: what the host mounts there later appears, too.
+    follow_host: bool,
     data: Vec<String>,
 }
 
@@ -72,16 +70,9 @@ const FLAGS: [(&str, bool, MsFlags); 24] = [
     ("sync", true, MsFlags::MS_SYNCHRONOUS),
 ];
 
-const PROPAGATION: [(&str, MsFlags); 8] = [
-    ("private", MsFlags::MS_PRIVATE),
-    ("rprivate", MsFlags::MS_PRIVATE.union(MsFlags::MS_REC)),
-    ("shared", MsFlags::MS_SHARED),
-    ("rshared", MsFlags::MS_SHARED.union(MsFlags::MS_REC)),
-    ("slave", MsFlags::MS_SLAVE),
-    ("rslave", MsFlags::MS_SLAVE.union(MsFlags::MS_REC)),
-    ("unbindable", MsFlags::MS_UNBINDABLE),
-    ("runbindable", MsFlags::MS_UNBINDABLE.union(MsFlags::MS_REC)),
-];
+/// Propagation from the host to the guest, and none. There is none from the guest to the host.
+const FOLLOW_HOST: [&str; 2] = ["slave", "rslave"];
+const KEEP_APART: [&str; 4] = ["private", "rprivate", "unbindable", "runbindable"];
 
 impl HostMount {
     /// Whether it makes another directory visible rather than a file system.
@@ -108,25 +99,13 @@ impl HostMount {
 
     fn try_mount(&self, target: &Path, parsed: &Parsed) -> io::Result<()> {
         if parsed.flags.contains(MsFlags::MS_BIND) {
-            mount(Some(self.source.as_str()), target, None::<&str>, parsed.flags & BIND, None::<&str>)?;
-            // A bind mount takes its other flags in a second call only.
-            set_attributes(target, parsed)?;
-        } else if parsed.data.join(",").len() > DATA_MAX && self.fs_type == "overlay" {
-            self.mount_from_common_dir(target, parsed)?;
-        } else {
-            let data = parsed.data.join(",");
-            mount(
-                Some(self.source.as_str()),
-                target,
-                Some(self.fs_type.as_str()),
-                parsed.flags,
-                Some(data.as_str()),
-            )?;
+            return parsed.as_bind().attach(Path::new(&self.source), target);
         }
-        match parsed.propagation {
-            Some(flags) => Ok(mount(None::<&str>, target, None::<&str>, flags, None::<&str>)?),
-            None => Ok(()),
+        if parsed.data.join(",").len() > DATA_MAX && self.fs_type == "overlay" {
+            return self.mount_from_common_dir(target, parsed);
         }
+        let (source, fs_type, data) = (self.source.as_str(), self.fs_type.as_str(), parsed.data.join(","));
+        Ok(mount(Some(source), target, Some(fs_type), parsed.flags, Some(data.as_str()))?)
     }
 
     /// An image of many layers has more `lowerdir` than fits into a page. They are named relative to
@@ -151,7 +130,7 @@ impl HostMount {
         let mut parsed = Parsed {
             flags: MsFlags::empty(),
             recursively_read_only: false,
-            propagation: None,
+            follow_host: false,
             data: Vec::new(),
         };
         match self.fs_type.as_str() {
@@ -162,8 +141,10 @@ impl HostMount {
         for option in self.options.iter().map(|option| option.trim()) {
             if let Some((_, set, flag)) = FLAGS.iter().find(|(name, ..)| *name == option) {
                 parsed.flags.set(*flag, *set);
-            } else if let Some((_, flags)) = PROPAGATION.iter().find(|(name, _)| *name == option) {
-                parsed.propagation = Some(*flags);
+            } else if FOLLOW_HOST.contains(&option) {
+                parsed.follow_host = true;
+            } else if KEEP_APART.contains(&option) {
+                parsed.follow_host = false;
             } else if option == "rro" {
                 parsed.recursively_read_only = true;
             } else if let Some(reason) = refusal(option) {
@@ -184,13 +165,11 @@ impl HostMount {
     }
 }
 
-/// The flags that mount(2) reads when it makes a bind mount.
-const BIND: MsFlags = MsFlags::MS_BIND.union(MsFlags::MS_REC);
-
 fn refusal(option: &str) -> Option<&'static str> {
     let name = option.split_once('=').map_or(option, |(name, _)| name);
     match name {
         "idmap" | "ridmap" | "uidmap" | "gidmap" => Some("mounts with mapped ids are not supported yet"),
+        "shared" | "rshared" => Some("what a guest mounts cannot propagate to the host"),
         "remount" => Some("a rootfs is mounted, not remounted"),
         "loop" => Some("loop devices are not used: give the file as the source of its file system type"),
         _ if name.starts_with("X-containerd.") => Some("it is meant for a newer containerd's mount manager"),
@@ -198,44 +177,23 @@ fn refusal(option: &str) -> Option<&'static str> {
     }
 }
 
-/// mount_setattr(2) changes just what is named, where a remount would clear the rest.
-fn set_attributes(target: &Path, parsed: &Parsed) -> io::Result<()> {
-    let attributes = [
-        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
-        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
-        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
-        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
-        (MsFlags::MS_NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
-    ];
-    let set =
-        attributes.iter().filter(|(flag, _)| parsed.flags.contains(*flag)).fold(0, |set, (_, a)| set | a);
-    mount_setattr(target, set, false)?;
-    if parsed.recursively_read_only {
-        mount_setattr(target, libc::MOUNT_ATTR_RDONLY, true)?;
+impl Parsed {
+    fn as_bind(&self) -> Bind {
+        let attributes = [
+            (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+            (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+            (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
+            (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+            (MsFlags::MS_NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
+        ];
+        let set = attributes.iter().filter(|(flag, _)| self.flags.contains(*flag));
+        Bind {
+            recursive: self.flags.contains(MsFlags::MS_REC),
+            attributes: set.fold(0, |all, (_, attribute)| all | attribute),
+            recursive_attributes: if self.recursively_read_only { libc::MOUNT_ATTR_RDONLY } else { 0 },
+            follow_host: self.follow_host,
+        }
     }
-    Ok(())
-}
-
-/// Adds attributes to the mount at `target`, and with `recursive` to those below it.
-pub(super) fn mount_setattr(target: &Path, set: u64, recursive: bool) -> io::Result<()> {
-    if set == 0 {
-        return Ok(());
-    }
-    let path = CString::new(target.as_os_str().as_bytes())?;
-    let attr = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: `path` ends with a zero, `attr` has the size that is given, and both outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags | libc::AT_SYMLINK_NOFOLLOW,
-            &raw const attr,
-            mem::size_of_val(&attr),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The directory that all lower directories have in common, and the data with them relative to it.
@@ -272,13 +230,14 @@ mod tests {
         };
         let parsed = mount.parse().unwrap();
         assert_eq!(parsed.flags, MsFlags::MS_NOSUID);
-        assert_eq!(parsed.propagation, Some(MsFlags::MS_SLAVE | MsFlags::MS_REC));
+        assert!(parsed.follow_host);
         assert_eq!(parsed.data, ["index=off", "lowerdir=/a:/b"]);
     }
 
     #[test]
     fn bind_is_a_type_or_an_option() {
-        assert_eq!(bind(&["rbind", "ro"]).parse().unwrap().flags, BIND | MsFlags::MS_RDONLY);
+        let expected = MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY;
+        assert_eq!(bind(&["rbind", "ro"]).parse().unwrap().flags, expected);
         let none = HostMount { fs_type: "none".into(), ..bind(&["rbind"]) };
         assert!(none.is_bind());
         assert!(bind(&["rro"]).parse().unwrap().recursively_read_only);
@@ -286,7 +245,7 @@ mod tests {
 
     #[test]
     fn an_option_that_cannot_be_honoured_is_refused_by_name() {
-        for option in ["uidmap=0:1:2", "X-containerd.mkfs.fs=ext4", "loop", "remount", "size=1m"] {
+        for option in ["uidmap=0:1:2", "X-containerd.mkfs.fs=ext4", "loop", "remount", "size=1m", "rshared"] {
             let error = bind(&[option]).check().unwrap_err().to_string();
             assert!(error.contains(option), "{error}");
         }

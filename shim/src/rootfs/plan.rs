@@ -236,10 +236,11 @@ fn volume(index: usize, mount: &Value) -> Result<Option<Volume>, RootfsError> {
             hint: "only directories and files of the host can be seen from a guest",
         });
     }
-    // Of its options, the host takes those that protect it; the guest gets all.
-    let kept = ["rbind", "bind", "ro", "rro", "rw"];
+    // Of its options, the host takes those that protect it and those that need it; the guest gets all.
+    let kept = ["rbind", "bind", "ro", "rro", "rw", "slave", "rslave", "shared", "rshared"];
     let kept = options.into_iter().filter(|option| kept.contains(&option.as_str())).collect();
     let mount = HostMount { fs_type: "bind".into(), source, options: kept };
+    mount.check()?;
     Ok(Some(Volume { index, mount }))
 }
 

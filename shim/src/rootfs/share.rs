@@ -13,7 +13,7 @@ use std::{
 use cube_protocol::guest::SharedMount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::{HostMount, RootfsError, failed, mount::mount_setattr, mountinfo};
+use super::{HostMount, RootfsError, bind::Bind, failed, mountinfo};
 use crate::vmm::{Backend, SHARE_TAG};
 
 /// Unmounting uncovers what was mounted over; more rounds than that, somebody mounts meanwhile.
@@ -51,14 +51,14 @@ impl Share {
         let mounts =
             mountinfo::at_and_below(&self.view).map_err(failed("cannot read the mounts at", &self.view))?;
         if !mounts.contains(&self.view) {
+            let read_only = Bind { attributes: libc::MOUNT_ATTR_RDONLY, ..Bind::default() };
+            read_only.attach(&self.behind, &self.view).map_err(failed("cannot mount", &self.view))?;
             let none = None::<&str>;
-            let change = |flags| mount(none, &self.view, none, flags, none);
-            mount(Some(&self.behind), &self.view, none, MsFlags::MS_BIND, none)
-                .and_then(|()| change(MsFlags::MS_PRIVATE))
-                .and_then(|()| change(MsFlags::MS_SHARED))
-                .map_err(|errno| failed("cannot mount", &self.view)(errno.into()))?;
-            mount_setattr(&self.view, libc::MOUNT_ATTR_RDONLY, false)
-                .map_err(failed("cannot make read-only", &self.view))?;
+            // Private first: attached to a shared mount, it has become a peer of copies elsewhere.
+            [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED]
+                .into_iter()
+                .try_for_each(|propagation| mount(none, &self.view, none, propagation, none))
+                .map_err(|errno| failed("cannot change the propagation of", &self.view)(errno.into()))?;
         }
         Ok(())
     }
@@ -153,6 +153,11 @@ fn remove_unmounted(dir: &Path) -> Result<(), RootfsError> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{Read, Write},
+        process::{Command, Stdio},
+    };
+
     use super::*;
 
     fn bind(source: &Path, options: &[&str]) -> HostMount {
@@ -193,6 +198,44 @@ mod tests {
         assert!(read_only("new") && read_only("c/new") && read_only("c/mounts/0/new"));
         fs::write(share.dir().join("c/rootfs/new"), "x").unwrap();
         assert!(source.join("new").exists());
+    }
+
+    #[test]
+    fn a_read_only_volume_is_read_only_in_other_mount_namespaces_too() {
+        let (_scratch, share, source) = scratch();
+        let target = share.dir().join("c/mounts/0");
+        let script = format!("echo ready; read go; cat '{0}/file'; touch '{0}/new'", target.display());
+        let mut other = Command::new("unshare")
+            .args(["--mount", "--propagation=slave", "sh", "-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        other.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+        share.mount(Path::new("c/mounts/0"), &[bind(&source, &["rbind", "ro"])]).unwrap();
+        other.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        let output = other.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "content");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("Read-only"), "{output:?}");
+    }
+
+    #[test]
+    fn unmounting_a_volume_leaves_what_the_host_has_mounted_below_its_source() {
+        let (_scratch, share, source) = scratch();
+        let none = None::<&str>;
+        mount(Some(&source), &source, none, MsFlags::MS_BIND, none).unwrap();
+        mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
+        let sub = source.join("sub");
+        mount(Some("tmpfs"), &sub, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::write(sub.join("inner"), "").unwrap();
+        for options in [["rbind", "rprivate"], ["rbind", "rslave"]] {
+            share.mount(Path::new("c/mounts/0"), &[bind(&source, &options)]).unwrap();
+            assert!(share.dir().join("c/mounts/0/sub/inner").exists());
+            share.remove_container("c").unwrap();
+            assert!(sub.join("inner").exists(), "{options:?}");
+        }
     }
 
     #[test]

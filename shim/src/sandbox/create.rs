@@ -25,6 +25,7 @@ use crate::{
     agent::{Agent, Dial, GuestEvent},
     config::Config,
     errors::{Error, chain},
+    rootfs::Share,
     state::State,
     stdio::{LogConfig, ProcessIo},
     vmm::VmSpec,
@@ -171,7 +172,7 @@ impl Creation {
             cgroup: self.state.cgroup.clone(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
-            share: share.then(|| run_dir.shared()),
+            share: share.then(|| Share::of(run_dir.path()).dir().into()),
             disks: rootfs.disks.clone(),
             cmdline: String::new(),
         };

@@ -74,12 +74,12 @@ pub trait Host: Send + Sync + 'static {
 /// The machine that this process runs on.
 pub struct LinuxHost;
 
-/// Time for the processes of a sandbox to be gone after their SIGKILL.
+/// How long killing a sandbox's processes may take; they are in the hands of the kernel then.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Host for LinuxHost {
     fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
-        Ok(SandboxCgroup::for_key(key)?.dir().to_owned())
+        Ok(SandboxCgroup::for_key(key)?.dir().into())
     }
 
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
@@ -95,14 +95,12 @@ impl Host for LinuxHost {
         spec: &mut Value,
     ) -> Result<Rootfs, Error> {
         let plan = Plan::new(id, bundle, mounts, spec)?;
-        let share = plan.needs_share();
-        if share {
-            let share = Share::of(run_dir.path());
-            share.prepare()?;
-            plan.mount(&share)?;
-        }
+        let share = Share::of(run_dir.path());
+        share.prepare()?;
+        plan.mount(&share)?;
         plan.rewrite_spec(spec);
-        Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks: plan.disk().into_iter().collect(), share })
+        let disks = plan.disk().into_iter().collect();
+        Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks, share: plan.needs_share() })
     }
 
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {
@@ -111,20 +109,16 @@ impl Host for LinuxHost {
 
     fn select(&self, config: &Config, spec: VmSpec) -> Result<Selected, Error> {
         let share = Share::of(&spec.run_dir);
-        if spec.share.is_some() {
-            share.prepare()?;
-        }
         let (vmm, choice) = vmm::select(config, spec);
-        Ok(Selected {
-            vmm,
-            backend: choice.backend.to_string(),
-            reason: choice.reason,
-            shared_mount: share.guest_mount(choice.backend),
-        })
+        let (backend, reason) = (choice.backend.to_string(), choice.reason);
+        Ok(Selected { vmm, backend, reason, shared_mount: share.guest_mount(choice.backend) })
     }
 
     fn destroy(&self, run_dir: &RunDir, cgroup: &Path) -> Result<(), Error> {
-        SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
+        // Empty: nothing was ever made in it.
+        if !cgroup.as_os_str().is_empty() {
+            SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
+        }
         Share::of(run_dir.path()).remove()?;
         Ok(run_dir.remove()?)
     }

@@ -142,7 +142,7 @@ enum Request {
 /// Everything that the owner reacts to.
 enum Message {
     Request(Request),
-    Report(job::Report),
+    Report(Box<job::Report>),
     VmmExited(crate::vmm::VmmExit),
 }
 

@@ -185,9 +185,9 @@ async fn sigkill_ends_a_creation_that_hangs() {
     let request = lab.request("c1", spec());
     let sandbox = lab.sandbox.clone();
     let create = tokio::spawn(async move { sandbox.create(request).await });
-    // The id is taken from the moment on at which the owner has the request.
+    // The state is written when the owner has taken the request.
     within(async {
-        while !matches!(lab.create("c1").await, Err(Error::AlreadyExists { .. })) {
+        while lab.run_dir.load().unwrap().is_none() {
             tokio::task::yield_now().await;
         }
     })

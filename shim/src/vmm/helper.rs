@@ -54,8 +54,8 @@ pub(crate) struct Ended {
     pub(crate) status: String,
 }
 
-/// A process that was started. Dropping this leaves it running.
-#[derive(Debug)]
+/// A process that was started. Clones mean the same; dropping this leaves it running.
+#[derive(Debug, Clone)]
 pub(crate) struct Helper {
     program: PathBuf,
     pid: u32,

@@ -234,12 +234,25 @@ pub(super) fn attach(cgroup: &OwnedFd, program: &[Instruction]) -> nix::Result<(
     bpf(BPF_PROG_ATTACH, &attach).map(drop)
 }
 
+/// The verifier gives up with EAGAIN when a signal arrives, SIGCHLD for example; as often as libbpf does,
+/// it gets another chance.
+const BPF_ATTEMPTS: usize = 5;
+
 fn bpf<T>(command: libc::c_int, attributes: &T) -> nix::Result<libc::c_long> {
-    // SAFETY: the size is that of the attributes, and the pointers in them are to things that outlive
-    // the call. The kernel writes to none of them.
-    Errno::result(unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>())
-    })
+    let call = || {
+        let attributes = std::ptr::from_ref(attributes);
+        // SAFETY: the size is that of the attributes, and the pointers in them are to things that outlive
+        // the call. The kernel writes to none of them.
+        Errno::result(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })
+    };
+    let mut result = call();
+    for _ in 1..BPF_ATTEMPTS {
+        if result != Err(Errno::EAGAIN) {
+            break;
+        }
+        result = call();
+    }
+    result
 }
 
 #[cfg(test)]

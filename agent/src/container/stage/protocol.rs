@@ -12,7 +12,7 @@
 //! may come at any point and is the last message.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut, Read, Seek},
+    io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::PathBuf,
 };
@@ -70,7 +70,7 @@ impl Instructions {
     /// In a memfd, because they may be longer than any socket or pipe buffer.
     pub(in crate::container) fn to_memfd(&self) -> io::Result<OwnedFd> {
         let mut file = std::fs::File::from(memfd_create("instructions", MFdFlags::MFD_CLOEXEC)?);
-        serde_json::to_writer(io::BufWriter::new(&file), self)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
         file.rewind()?;
         Ok(file.into())
     }

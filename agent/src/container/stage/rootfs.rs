@@ -72,8 +72,8 @@ fn leave_initramfs() -> Result<()> {
 fn root_type() -> Result<String> {
     let table = fs::read_to_string(MOUNTS).step(|| format!("read {MOUNTS}"))?;
     // Fields: id, parent, device, root, mount point, options, tags …, "-", type, source, options.
-    let roots = table.lines().filter(|line| line.split(' ').nth(4) == Some("/"));
-    let fs_type = roots.last().and_then(|line| line.split_once(" - ")?.1.split(' ').next());
+    let mut roots = table.lines().filter(|line| line.split(' ').nth(4) == Some("/"));
+    let fs_type = roots.next_back().and_then(|line| line.split_once(" - ")?.1.split(' ').next());
     Ok(fs_type.unwrap_or_default().to_owned())
 }
 

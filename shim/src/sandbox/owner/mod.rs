@@ -158,7 +158,7 @@ impl Owner {
     fn handle(&mut self, message: Message) {
         match message {
             Message::Request(request) => self.request(request),
-            Message::Report(report) => self.report(report),
+            Message::Report(report) => self.report(*report),
             Message::VmmExited(exit) => self.vmm_exited(&exit),
         }
     }
@@ -300,7 +300,7 @@ impl Owner {
         let owner = self.owner.clone();
         tokio::spawn(async move {
             // Fails only when the owner has ended, and then nobody waits for the reply.
-            let _ = owner.send(Message::Report(job.await)).await;
+            let _ = owner.send(Message::Report(Box::new(job.await))).await;
         });
     }
 }

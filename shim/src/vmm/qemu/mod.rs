@@ -1,9 +1,8 @@
 //! QEMU: for hosts whose KVM cannot be used, by emulation; with KVM where that works.
-//!
-//! vhost-device-vsock gives it the same hybrid vsock that Cloud Hypervisor has built in.
 
 mod args;
 mod qmp;
+mod vsock;
 
 use std::{
     path::{Path, PathBuf},
@@ -16,12 +15,12 @@ use tokio::net::UnixListener;
 
 use self::qmp::Qmp;
 use super::{
-    VSOCK_SOCKET, VmSpec, VmmError,
+    VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
     helper::{Helper, Launch, listening},
     image,
     machine::{Backend, EndReason, Parts, culprit},
-    program::{QEMU_HINT, VSOCK_HINT, find},
+    program::{QEMU_HINT, find},
     virtiofsd,
 };
 use crate::{
@@ -68,24 +67,6 @@ impl Qemu {
     fn cgroup(&self) -> SandboxCgroup {
         SandboxCgroup::at(&self.spec.cgroup)
     }
-
-    fn launch_vsock(&self) -> Result<Helper, VmmError> {
-        let run_dir = &self.spec.run_dir;
-        Helper::launch(Launch {
-            program: find(&self.tools.vhost_device_vsock, VSOCK_HINT)?,
-            args: vec![
-                "--guest-cid=3".into(),
-                "--socket".into(),
-                vsock_device_socket(run_dir).into(),
-                "--uds-path".into(),
-                run_dir.join(VSOCK_SOCKET).into(),
-            ],
-            cgroup: self.cgroup().helpers(),
-            fds: Vec::new(),
-            own_network: false,
-            stdout: None,
-        })
-    }
 }
 
 #[async_trait]
@@ -100,13 +81,14 @@ impl Backend for Qemu {
         image::check(&self.guest.initrd, "initrd")?;
         let args = args::command_line(&self.spec, &self.guest, self.accel)?;
 
-        let vsock = self.launch_vsock()?;
+        let vsock = vsock::launch(&self.spec, &self.tools.vhost_device_vsock)?;
         let mut helpers = Vec::new();
         if let Some(share) = &self.spec.share {
             helpers.push(virtiofsd::launch(&self.spec, share, &self.tools.virtiofsd)?);
         }
         let device = vsock_device_socket(&self.spec.run_dir);
         vsock.until("the start of vhost-device-vsock", BOOT_LIMIT, listening(&device)).await?;
+        tokio::spawn(vsock::publish(vsock.clone(), self.spec.run_dir.clone()));
         helpers.push(vsock);
 
         let qmp_path = qmp_socket(&self.spec.run_dir);
