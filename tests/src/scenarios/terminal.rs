@@ -34,15 +34,18 @@ fn use_shell(lab: &Lab, terminal: &mut Terminal) {
     terminal.wait_for("24 80", limit);
     terminal.wait_for("a2b", limit);
     terminal.type_keys("trap 'stty size' WINCH\r");
-    terminal.resize(133, 41);
     wait_for_size(terminal, "41 133", limit);
-    // Ctrl-C ends what runs in the foreground, not the shell. The program says so itself: a Ctrl-C that
-    // comes while the shell still starts it goes to the shell alone.
+    // Ctrl-C ends what runs in the foreground, not the shell. It is the program that says it has
+    // started: what the shell says may come before the program is in the foreground.
     terminal.type_keys("sh -c \"echo st''arted; exec sleep 1000\"\r");
     terminal.wait_for("started", limit);
     terminal.type_keys("\x03");
+    // The shell discards what is typed before its prompt.
+    terminal.screen.wait_until("prompt after Ctrl-C", limit, |screen| {
+        String::from_utf8_lossy(screen).split("started").last().is_some_and(|rest| rest.contains("# "))
+    });
     terminal.type_keys("echo inter''rupted\r");
-    terminal.wait_for("interrupted", limit);
+    terminal.wait_for("interrupted", Duration::from_secs(30));
     // Ctrl-D is the end of input, first that of a program, then that of the shell.
     terminal.type_keys("echo re''ading; cat; echo inp''ut ended; (exit 42)\r");
     terminal.wait_for("reading", limit);
@@ -59,8 +62,12 @@ fn use_shell(lab: &Lab, terminal: &mut Terminal) {
 }
 
 fn wait_for_size(terminal: &mut Terminal, size: &str, limit: Duration) {
-    // The resize travels by another way than what is typed: ask until it has arrived.
+    // ctr listens for SIGWINCH only after it has told the first size, so one that comes early is lost
+    // to it: as when a window is dragged, there are several. And the size travels by another way than
+    // what is typed.
     let arrived = crate::command::poll(limit, || {
+        terminal.resize(132, 40);
+        terminal.resize(133, 41);
         terminal.type_keys("stty size\r");
         std::thread::sleep(Duration::from_millis(200));
         terminal.screen.text().contains(size)
