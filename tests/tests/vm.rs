@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
         terminal::a_shell_on_a_terminal_feels_right,
         exactness::logs_and_readers_get_every_byte,
+        exactness::a_client_that_leaves_at_the_exit_has_every_byte,
         exactness::reconnects_change_nothing,
         exactness::a_rotated_log_is_the_end_of_the_stream,
     ])

@@ -10,7 +10,7 @@ use std::{
     io,
     os::unix::fs::FileExt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// The retained segments of one stream, shared by its writer and a reader in this process.
@@ -24,8 +24,8 @@ pub struct Retained {
 #[derive(Debug, Default)]
 struct State {
     segments: VecDeque<Extent>,
-    /// Position that an attached reader has reached; `None` while nobody reads.
-    reader: Option<u64>,
+    /// `None` while nobody reads.
+    reader: Option<Reader>,
     /// The writer need not wait for anything any more.
     abandoned: bool,
 }
@@ -34,8 +34,29 @@ impl State {
     /// Whether an attached reader has not read all of the oldest segment.
     fn reader_blocks(&self) -> bool {
         let end = self.segments.front().map_or(0, Extent::end);
-        self.reader.is_some_and(|position| position < end)
+        self.reader.is_some_and(|reader| reader.position < end)
     }
+
+    fn end(&self) -> u64 {
+        self.segments.back().map_or(0, Extent::end)
+    }
+
+    /// Whether an attached reader that has moved within `patience` is more than `lead` bytes behind.
+    fn ahead(&self, lead: u64, patience: Duration) -> bool {
+        !self.abandoned
+            && self.reader.is_some_and(|reader| {
+                self.end().saturating_sub(reader.position) > lead && reader.moved.elapsed() < patience
+            })
+    }
+}
+
+/// A reader that is attached.
+#[derive(Debug, Clone, Copy)]
+struct Reader {
+    /// It has taken everything below.
+    position: u64,
+    /// When it last took something, or came.
+    moved: Instant,
 }
 
 /// A retained segment.
@@ -90,12 +111,16 @@ impl Retained {
 
     /// Position after the last byte.
     pub fn end(&self) -> u64 {
-        self.lock().segments.back().map_or(0, Extent::end)
+        self.lock().end()
     }
 
     /// A reader is attached and has taken everything below `position`: the writer keeps the rest.
     pub fn hold(&self, position: u64) {
-        self.lock().reader = Some(position);
+        let mut state = self.lock();
+        if state.reader.is_none_or(|reader| reader.position != position) {
+            state.reader = Some(Reader { position, moved: Instant::now() });
+        }
+        drop(state);
         self.released.notify_all();
     }
 
@@ -109,6 +134,16 @@ impl Retained {
     pub fn abandon(&self) {
         self.lock().abandoned = true;
         self.released.notify_all();
+    }
+
+    /// Waits as long as an attached reader is more than `lead` bytes behind and takes something at least
+    /// every `patience`.
+    pub(crate) fn pace(&self, lead: u64, patience: Duration) {
+        let mut state = self.lock();
+        while state.ahead(lead, patience) {
+            let waited = self.released.wait_timeout(state, patience);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Waits at most for `limit`, or until the reader no longer needs the oldest segment; if only
@@ -126,7 +161,7 @@ impl Retained {
     /// Appends a segment that holds `len` bytes already.
     pub(super) fn push(&self, number: u64, data: Arc<File>, len: u64) {
         let mut state = self.lock();
-        let start = state.segments.back().map_or(0, Extent::end);
+        let start = state.end();
         state.segments.push_back(Extent { number, start, len, data });
     }
 

@@ -144,6 +144,8 @@ enum Message {
     Request(Request),
     Report(Box<job::Report>),
     VmmExited(crate::vmm::VmmExit),
+    /// What [`process::Process::exiting`] asked to be awaited is over.
+    ProcessExited(ProcessId, Exit),
 }
 
 /// Handle of a sandbox. Clones mean the same sandbox.

@@ -97,7 +97,8 @@ pub(super) struct Process {
     pub(super) stdio: Stdio,
     /// From the end of [`Phase::Creating`] to the begin of [`Phase::Deleting`].
     pub(super) io: Option<ProcessIo>,
-    /// An exit that came before containerd may hear of it: TaskExit follows TaskStart.
+    /// An exit that came before containerd may hear of it: TaskExit follows TaskStart, and what its
+    /// reader is taking.
     early_exit: Option<Exit>,
     waiters: Vec<Reply<Exit>>,
 }
@@ -132,6 +133,16 @@ impl Process {
         }
     }
 
+    /// Notes that the process has exited, and gives what to await before [`exited`](Process::exited):
+    /// clients of containerd 1.6 close their ends of the FIFOs when they hear of the exit, and would
+    /// lose what is on its way to them.
+    pub(super) fn exiting(&mut self, exit: Exit) -> Option<impl Future<Output = ()> + Send + use<>> {
+        let io = self.io.as_ref().filter(|_| self.phase == Phase::Running)?;
+        self.early_exit.get_or_insert(exit);
+        io.process_exited();
+        Some(io.taken())
+    }
+
     /// Notes that the process has exited. Tells whether containerd may and must hear of it now.
     pub(super) fn exited(&mut self, exit: Exit) -> bool {
         match self.phase {
@@ -140,11 +151,18 @@ impl Process {
                 false
             }
             Phase::Created | Phase::Running => {
+                let exit = self.early_exit.take().unwrap_or(exit);
                 self.stop(exit);
                 true
             }
             Phase::Stopped(_) | Phase::Deleting(_) => false,
         }
+    }
+
+    /// It has been started. Gives the exit that came meanwhile.
+    pub(super) fn run(&mut self) -> Option<Exit> {
+        self.phase = Phase::Running;
+        self.early_exit.take()
     }
 
     /// Leaves a phase in which exits are held back. Gives the exit that was, which is now in force.

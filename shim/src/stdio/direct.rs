@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     error_chain,
-    outlet::{Closed, Outlet},
+    outlet::{Closed, Outlet, Waiting},
     phase::{GUEST_PATIENCE, Phases},
     sink::{Chunk, SinkEnd},
     status::Counters,
@@ -53,7 +53,7 @@ impl Direct {
             last_chunk = Instant::now();
         }
         if self.outlet.is_some() {
-            self.counters.delivered.set(1);
+            self.counters.deliver();
         }
     }
 
@@ -66,10 +66,16 @@ impl Direct {
                 self.counters.stored.add(bytes.len() as u64);
                 return true;
             };
-            match outlet.deliver(&bytes, &mut self.phases, |_| ()).await {
+            let counters = &self.counters;
+            let taken = outlet.deliver(&bytes, &mut self.phases, |waiting| {
+                if waiting == Waiting::Nobody {
+                    counters.wait_for_reader();
+                }
+            });
+            match taken.await {
                 Ok(Ok(n)) => {
                     self.counters.stored.add(n as u64);
-                    self.counters.written.add(n as u64);
+                    self.counters.write(n as u64);
                     bytes = bytes.slice(n..);
                 }
                 Ok(Err(Closed::Gone)) => {

@@ -47,9 +47,9 @@ impl Feed {
         let rest = retained.end().saturating_sub(position);
         counters.lost.add(rest);
         let cause = match result {
-            Ok(Ok(())) => return counters.delivered.set(1),
+            Ok(Ok(())) => return counters.deliver(),
             // Nobody reads: nobody misses it, and the log has it.
-            Ok(Err(Closed::Unread)) => return counters.delivered.set(1),
+            Ok(Err(Closed::Unread)) => return counters.deliver(),
             Ok(Err(Closed::Slow)) => "it was taken too slowly".to_owned(),
             Ok(Err(Closed::Gone)) => "the log program reads no more".to_owned(),
             Err(e) => error_chain(&e),
@@ -88,12 +88,15 @@ impl Feed {
             let at = *position;
             let taken = outlet.deliver(&bytes, phases, |waiting| match waiting {
                 Waiting::Reader => retained.hold(at),
-                Waiting::Nobody => retained.release(),
+                Waiting::Nobody => {
+                    retained.release();
+                    counters.wait_for_reader();
+                }
             });
             match taken.await? {
                 Ok(n) => {
                     *position += n as u64;
-                    counters.written.add(n as u64);
+                    counters.write(n as u64);
                     retained.hold(*position);
                     bytes = bytes.slice(n..);
                 }

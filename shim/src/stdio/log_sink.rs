@@ -8,6 +8,7 @@ use std::{io::IoSlice, sync::Arc, thread, time::Duration};
 
 use super::{
     error_chain,
+    phase::READER_PATIENCE,
     sink::{Chunk, SinkEnd},
     status::Counters,
 };
@@ -18,6 +19,11 @@ use crate::log::{
 
 /// How often a log that cannot be written is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How far the log may run ahead of a reader that is at work; the capacity of the process's own pipe.
+/// A reader far behind would lose the rest when the process ends: clients of containerd 1.6 close their
+/// end of the FIFO as soon as they hear of the exit.
+const LEAD: u64 = 1 << 20;
 
 /// The thread calls the kernel and a short stack of ours.
 const STACK: usize = 256 << 10;
@@ -51,6 +57,7 @@ impl LogThread {
                 Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)),
                 Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)),
                 Chunk::Data(parts) => {
+                    self.retained.pace(LEAD, READER_PATIENCE);
                     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
                     let mut rest = &mut slices[..];
                     let before = self.writer.next_offset();

@@ -87,6 +87,12 @@ pub struct LogConfig {
     pub segments: u32,
 }
 
+/// Longest time for which a reader that is at work delays what [`ProcessIo::taken`] is awaited for.
+const TAKEN_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long such a reader may take for its next bytes.
+const TAKEN_PATIENCE: Duration = Duration::from_millis(200);
+
 /// Which streams the process needs; the others are /dev/null in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
@@ -228,6 +234,18 @@ impl ProcessIo {
     /// The process has exited: from now on its sinks have 2 s of no progress before FIFOs are closed.
     pub fn process_exited(&self) {
         self.advance(Phase::Exited(Instant::now()));
+    }
+
+    /// Resolves when whoever reads the output has all of it: what it waits for, [`TAKEN_LIMIT`] at most,
+    /// after [`process_exited`](ProcessIo::process_exited). Does not wait for a reader that is not there
+    /// or takes nothing, nor for a process that lives on with the pipe.
+    pub fn taken(&self) -> impl Future<Output = ()> + Send + use<> {
+        let counters: Vec<_> = self.outputs.iter().map(Output::counters).collect();
+        async move {
+            let all =
+                futures::future::join_all(counters.iter().map(|counters| counters.taken(TAKEN_PATIENCE)));
+            let _ = tokio::time::timeout(TAKEN_LIMIT, all).await;
+        }
     }
 
     /// Counters of each stream that the process has.

@@ -68,6 +68,10 @@ impl Output {
         self.counters.status(self.name)
     }
 
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
     pub(super) fn is_complete(&self) -> bool {
         self.counters.complete()
     }
@@ -104,7 +108,7 @@ impl Output {
                 (log.sink, log.epoch)
             }
             (Some(log), _, _) => {
-                counters.delivered.set(1);
+                counters.deliver();
                 (log.sink, log.epoch)
             }
             (None, outlet, _) => {

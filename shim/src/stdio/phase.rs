@@ -7,7 +7,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Time without progress of a reader after which its FIFO is closed, once the process has exited.
+/// Time without progress of a reader after which nothing waits for it any more: the log runs ahead of
+/// it, and once the process has exited, its FIFO is closed.
 pub(super) const READER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Time without a byte from the guest after which sinks that containerd's client waits for are closed,

@@ -1,6 +1,11 @@
 //! Counters of one stream.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::timeout};
 
 /// What has happened to one stream so far. Bytes, except where said otherwise.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,7 +46,11 @@ pub(super) struct Counters {
     /// 1 when the guest's EOF has come and the log, if any, has everything.
     pub(super) relayed: Counter,
     /// 1 when the FIFO, file or program has been given everything, or there is none.
-    pub(super) delivered: Counter,
+    delivered: Counter,
+    /// 1 while nobody reads the FIFO.
+    unread: Counter,
+    /// One of the three above has changed. [`Counters::taken`] is the only waiter.
+    moved: Notify,
     pub(super) truncated: Counter,
 }
 
@@ -57,6 +66,36 @@ impl Counters {
             refused: self.refused.get(),
             complete: self.complete(),
             truncated: self.truncated.get() > 0,
+        }
+    }
+
+    /// The outlet has taken `n` bytes more.
+    pub(super) fn write(&self, n: u64) {
+        self.written.add(n);
+        self.unread.set(0);
+        self.moved.notify_one();
+    }
+
+    /// The outlet has everything that it will ever get, or there is none.
+    pub(super) fn deliver(&self) {
+        self.delivered.set(1);
+        self.moved.notify_one();
+    }
+
+    /// There is output, and nobody reads the FIFO.
+    pub(super) fn wait_for_reader(&self) {
+        self.unread.set(1);
+        self.moved.notify_one();
+    }
+
+    /// Resolves when the outlet has everything, when nobody reads it, or when it has taken nothing
+    /// for `patience`. One caller at a time.
+    pub(super) async fn taken(&self, patience: Duration) {
+        while self.delivered.get() == 0 && self.unread.get() == 0 {
+            // A change between the look and the wait leaves a permit.
+            if timeout(patience, self.moved.notified()).await.is_err() {
+                return;
+            }
         }
     }
 

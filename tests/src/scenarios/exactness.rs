@@ -84,6 +84,22 @@ pub fn a_slow_reader_gets_every_byte(backend: Backend) {
     lab.nothing_is_left();
 }
 
+/// containerd's own client, at a pace of its own: it closes its ends of the FIFOs as soon as it hears of
+/// the exit, whatever is still on its way to it.
+pub fn a_client_that_leaves_at_the_exit_has_every_byte(backend: Backend) {
+    let lab = Lab::with(Setup { log: "segment_bytes = 268435456".to_owned(), ..backend.into() });
+    let bytes: u64 = if backend.is_vm() { 4 << 20 } else { 32 << 20 };
+    let bytes_arg = bytes.to_string();
+    let argv = ["cube-test-writer", "stream", "1", &bytes_arg, "2", &bytes_arg];
+    let mut command = lab.run_command(&["--rm"], "c", &argv);
+    let mut client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (out, err) = (client.stdout.take().unwrap(), client.stderr.take().unwrap());
+    let read = compare_both(out, err, |_| sleep(Duration::from_micros(500)));
+    assert_eq!(read, (bytes, bytes), "bytes at the client");
+    assert!(client.wait().unwrap().success());
+    lab.nothing_is_left();
+}
+
 /// A line of 256 MiB, a million empty ones, zeros and invalid UTF-8.
 pub fn bytes_that_are_no_lines_of_text_arrive_as_they_are(backend: Backend) {
     let log = "segment_bytes = 268435456\nsegments = 4".to_owned();

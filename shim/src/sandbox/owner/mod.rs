@@ -160,6 +160,7 @@ impl Owner {
             Message::Request(request) => self.request(request),
             Message::Report(report) => self.report(*report),
             Message::VmmExited(exit) => self.vmm_exited(&exit),
+            Message::ProcessExited(id, exit) => self.process_exited(&id, exit),
         }
     }
 

@@ -38,20 +38,23 @@ impl Owner {
             // The VM has ended meanwhile, which has been told already.
             return Err(wrong_phase(id, process.phase, "it ended before it was started"));
         }
-        let exit = match &result {
+        match &result {
             Ok(()) => {
-                let exit = process.settle(Phase::Running);
+                let exit = process.run();
                 self.publisher.publish(if id.is_init() {
                     TaskEvent::start(&id.container, pid)
                 } else {
                     TaskEvent::exec_started(&id.container, &id.exec, pid)
                 });
-                exit
+                if let Some(exit) = exit {
+                    self.process_exiting(id.clone(), exit);
+                }
             }
-            Err(_) => process.settle(Phase::Created),
-        };
-        if let Some(exit) = exit {
-            self.publish_exit(id, exit);
+            Err(_) => {
+                if let Some(exit) = process.settle(Phase::Created) {
+                    self.publish_exit(id, exit);
+                }
+            }
         }
         result.map(|()| pid)
     }

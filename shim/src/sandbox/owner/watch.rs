@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, error, info};
 
-use super::{Owner, SandboxState};
+use super::{Message, Owner, SandboxState};
 use crate::{
     agent::GuestEvent,
     events::TaskEvent,
@@ -28,7 +28,7 @@ impl Owner {
         match event {
             GuestEvent::Exit(exit) => {
                 let id = ProcessId { container: exit.container_id.clone(), exec: exit.exec_id.clone() };
-                self.process_exited(&id, Exit::from(&exit));
+                self.process_exiting(id, Exit::from(&exit));
             }
             GuestEvent::Oom(oom) if self.containers.contains_key(&oom.container_id) => {
                 info!(container = oom.container_id, count = oom.count, "out of memory");
@@ -40,6 +40,21 @@ impl Owner {
                 if let Some(guest) = self.guest.clone() {
                     tokio::spawn(async move { guest.machine.kill().await });
                 }
+            }
+        }
+    }
+
+    pub(super) fn process_exiting(&mut self, id: ProcessId, exit: Exit) {
+        let container = self.containers.get_mut(&id.container);
+        match container.and_then(|container| container.process(&id.exec)?.exiting(exit)) {
+            None => self.process_exited(&id, exit),
+            Some(taken) => {
+                let owner = self.owner.clone();
+                tokio::spawn(async move {
+                    taken.await;
+                    // Fails only when the owner has ended, and containerd's interest with it.
+                    let _ = owner.send(Message::ProcessExited(id, exit)).await;
+                });
             }
         }
     }

@@ -166,9 +166,53 @@ async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_c
     let lost = output(&io, "stdout").lost as usize;
     assert_eq!(got.len() + lost, total);
     // What was read from the log before anybody read, then the newest of the log.
-    let tail = got.len() - (64 << 10);
-    assert_same(&got[..64 << 10], &pattern(0, 64 << 10));
-    assert_same(&got[64 << 10..], &pattern(total - tail, tail));
+    let head = got.iter().zip(pattern(0, 64 << 10)).take_while(|(got, written)| **got == *written).count();
+    let tail = got.len() - head;
+    assert!(head > 0);
+    assert_same(&got[head..], &pattern(total - tail, tail));
+}
+
+#[tokio::test]
+async fn an_exit_waits_for_a_reader_that_is_at_work_and_for_no_other() {
+    let place = Place::new();
+    let agent = FakeAgent::new(60_000);
+    written(&agent, 3 << 20);
+    let config = with_fifo(&place);
+    let path = config.stdout.clone();
+    let io = started(config, &agent).await;
+    // Nobody reads, and all of it is in the log.
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == 3 << 20)).await;
+    io.process_exited();
+    soon(until(|| output(&io, "stdout").acknowledged == 3 << 20)).await;
+    let begun = std::time::Instant::now();
+    io.taken().await;
+    assert!(begun.elapsed() < TAKEN_PATIENCE * 2, "nobody reads: {:?}", begun.elapsed());
+    // Somebody does.
+    let reader = tokio::spawn(async move { read_to_end(&mut open_reader(&path)).await });
+    soon(until(|| output(&io, "stdout").written > 0)).await;
+    io.taken().await;
+    assert_eq!(output(&io, "stdout").written, 3 << 20);
+    assert_same(&soon(reader).await.unwrap(), &pattern(0, 3 << 20));
+}
+
+#[tokio::test]
+async fn the_log_runs_ahead_of_a_reader_that_takes_nothing_only() {
+    let place = Place::new();
+    let agent = FakeAgent::new(60_000);
+    written(&agent, 8 << 20);
+    let config = with_fifo(&place);
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    let lead = |io: &ProcessIo| {
+        let StreamStatus { acknowledged, written, .. } = output(io, "stdout");
+        acknowledged - written
+    };
+    for read in 1..=16 {
+        read_exactly(&mut reader, 64 << 10).await;
+        assert!(lead(&io) <= 2 << 20, "{} bytes ahead after {read} reads", lead(&io));
+    }
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == 8 << 20)).await;
+    assert_eq!(soon(read_to_end(&mut reader)).await.len(), (8 << 20) - (16 << 16));
 }
 
 #[tokio::test]
