@@ -133,6 +133,26 @@ impl RunDir {
         Some(RunDir(socket.parent()?.into()))
     }
 
+    /// Every run directory below `run_dir`, in the order of their keys. None if that does not exist.
+    pub fn all(run_dir: &Path) -> Result<Vec<RunDir>, StateError> {
+        let entries = match fs::read_dir(run_dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(failed("cannot list", run_dir)(e)),
+        };
+        let mut dirs = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(failed("cannot list", run_dir))?;
+            let is_key = |name: &str| name.len() == 20 && name.bytes().all(|b| b.is_ascii_hexdigit());
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if is_dir && entry.file_name().to_str().is_some_and(is_key) {
+                dirs.push(RunDir(entry.path()));
+            }
+        }
+        dirs.sort_by(|a, b| a.key().cmp(b.key()));
+        Ok(dirs)
+    }
+
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.0

@@ -6,6 +6,7 @@
 
 mod delete;
 mod drain;
+mod expired;
 mod info;
 mod reply;
 mod serve;

@@ -20,7 +20,7 @@ use nix::{
 use tracing::{info, warn};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
-use super::{BootstrapError, Flags, io_error, load_config, ttrpc_address};
+use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
     events::Publisher,
     logging,
@@ -105,7 +105,7 @@ impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);
-        let id = self.identity.id.clone();
+        let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
             Sandbox::spawn(self.identity, self.config, Arc::new(LinuxHost), publisher.clone());
         let mut server =
@@ -113,6 +113,7 @@ impl Daemon {
         server.start().await?;
         say_ready()?;
         info!(id, version = env!("CARGO_PKG_VERSION"), "shim started");
+        tokio::task::spawn_blocking(move || expired::remove_logs(&config));
 
         // A panic in the owner ends the sandbox as well; `shim delete` cleans up then.
         let _ = over.await;

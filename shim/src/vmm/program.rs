@@ -21,7 +21,7 @@ pub(crate) const VIRTIOFSD_HINT: &str =
 pub(crate) const VSOCK_HINT: &str =
     "`cargo install vhost-device-vsock`, or set tools.vhost_device_vsock in the configuration file";
 pub(crate) const AGENT_HINT: &str =
-    "`make install` puts it beside the shim, or set tools.agent in the configuration file";
+    "`make install` installs it, and writes a configuration file that names it in tools.agent";
 pub(crate) const UNSHARE_HINT: &str = "`apt-get install util-linux`";
 
 /// The executable that `program` means: a path as it is, a name on `PATH`.

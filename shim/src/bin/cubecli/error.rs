@@ -1,10 +1,11 @@
 //! What can go wrong, and the exit codes that scripts rely on.
 
-use std::{io, path::PathBuf, process::ExitCode};
+use std::{io, process::ExitCode};
 
 use cube_shim::{
     config::ConfigError,
     log::{locate::LocateError, reader::ReadError},
+    state::StateError,
 };
 
 /// Why a command failed.
@@ -16,17 +17,12 @@ pub(crate) enum CliError {
     Locate(#[from] LocateError),
     #[error(transparent)]
     Read(#[from] ReadError),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error("cannot write the output")]
     Output(#[source] io::Error),
     #[error("cannot wait for the log to grow")]
     Wait(#[source] io::Error),
-    #[error("{action} {path}")]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
     #[error("there is no process {0}")]
     NoProcess(u32),
     #[error("cannot enter the mount namespace of process {pid}")]

@@ -47,7 +47,7 @@ struct Gc {
 
 impl Gc {
     fn run_dirs(&mut self, run_dir: &Path) -> Result<(), CliError> {
-        for dir in sandboxes::run_dirs(run_dir)? {
+        for dir in RunDir::all(run_dir)? {
             match self.run_dir(&dir) {
                 Ok(()) => {}
                 Err(GcError::Output(e)) => return Err(CliError::Output(e)),

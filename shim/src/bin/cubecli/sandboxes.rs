@@ -1,6 +1,6 @@
 //! The sandboxes of this host, as their state files describe them.
 
-use std::{fs, io, path::Path};
+use std::path::Path;
 
 use cube_shim::{
     errors::chain,
@@ -17,31 +17,10 @@ pub(crate) struct Sandbox {
     pub(crate) state: State,
 }
 
-/// Every run directory below `run_dir`. None if that does not exist.
-pub(crate) fn run_dirs(run_dir: &Path) -> Result<Vec<RunDir>, CliError> {
-    let failed = |source| CliError::Io { action: "cannot list", path: run_dir.into(), source };
-    let entries = match fs::read_dir(run_dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(failed(e)),
-    };
-    let mut dirs = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(failed)?;
-        let is_key = |name: &str| name.len() == 20 && name.bytes().all(|b| b.is_ascii_hexdigit());
-        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if is_dir && entry.file_name().to_str().is_some_and(is_key) {
-            dirs.extend(RunDir::of_socket(&entry.path().join("shim.sock")));
-        }
-    }
-    dirs.sort_by(|a, b| a.key().cmp(b.key()));
-    Ok(dirs)
-}
-
 /// Every sandbox with a readable state; the others are named on standard error.
 pub(crate) fn all(run_dir: &Path) -> Result<Vec<Sandbox>, CliError> {
     let mut sandboxes = Vec::new();
-    for dir in run_dirs(run_dir)? {
+    for dir in RunDir::all(run_dir)? {
         match dir.load() {
             Ok(Some(state)) => sandboxes.push(Sandbox { dir, state }),
             Ok(None) => {}
