@@ -30,9 +30,9 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 const SIGKILL_LIMIT: Duration = Duration::from_secs(3);
 const STATS_LIMIT: Duration = Duration::from_secs(1);
 const DELETE_LIMIT: Duration = Duration::from_secs(2);
-/// How long output that was not delivered yet may hold Delete up. A reader or a guest that is stuck is
-/// given up earlier by the relay: this cuts off what still flows, as on a disk that is busy.
-const DRAIN_LIMIT: Duration = Duration::from_secs(4);
+/// How long output that still flows may hold Delete up; what is stuck is given up earlier. Clients
+/// delete an exec the moment it exits, with as much of its output on the way as the guest buffers.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// The same with the guest gone: then only what is in the log already can be delivered.
 const ORPHAN_DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// How long the guest may take to agree to power off.
