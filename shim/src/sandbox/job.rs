@@ -30,11 +30,16 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 const SIGKILL_LIMIT: Duration = Duration::from_secs(3);
 const STATS_LIMIT: Duration = Duration::from_secs(1);
 const DELETE_LIMIT: Duration = Duration::from_secs(2);
-/// How long output that was not delivered yet may hold Delete up.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long output that still flows may hold Delete up; what is stuck is given up earlier. Clients
+/// delete an exec the moment it exits, with as much of its output on the way as the guest buffers.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// The same with the guest gone: then only what is in the log already can be delivered.
 const ORPHAN_DRAIN_LIMIT: Duration = Duration::from_millis(500);
-const POWER_OFF_LIMIT: Duration = Duration::from_secs(1);
+/// How long the guest may take to agree to power off.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
+/// How long it may take then: the agent gives file systems 5 s to be written out, and a VM that is
+/// killed meanwhile loses what was written to its disks.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(6);
 
 /// How a job ended.
 pub(super) enum Report {
@@ -208,7 +213,7 @@ async fn power_off(guest: &Guest) {
     let call = api::ShutdownRequest { now: true, ..Default::default() };
     let told = guest
         .agent
-        .call("Shutdown", POWER_OFF_LIMIT, |c, ctx| async move { c.task.shutdown(ctx, &call).await })
+        .call("Shutdown", SHUTDOWN_LIMIT, |c, ctx| async move { c.task.shutdown(ctx, &call).await })
         .await;
     match told {
         Ok(_) => guest.machine.shutdown(POWER_OFF_LIMIT).await,

@@ -43,7 +43,7 @@ pub use self::status::StreamStatus;
 use self::{
     connection::Endpoint,
     output::Output,
-    phase::{Phase, Phases},
+    phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE},
     program::LogProgram,
     source::Source,
     status::Counters,
@@ -256,7 +256,8 @@ impl ProcessIo {
 
     /// Delivers what is left for at most `limit`, then closes everything. Called by Delete.
     ///
-    /// FIFOs that nobody reads are closed at once. A guest that cannot be reached any more is waited
+    /// Ends after 4 s in which nothing went forward: `limit` is for what still flows, which may be as
+    /// much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that cannot be reached any more is waited
     /// for as long as any other: give no `limit` if it is known to be gone.
     pub async fn finish(mut self, limit: Duration) -> FinishReport {
         let now = Instant::now();
@@ -267,18 +268,37 @@ impl ProcessIo {
         self.advance(Phase::Finishing(exit));
         // A log program ends after its pipes have been closed, and within the same limit.
         let delivery = if self.program.is_some() { limit.mul_f32(0.75) } else { limit };
-        if timeout_at(now + delivery, self.tasks_end()).await.is_err() {
+        if !self.all_delivered(now + delivery).await {
             self.abandon();
             let _ = timeout_at(Instant::now() + LAST_ACCOUNT, self.tasks_end()).await;
         }
         self.tasks.shutdown().await;
         if let Some(program) = self.program.take() {
-            program.finish(now + limit).await;
+            program.finish((now + limit).min(Instant::now() + READER_PATIENCE)).await;
         }
         FinishReport {
             complete: self.outputs.iter().all(Output::is_complete),
             discarded_bytes: self.outputs.iter().map(Output::discarded).fold(0, u64::saturating_add),
         }
+    }
+
+    /// Whether everything was delivered, until `deadline` and as long as it went forward.
+    async fn all_delivered(&mut self, deadline: Instant) -> bool {
+        loop {
+            let before = self.progress();
+            let look = deadline.min(Instant::now() + GUEST_PATIENCE);
+            if timeout_at(look, self.tasks_end()).await.is_ok() {
+                return true;
+            }
+            if look == deadline || self.progress() == before {
+                return false;
+            }
+        }
+    }
+
+    /// Changes whenever output goes forward.
+    fn progress(&self) -> u64 {
+        self.outputs.iter().map(Output::progress).fold(0, u64::wrapping_add)
     }
 
     async fn tasks_end(&mut self) {

@@ -16,7 +16,7 @@ use super::{
     program::LogProgram,
     relay::Relay,
     sink::{self, Sink},
-    status::{Counters, StreamStatus},
+    status::{Counter, Counters, StreamStatus},
     uri::Target,
 };
 use crate::log::{
@@ -80,6 +80,12 @@ impl Output {
     pub(super) fn discarded(&self) -> u64 {
         let stuck = self.counters.received.get().saturating_sub(self.counters.stored.get());
         stuck.saturating_add(self.counters.discarded.get())
+    }
+
+    /// Changes whenever bytes go forward.
+    pub(super) fn progress(&self) -> u64 {
+        let Counters { received, stored, written, .. } = &*self.counters;
+        [received, stored, written].into_iter().map(Counter::get).fold(0, u64::wrapping_add)
     }
 
     /// Ends the waits of the log's thread.

@@ -248,6 +248,44 @@ async fn the_fifo_of_an_exited_process_is_closed_though_the_guest_hangs() {
 }
 
 #[tokio::test]
+async fn a_reader_that_is_slow_but_steady_is_waited_for_by_delete() {
+    for log in [false, true] {
+        let place = Place::new();
+        let agent = FakeAgent::new(5000);
+        written(&agent, 1_000_000);
+        let config = if log { with_fifo(&place) } else { exec(&place) };
+        let mut reader = open_reader(&config.stdout);
+        let io = started(config, &agent).await;
+        io.process_exited();
+        let reading = tokio::spawn(async move {
+            let mut got = Vec::new();
+            // Longer than a reader that takes nothing is waited for.
+            for _ in 0..15 {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                got.extend(read_exactly(&mut reader, 64 << 10).await);
+            }
+            got.extend(read_to_end(&mut reader).await);
+            got
+        });
+        assert!(soon(io.finish(LIMIT)).await.complete);
+        assert_same(&soon(reading).await.unwrap(), &pattern(0, 1_000_000));
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_says_nothing_does_not_hold_delete_up_to_its_limit() {
+    let place = Place::new();
+    let agent = FakeAgent::new(5000);
+    agent.write(Stream::STDOUT, b"last words");
+    let io = started(StdioConfig { stdout: String::new(), ..with_fifo(&place) }, &agent).await;
+    soon(until(|| output(&io, "stdout").acknowledged == 10)).await;
+    io.process_exited();
+    let begun = Instant::now();
+    assert!(!soon(io.finish(LIMIT)).await.complete);
+    assert!(begun.elapsed() < LIMIT / 2);
+}
+
+#[tokio::test]
 async fn an_exec_that_nobody_ever_read_is_deleted_at_once() {
     let place = Place::new();
     let agent = FakeAgent::new(5000);
