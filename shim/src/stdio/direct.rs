@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     error_chain,
-    outlet::{Closed, Outlet, Waiting},
+    outlet::{Closed, Outlet},
     phase::{GUEST_PATIENCE, Phases},
     sink::{Chunk, SinkEnd},
     status::Counters,
@@ -66,13 +66,7 @@ impl Direct {
                 self.counters.stored.add(bytes.len() as u64);
                 return true;
             };
-            let counters = &self.counters;
-            let taken = outlet.deliver(&bytes, &mut self.phases, |waiting| {
-                if waiting == Waiting::Nobody {
-                    counters.wait_for_reader();
-                }
-            });
-            match taken.await {
+            match outlet.deliver(&bytes, &mut self.phases, |_| ()).await {
                 Ok(Ok(n)) => {
                     self.counters.stored.add(n as u64);
                     self.counters.write(n as u64);

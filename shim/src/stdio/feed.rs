@@ -88,10 +88,7 @@ impl Feed {
             let at = *position;
             let taken = outlet.deliver(&bytes, phases, |waiting| match waiting {
                 Waiting::Reader => retained.hold(at),
-                Waiting::Nobody => {
-                    retained.release();
-                    counters.wait_for_reader();
-                }
+                Waiting::Nobody => retained.release(),
             });
             match taken.await? {
                 Ok(n) => {

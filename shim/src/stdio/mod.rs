@@ -90,7 +90,8 @@ pub struct LogConfig {
 /// Longest time for which a reader that is at work delays what [`ProcessIo::taken`] is awaited for.
 const TAKEN_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long such a reader may take for its next bytes.
+/// How long a reader may take for its next bytes, or for its first: clients open their ends in the
+/// background, and a process can be over before they have.
 const TAKEN_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Which streams the process needs; the others are /dev/null in the guest.
@@ -236,9 +237,8 @@ impl ProcessIo {
         self.advance(Phase::Exited(Instant::now()));
     }
 
-    /// Resolves when whoever reads the output has all of it: what it waits for, [`TAKEN_LIMIT`] at most,
-    /// after [`process_exited`](ProcessIo::process_exited). Does not wait for a reader that is not there
-    /// or takes nothing, nor for a process that lives on with the pipe.
+    /// Resolves when whoever reads the output has all of it, when nothing was taken for 200 ms, and after
+    /// 2 s at the latest. For use after [`process_exited`](ProcessIo::process_exited).
     pub fn taken(&self) -> impl Future<Output = ()> + Send + use<> {
         let counters: Vec<_> = self.outputs.iter().map(Output::counters).collect();
         async move {
@@ -257,8 +257,9 @@ impl ProcessIo {
     /// Delivers what is left for at most `limit`, then closes everything. Called by Delete.
     ///
     /// Ends after 4 s in which nothing went forward: `limit` is for what still flows, which may be as
-    /// much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that cannot be reached any more is waited
-    /// for as long as any other: give no `limit` if it is known to be gone.
+    /// much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that
+    /// cannot be reached any more is waited for as long as any other: give no `limit` if it is known to
+    /// be gone.
     pub async fn finish(mut self, limit: Duration) -> FinishReport {
         let now = Instant::now();
         let exit = match *self.phase.borrow() {

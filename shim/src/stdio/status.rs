@@ -47,9 +47,7 @@ pub(super) struct Counters {
     pub(super) relayed: Counter,
     /// 1 when the FIFO, file or program has been given everything, or there is none.
     delivered: Counter,
-    /// 1 while nobody reads the FIFO.
-    unread: Counter,
-    /// One of the three above has changed. [`Counters::taken`] is the only waiter.
+    /// `written` or `delivered` has changed. [`Counters::taken`] is the only waiter.
     moved: Notify,
     pub(super) truncated: Counter,
 }
@@ -72,7 +70,6 @@ impl Counters {
     /// The outlet has taken `n` bytes more.
     pub(super) fn write(&self, n: u64) {
         self.written.add(n);
-        self.unread.set(0);
         self.moved.notify_one();
     }
 
@@ -82,16 +79,9 @@ impl Counters {
         self.moved.notify_one();
     }
 
-    /// There is output, and nobody reads the FIFO.
-    pub(super) fn wait_for_reader(&self) {
-        self.unread.set(1);
-        self.moved.notify_one();
-    }
-
-    /// Resolves when the outlet has everything, when nobody reads it, or when it has taken nothing
-    /// for `patience`. One caller at a time.
+    /// Resolves when the outlet has everything, or has taken nothing for `patience`. One caller at a time.
     pub(super) async fn taken(&self, patience: Duration) {
-        while self.delivered.get() == 0 && self.unread.get() == 0 {
+        while self.delivered.get() == 0 {
             // A change between the look and the wait leaves a permit.
             if timeout(patience, self.moved.notified()).await.is_err() {
                 return;

@@ -173,7 +173,7 @@ async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_c
 }
 
 #[tokio::test]
-async fn an_exit_waits_for_a_reader_that_is_at_work_and_for_no_other() {
+async fn an_exit_waits_for_a_reader_that_is_at_work_and_not_for_long_for_another() {
     let place = Place::new();
     let agent = FakeAgent::new(60_000);
     written(&agent, 3 << 20);
