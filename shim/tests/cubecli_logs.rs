@@ -307,6 +307,12 @@ fn an_interrupt_ends_following_as_shells_expect_it() {
     let host = Host::new();
     host.log("c", "stdout").write(NOON, b"x\n");
     let _sandbox = host.sandbox("c", host.log_dir("c"));
+    // A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
+    // SAFETY: no handler is installed, and nothing else in this process changes SIGINT.
+    unsafe {
+        nix::sys::signal::signal(nix::sys::signal::Signal::SIGINT, nix::sys::signal::SigHandler::SigDfl)
+    }
+    .unwrap();
     let mut follower = host.start(&["logs", "--follow", "c"]);
     follower.wait_for(2);
     let pid = nix::unistd::Pid::from_raw(follower.child.id() as i32);

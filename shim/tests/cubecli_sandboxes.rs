@@ -122,6 +122,7 @@ fn gc_removes_what_a_sandbox_without_shim_and_processes_has_left() {
     let host = Host::new();
     let (gone, living) = (host.sandbox("gone", host.log_dir("gone")), host.sandbox("up", host.log_dir("up")));
     let _shim = shim(&living.socket().unwrap(), Status::RUNNING);
+    fs::create_dir_all(gone.path().join("shared")).unwrap();
     fs::write(gone.path().join("shared/file"), "x").unwrap();
     let text = host.text(&["cubebox", "gc"]);
     assert!(text.contains(gone.key()) && text.lines().count() == 1, "{text}");

@@ -194,8 +194,11 @@ impl Container {
 
     /// Kills what still runs, and removes the cgroup. Can be repeated. The rootfs stays mounted.
     pub async fn delete(&mut self) -> Result<(), ContainerError> {
+        // The state holds the socket of an init process that was never started, which would exit by
+        // itself at its end: it has to die of the kill.
+        let removed = self.cgroup.remove(KILL_TIMEOUT).await;
         self.state = State::Deleted;
-        self.cgroup.remove(KILL_TIMEOUT).await
+        removed
     }
 }
 
