@@ -146,6 +146,21 @@ async fn an_exit_is_told_after_the_start_though_the_guest_reports_it_first() {
 }
 
 #[tokio::test]
+async fn an_exec_that_comes_before_the_start_is_answered_waits_for_it() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let request =
+        ExecRequest { process: exec("c1", "e1"), spec: Default::default(), stdio: Stdio::default() };
+    let (started, added) = within(async {
+        // In this order: the owner has both before the guest can have answered the first.
+        tokio::join!(biased; lab.sandbox.start(init("c1")), lab.sandbox.exec(request))
+    })
+    .await;
+    assert_eq!((started.unwrap(), added.unwrap()), (PID, ()));
+    assert_eq!(lab.events().await, ["create", "start", "exec-added"]);
+}
+
+#[tokio::test]
 async fn a_start_that_fails_keeps_the_guests_code_and_the_container_can_be_deleted() {
     let lab = Lab::new().await;
     lab.create("c1").await.unwrap();

@@ -62,6 +62,7 @@ impl Owner {
             rootfs: plan.request.rootfs.clone(),
             init: Process::new(plan.request.stdio.clone()),
             execs: HashMap::new(),
+            early_execs: Vec::new(),
             guest_pid: 0,
             stats: None,
             abort: Some(abort),

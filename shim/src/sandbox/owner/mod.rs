@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
+    ExecRequest, Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
     job::{self, Guest, Report},
     process::{Phase, Process},
 };
@@ -66,6 +66,9 @@ struct Container {
     rootfs: Vec<Mount>,
     init: Process,
     execs: HashMap<String, Process>,
+    /// Execs that came while the init process was being started: its output can be seen before its
+    /// Start is answered, and a client that acts on it is right.
+    early_execs: Vec<(ExecRequest, Reply<()>)>,
     /// Pid of the init process in the guest.
     guest_pid: u32,
     /// Last known metrics.

@@ -32,6 +32,18 @@ impl Owner {
     }
 
     pub(super) fn started(&mut self, id: &ProcessId, result: Result<(), Error>) -> Result<u32, Error> {
+        let result = self.settle_start(id, result);
+        let early = match self.containers.get_mut(&id.container) {
+            Some(container) if id.is_init() => std::mem::take(&mut container.early_execs),
+            _ => Vec::new(),
+        };
+        for (request, reply) in early {
+            self.exec(request, reply);
+        }
+        result
+    }
+
+    fn settle_start(&mut self, id: &ProcessId, result: Result<(), Error>) -> Result<u32, Error> {
         let pid = self.pid;
         let process = self.known(id)?;
         if process.phase != Phase::Starting {
@@ -60,6 +72,10 @@ impl Owner {
     }
 
     pub(super) fn exec(&mut self, request: ExecRequest, reply: Reply<()>) {
+        let container = self.containers.get_mut(&request.process.container);
+        if let Some(container) = container.filter(|container| container.init.phase == Phase::Starting) {
+            return container.early_execs.push((request, reply));
+        }
         match self.admit_exec(&request) {
             Ok(guest) => {
                 let namespace = self.identity.namespace.clone();
