@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{
     error_chain,
     outlet::{Closed, Outlet},
-    phase::{GUEST_PATIENCE, Phases},
+    phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
     sink::{Chunk, SinkEnd},
     status::Counters,
 };
@@ -52,7 +52,11 @@ impl Direct {
             end.safe.send_replace(offset);
             last_chunk = Instant::now();
         }
-        if self.outlet.is_some() {
+        if let Some(outlet) = &mut self.outlet {
+            tokio::select! {
+                () = outlet.emptied(TAKEN_PATIENCE) => {}
+                () = self.phases.abandoned() => {}
+            }
             self.counters.deliver();
         }
     }

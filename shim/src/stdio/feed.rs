@@ -8,7 +8,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     error_chain,
     outlet::{Closed, Outlet, Waiting},
-    phase::{GUEST_PATIENCE, Phases},
+    phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
     status::Counters,
 };
 use crate::log::retained::{Found, Retained};
@@ -36,7 +36,11 @@ impl Feed {
         self.retained.hold(self.position);
         let result = self.follow().await;
         self.retained.release();
-        let Feed { retained, mut grown, outlet, counters, position, name, mut phases } = self;
+        let Feed { retained, mut grown, mut outlet, counters, position, name, mut phases } = self;
+        tokio::select! {
+            () = outlet.emptied(TAKEN_PATIENCE) => {}
+            () = phases.abandoned() => {}
+        }
         // The reader sees the end of the stream now; the log itself may still grow.
         drop(outlet);
         let log_ended = async { while grown.changed().await.is_ok() {} };

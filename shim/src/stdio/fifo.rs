@@ -8,7 +8,7 @@
 use std::{
     fs::File,
     io::{self, Write},
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -19,13 +19,21 @@ use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::Instant,
+};
 
 use super::registration::{register, register_again};
 
 /// How often a new reader is looked for where inotify cannot be had: its instances are limited per
 /// user (`fs.inotify.max_user_instances`), and a host may run hundreds of sandboxes.
 const POLL: Duration = Duration::from_millis(200);
+
+/// How often the last bytes in a pipe are looked at.
+const LOOK: Duration = Duration::from_millis(1);
+
+nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
 
 /// What became of bytes that were offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +99,26 @@ impl PipeWriter {
         }
     }
 
+    /// Waits until the reader has taken what is in the pipe, is gone, or has taken nothing for
+    /// `patience`. Cancel safe.
+    pub(super) async fn emptied(&mut self, patience: Duration) -> io::Result<()> {
+        let (mut left, mut since) = (0, Instant::now());
+        loop {
+            let file = self.fd()?.get_ref();
+            let unread = unread(file)?;
+            if unread == 0 || !has_reader(file)? {
+                return Ok(());
+            }
+            if unread != left {
+                (left, since) = (unread, Instant::now());
+            } else if since.elapsed() >= patience {
+                return Ok(());
+            }
+            // The kernel tells a writer when there is room, not when there is nothing left.
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     /// Whether anybody could ever become a reader again.
     pub(super) fn may_return(&self) -> bool {
         self.path.is_some()
@@ -133,6 +161,14 @@ fn poll(file: &File) -> io::Result<nix::poll::PollFlags> {
     let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
     nix::poll::poll(&mut fds, PollTimeout::ZERO)?;
     Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
+}
+
+/// Bytes in the pipe, ioctl_pipe(2).
+fn unread(file: &File) -> io::Result<libc::c_int> {
+    let mut bytes = 0;
+    // SAFETY: FIONREAD writes an int, and `bytes` is one that lives.
+    unsafe { fionread(file.as_raw_fd(), &mut bytes) }?;
+    Ok(bytes)
 }
 
 /// pipe(7): POLLERR on a write end means that there is no read end.

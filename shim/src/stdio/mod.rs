@@ -43,7 +43,7 @@ pub use self::status::StreamStatus;
 use self::{
     connection::Endpoint,
     output::Output,
-    phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE},
+    phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE, TAKEN_PATIENCE},
     program::LogProgram,
     source::Source,
     status::Counters,
@@ -89,10 +89,6 @@ pub struct LogConfig {
 
 /// Longest time for which a reader that is at work delays what [`ProcessIo::taken`] is awaited for.
 const TAKEN_LIMIT: Duration = Duration::from_secs(2);
-
-/// How long a reader may take for its next bytes, or for its first: clients open their ends in the
-/// background, and a process can be over before they have.
-const TAKEN_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Which streams the process needs; the others are /dev/null in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,7 +233,7 @@ impl ProcessIo {
         self.advance(Phase::Exited(Instant::now()));
     }
 
-    /// Resolves when whoever reads the output has all of it, when nothing was taken for 200 ms, and after
+    /// Resolves when whoever reads the output has all of it, when nothing was taken for 500 ms, and after
     /// 2 s at the latest. For use after [`process_exited`](ProcessIo::process_exited).
     pub fn taken(&self) -> impl Future<Output = ()> + Send + use<> {
         let counters: Vec<_> = self.outputs.iter().map(Output::counters).collect();

@@ -110,6 +110,16 @@ impl Outlet {
         }
     }
 
+    /// Waits until a reader that is there has taken the last bytes, or takes nothing for `patience`: what
+    /// is in a pipe is lost to a client that closes its end. Cancel safe.
+    pub(super) async fn emptied(&mut self, patience: Duration) {
+        if let Outlet::Pipe(pipe) = self
+            && let Err(error) = pipe.emptied(patience).await
+        {
+            tracing::debug!(%error, "cannot tell whether output was read");
+        }
+    }
+
     fn may_return(&self) -> bool {
         match self {
             Outlet::Pipe(pipe) => pipe.may_return(),

@@ -16,6 +16,10 @@ pub(super) const READER_PATIENCE: Duration = Duration::from_secs(2);
 /// means that the guest hangs or is gone.
 pub(super) const GUEST_PATIENCE: Duration = Duration::from_secs(4);
 
+/// How long a reader may take for its next bytes, or for its first: clients open their ends in the
+/// background, and a process can be over before they have.
+pub(super) const TAKEN_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Only ever goes forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
