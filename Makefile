@@ -2,12 +2,13 @@
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: setup build demo test bench install check clean
+.PHONY: setup build demo test soak bench install check clean
 
 setup:          ; scripts/setup
 build: setup    ; scripts/build
 demo: build     ; scripts/demo
 test: build     ; scripts/test
+soak: build     ; scripts/soak
 bench: build    ; scripts/bench
 check:          ; scripts/check
 install:        ; DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install

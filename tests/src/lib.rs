@@ -19,4 +19,5 @@ pub mod proxy;
 pub mod pty;
 pub mod runner;
 pub mod scenarios;
+pub mod soak;
 pub mod verify;

@@ -8,7 +8,7 @@ use std::{
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use crate::{diagnostics, needs::Backend};
+use crate::{diagnostics, needs::Backend, soak};
 
 /// One test.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +24,7 @@ impl Case {
     pub fn new(name: &'static str, backend: Backend, run: fn(Backend)) -> Case {
         // Scenarios with a VM boot several, and exactness moves gigabytes.
         let limit = Duration::from_secs(if backend.is_vm() { 420 } else { 240 });
-        Case { name, backend, limit, run }
+        Case { name, backend, limit: soak::limit(limit), run }
     }
 
     fn trial(self) -> Trial {
