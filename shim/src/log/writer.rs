@@ -83,6 +83,12 @@ impl LogWriter {
         self.next_offset
     }
 
+    /// [`next_offset`](LogWriter::next_offset) if the index is as far as the data, so that everything
+    /// below may be acknowledged. For use after an error.
+    pub fn safe_offset(&mut self) -> Option<u64> {
+        self.settle().ok().map(|()| self.next_offset)
+    }
+
     /// What the log belongs to, as far as it is known.
     pub fn identity(&self) -> Identity {
         self.identity

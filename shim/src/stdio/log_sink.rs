@@ -6,6 +6,8 @@
 
 use std::{io::IoSlice, sync::Arc, thread, time::Duration};
 
+use tokio::sync::{mpsc, watch};
+
 use super::{
     error_chain,
     phase::READER_PATIENCE,
@@ -36,8 +38,9 @@ pub(super) fn spawn(
     counters: Arc<Counters>,
 ) -> std::io::Result<()> {
     let retained = writer.retained();
-    let log = LogThread { writer, name, retained, counters, stalled: false };
-    thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(end))?;
+    let SinkEnd { chunks, safe } = end;
+    let log = LogThread { writer, name, retained, safe, counters, stalled: false };
+    thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(chunks))?;
     Ok(())
 }
 
@@ -45,14 +48,15 @@ struct LogThread {
     writer: LogWriter,
     name: &'static str,
     retained: Arc<Retained>,
+    safe: watch::Sender<u64>,
     counters: Arc<Counters>,
     /// Whether the trouble that the log has was reported.
     stalled: bool,
 }
 
 impl LogThread {
-    fn run(mut self, mut end: SinkEnd) {
-        while let Some(chunk) = end.chunks.blocking_recv() {
+    fn run(mut self, mut chunks: mpsc::Receiver<Chunk>) {
+        while let Some(chunk) = chunks.blocking_recv() {
             let taken = match chunk {
                 Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)),
                 Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)),
@@ -69,7 +73,7 @@ impl LogThread {
             if !taken {
                 return;
             }
-            end.safe.send_replace(self.writer.next_offset());
+            self.safe.send_replace(self.writer.next_offset());
         }
     }
 
@@ -77,6 +81,10 @@ impl LogThread {
     fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
         while let Err(stall) = work(&mut self.writer) {
             self.report(&stall);
+            // A reader cannot make room before it is told what of the chunk there is to read.
+            if let Some(offset) = self.writer.safe_offset() {
+                self.safe.send_replace(offset);
+            }
             if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) {
                 return false;
             }

@@ -148,6 +148,20 @@ async fn a_slow_reader_of_a_logged_stream_holds_it_back_only_when_it_is_a_whole_
 }
 
 #[tokio::test]
+async fn a_log_that_is_smaller_than_what_comes_at_once_goes_on_as_it_is_read() {
+    let place = Place::new();
+    let agent = FakeAgent::new(60_000);
+    let total = 4 << 20;
+    written(&agent, total);
+    let mut config = with_fifo(&place);
+    config.log = config.log.map(|log| LogConfig { segment_bytes: 64 << 10, segments: 2, ..log });
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    assert_same(&soon(read_to_end(&mut reader)).await, &pattern(0, total));
+    assert_eq!(output(&io, "stdout").lost, 0);
+}
+
+#[tokio::test]
 async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_counted() {
     let place = Place::new();
     let agent = FakeAgent::new(60_000);
