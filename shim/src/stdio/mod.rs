@@ -7,6 +7,7 @@ mod feed;
 mod fifo;
 mod incoming;
 mod log_sink;
+mod opens;
 mod outlet;
 mod output;
 mod phase;
