@@ -4,7 +4,14 @@
 //! the guest, and reconnects when the connection ends; since a call is always waiting there, the end
 //! is noticed at once. Everybody else takes the current clients from it and never connects.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use containerd_shim_protos::shim_async::TaskClient;
 use cube_protocol::{
@@ -124,6 +131,24 @@ impl AgentError {
 #[derive(Clone)]
 pub struct Agent {
     clients: watch::Receiver<Option<Clients>>,
+    counters: Arc<Counters>,
+}
+
+/// How the control connection has fared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// Whether there is one at the moment.
+    pub connected: bool,
+    /// Connections after the first.
+    pub reconnects: u64,
+    /// Number of the last event that came from the guest.
+    pub last_event: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    reconnects: AtomicU64,
+    last_event: AtomicU64,
 }
 
 impl std::fmt::Debug for Agent {
@@ -136,6 +161,7 @@ impl std::fmt::Debug for Agent {
 pub struct Link {
     dial: Arc<dyn Dial>,
     clients: watch::Sender<Option<Clients>>,
+    counters: Arc<Counters>,
     boot_id: u64,
     timeline: u64,
 }
@@ -152,8 +178,25 @@ impl Agent {
     ) -> Result<(Agent, Link, HelloResponse), AgentError> {
         let (clients, hello) = connect(&*dial, limit).await?;
         let (sender, receiver) = watch::channel(Some(clients));
-        let link = Link { dial, clients: sender, boot_id: hello.boot_id, timeline: hello.timeline };
-        Ok((Agent { clients: receiver }, link, hello))
+        let counters = Arc::<Counters>::default();
+        let link = Link {
+            dial,
+            clients: sender,
+            counters: counters.clone(),
+            boot_id: hello.boot_id,
+            timeline: hello.timeline,
+        };
+        Ok((Agent { clients: receiver, counters }, link, hello))
+    }
+
+    /// How the connection has fared, from memory.
+    pub fn link(&self) -> LinkStatus {
+        LinkStatus {
+            // A task that is gone keeps no connection up.
+            connected: self.clients.has_changed().is_ok() && self.clients.borrow().is_some(),
+            reconnects: self.counters.reconnects.load(Ordering::Relaxed),
+            last_event: self.counters.last_event.load(Ordering::Relaxed),
+        }
     }
 
     /// Makes one call with a deadline of `limit`, waiting within it for a connection if there is none.
@@ -226,6 +269,7 @@ impl Link {
                 Ok(answer) => {
                     for event in answer.events {
                         after = after.max(event.sequence);
+                        self.counters.last_event.store(after, Ordering::Relaxed);
                         let event = match event.kind {
                             Some(event::Kind::Exit(exit)) => GuestEvent::Exit(exit),
                             Some(event::Kind::Oom(oom)) => GuestEvent::Oom(oom),
@@ -254,6 +298,7 @@ impl Link {
                     return Err(AgentError::OtherGuest { expected: self.boot_id, found: hello.boot_id });
                 }
                 Ok((clients, _)) => {
+                    self.counters.reconnects.fetch_add(1, Ordering::Relaxed);
                     self.clients.send_replace(Some(clients.clone()));
                     return Ok(clients);
                 }

@@ -15,6 +15,7 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::socket::{Backlog, listen},
     unistd::{dup2_stdout, setsid},
 };
 use tracing::{info, warn};
@@ -22,6 +23,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 
 use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
+    control::SandboxService,
     events::Publisher,
     logging,
     sandbox::{Identity, LinuxHost, Sandbox},
@@ -96,6 +98,9 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     let inherited = |e: nix::Error| io_error("cannot inherit", "the listening socket")(e.into());
     fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(inherited)?;
+    // Once more, for it is whoever called it last that SO_PEERCRED of unix(7) names to clients: cubecli
+    // learns in this way which process does not answer.
+    listen(&fd, Backlog::MAXCONN).map_err(inherited)?;
     let listener = UnixListener::from(fd);
     listener.set_nonblocking(true).map_err(io_error("cannot inherit", "the listening socket"))?;
     Ok(listener)
@@ -108,8 +113,10 @@ impl Daemon {
         let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
             Sandbox::spawn(self.identity, self.config, Arc::new(LinuxHost), publisher.clone());
-        let mut server =
-            Server::new().add_listener(listener).register_service(TaskService::services(sandbox));
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(TaskService::services(sandbox.clone()))
+            .register_service(SandboxService::services(sandbox));
         server.start().await?;
         say_ready()?;
         info!(id, version = env!("CARGO_PKG_VERSION"), "shim started");

@@ -74,6 +74,24 @@ impl Extent {
     }
 }
 
+/// How much of a log is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Segments retained, the one being written included.
+    pub segments: usize,
+    /// Bytes of data in them.
+    pub bytes: u64,
+    /// Bytes of data in those that were removed since the log was opened.
+    pub rotated_away: u64,
+}
+
+impl Usage {
+    /// Position after the last byte.
+    pub fn end(&self) -> u64 {
+        self.rotated_away.saturating_add(self.bytes)
+    }
+}
+
 /// What [`Retained::read_at`] found.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
@@ -112,6 +130,13 @@ impl Retained {
     /// Position after the last byte.
     pub fn end(&self) -> u64 {
         self.lock().end()
+    }
+
+    /// How much is kept at the moment.
+    pub fn usage(&self) -> Usage {
+        let state = self.lock();
+        let (start, end) = (state.segments.front().map_or(0, |oldest| oldest.start), state.end());
+        Usage { segments: state.segments.len(), bytes: end.saturating_sub(start), rotated_away: start }
     }
 
     /// A reader is attached and has taken everything below `position`: the writer keeps the rest.

@@ -6,7 +6,7 @@ use containerd_shim_protos::{
     api,
     protobuf::{Message as _, MessageField, well_known_types::any::Any},
 };
-use cube_protocol::guest::{CreateOptions, PrepareSandboxRequest, SharedMount};
+use cube_protocol::guest::{CreateOptions, HelloResponse, PrepareSandboxRequest, SharedMount};
 use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -70,6 +70,10 @@ pub(super) struct Booted {
     /// Pid of the VMM on the host.
     pub(super) pid: u32,
     pub(super) backend: String,
+    /// Why this one.
+    pub(super) reason: String,
+    /// Who answered.
+    pub(super) hello: HelloResponse,
     /// The task that follows the guest's events; to be aborted when the VM has ended.
     pub(super) link: JoinHandle<()>,
 }
@@ -179,8 +183,8 @@ impl Creation {
         let (host, config) = (self.host.clone(), self.config.clone());
         // It may run programs to find out what works here.
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
-        let (backend, mut vmm) = (selected.backend, selected.vmm);
-        info!(backend, reason = selected.reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        let (backend, reason, mut vmm) = (selected.backend, selected.reason, selected.vmm);
+        info!(backend, reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
         vmm.boot().await?;
 
         let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
@@ -199,7 +203,7 @@ impl Creation {
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
         let guest = Guest { agent, machine, dial, timeline: hello.timeline };
-        Ok(Booted { guest, pid, backend, link })
+        Ok(Booted { guest, pid, backend, reason, hello, link })
     }
 
     async fn roll_back(&self) {

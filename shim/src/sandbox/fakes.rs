@@ -227,6 +227,11 @@ impl guest_ttrpc::Guest for Service {
         Ok(guest::PrepareSandboxResponse::new())
     }
 
+    async fn info(&self, _: &TtrpcContext, _: guest::InfoRequest) -> ttrpc::Result<guest::InfoResponse> {
+        self.0.called("Info", "", "").await?;
+        Ok(guest::InfoResponse { memory_total_bytes: 256 << 20, ..Default::default() })
+    }
+
     async fn events(
         &self,
         _: &TtrpcContext,

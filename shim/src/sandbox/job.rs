@@ -45,7 +45,7 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(6);
 pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
-    Started { process: ProcessId, result: Result<(), Error>, reply: Reply<u32> },
+    Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
 }
@@ -97,12 +97,15 @@ pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) 
     Ok(io)
 }
 
-/// Lets a created process run.
-pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<(), Error> {
+/// Lets a created process run. Gives its pid in the guest.
+pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error> {
     let ProcessId { container, exec } = process;
     let call = api::StartRequest { id: container, exec_id: exec, ..Default::default() };
-    guest.agent.call("Start", START_LIMIT, |c, ctx| async move { c.task.start(ctx, &call).await }).await?;
-    Ok(())
+    let started = guest
+        .agent
+        .call("Start", START_LIMIT, |c, ctx| async move { c.task.start(ctx, &call).await })
+        .await?;
+    Ok(started.pid)
 }
 
 /// Sends a signal. If the guest does not answer and `last_resort` is set, SIGKILL ends the VM.

@@ -78,6 +78,19 @@ pub(super) enum Phase {
 }
 
 impl Phase {
+    /// For programs.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Phase::Creating => "creating",
+            Phase::Created => "created",
+            Phase::Starting => "starting",
+            Phase::Running => "running",
+            Phase::Stopped(_) => "stopped",
+            Phase::Deleting(_) => "deleting",
+        }
+    }
+
+    /// For sentences.
     pub(super) fn name(self) -> &'static str {
         match self {
             Phase::Creating => "being created",
@@ -95,6 +108,8 @@ impl Phase {
 pub(super) struct Process {
     pub(super) phase: Phase,
     pub(super) stdio: Stdio,
+    /// Pid in the guest; 0 before the guest has told.
+    pub(super) guest_pid: u32,
     /// From the end of [`Phase::Creating`] to the begin of [`Phase::Deleting`].
     pub(super) io: Option<ProcessIo>,
     /// An exit that came before containerd may hear of it: TaskExit follows TaskStart, and what its
@@ -105,7 +120,14 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn new(stdio: Stdio) -> Process {
-        Process { phase: Phase::Creating, stdio, io: None, early_exit: None, waiters: Vec::new() }
+        Process {
+            phase: Phase::Creating,
+            stdio,
+            guest_pid: 0,
+            io: None,
+            early_exit: None,
+            waiters: Vec::new(),
+        }
     }
 
     /// How it ended, if it has.

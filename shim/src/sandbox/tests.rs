@@ -387,3 +387,49 @@ async fn a_bundle_that_cannot_be_read_is_an_error_with_its_path() {
     // Neither took the id.
     lab.run("c1").await;
 }
+
+#[tokio::test]
+async fn a_status_is_told_in_every_state_from_memory() {
+    let lab = Lab::new().await;
+    let status = || async { within(lab.sandbox.status()).await.unwrap() };
+    let new = status().await;
+    assert_eq!((new.state, new.vm.is_none(), new.processes.len()), ("creating", true, 0));
+
+    lab.create("c1").await.unwrap();
+    lab.guest().fault("Start", Fault::Hang);
+    let hanging = tokio::spawn({
+        let sandbox = lab.sandbox.clone();
+        async move { sandbox.start(init("c1")).await }
+    });
+    while status().await.processes[0].state != "starting" {
+        tokio::task::yield_now().await;
+    }
+    let booted = status().await;
+    let vm = booted.vm.unwrap();
+    assert_eq!((booted.state, vm.pid, vm.backend.as_str(), vm.timeline), ("running", PID, "fake", 2));
+    assert!(vm.link.connected && vm.link.reconnects == 0 && booted.agent.is_some());
+
+    lab.host.vmm.die();
+    assert_eq!(lab.wait(init("c1")).await, 137);
+    let ended = status().await;
+    let (process, vm) = (&ended.processes[0], ended.vm.unwrap());
+    assert_eq!((ended.state, process.state, process.guest_pid), ("stopped", "stopped", 17));
+    assert_eq!(process.exit.map(|exit| exit.status), Some(137));
+    assert!(!vm.link.connected && vm.pid == PID && ended.agent.is_none());
+    assert_eq!(vm.uptime(), vm.uptime(), "it stands still");
+    assert!(within(hanging).await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_status_counts_events_and_what_became_of_the_control_connection() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.guest().cut_connections();
+    lab.guest().exit("c1", "", 7);
+    assert_eq!(lab.wait(init("c1")).await, 7);
+    assert!(lab.publisher.flush(LIMIT).await);
+    let status = lab.sandbox.status().await.unwrap();
+    let link = status.vm.unwrap().link;
+    assert_eq!((link.connected, link.reconnects, link.last_event), (true, 1, 1));
+    assert_eq!((status.events.waiting, status.events.lost), (0, 0));
+}

@@ -50,6 +50,7 @@ impl Feed {
         }
         let rest = retained.end().saturating_sub(position);
         counters.lost.add(rest);
+        counters.position.set(retained.end());
         let cause = match result {
             Ok(Ok(())) => return counters.deliver(),
             // Nobody reads: nobody misses it, and the log has it.
@@ -76,6 +77,7 @@ impl Feed {
                 (Found::Dropped(to), _) => {
                     self.counters.lost.add(to - self.position);
                     self.position = to;
+                    self.counters.position.set(to);
                 }
                 (Found::End, _) if ended => return Ok(Ok(())),
                 (Found::End, _) => tokio::select! {
@@ -97,6 +99,7 @@ impl Feed {
             match taken.await? {
                 Ok(n) => {
                     *position += n as u64;
+                    counters.position.set(*position);
                     counters.write(n as u64);
                     retained.hold(*position);
                     bytes = bytes.slice(n..);

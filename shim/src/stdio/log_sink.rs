@@ -12,7 +12,7 @@ use super::{
     error_chain,
     phase::READER_PATIENCE,
     sink::{Chunk, SinkEnd},
-    status::Counters,
+    status::{Counters, Obstacle},
 };
 use crate::log::{
     retained::Retained,
@@ -80,6 +80,10 @@ impl LogThread {
     /// Does `work` until it succeeds. `false` if the log was abandoned before.
     fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
         while let Err(stall) = work(&mut self.writer) {
+            self.counters.wait_for(Some(match &stall {
+                Stalled::Reader => Obstacle::Reader,
+                Stalled::Disk(_) => Obstacle::Disk,
+            }));
             self.report(&stall);
             // A reader cannot make room before it is told what of the chunk there is to read.
             if let Some(offset) = self.writer.safe_offset() {
@@ -90,6 +94,7 @@ impl LogThread {
             }
         }
         if std::mem::take(&mut self.stalled) {
+            self.counters.wait_for(None);
             tracing::info!(stream = self.name, "the log is being written again");
         }
         true

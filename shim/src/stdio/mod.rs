@@ -7,6 +7,7 @@ mod feed;
 mod fifo;
 mod incoming;
 mod log_sink;
+mod opens;
 mod outlet;
 mod output;
 mod phase;
@@ -39,7 +40,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-pub use self::status::StreamStatus;
+pub use self::status::{LogStatus, Obstacle, StreamStatus};
 use self::{
     connection::Endpoint,
     output::Output,
@@ -246,7 +247,7 @@ impl ProcessIo {
 
     /// Counters of each stream that the process has.
     pub fn status(&self) -> Vec<StreamStatus> {
-        let stdin = self.stdin.iter().map(|stdin| stdin.counters.status("stdin"));
+        let stdin = self.stdin.iter().map(Stdin::status);
         stdin.chain(self.outputs.iter().map(Output::status)).collect()
     }
 
@@ -330,6 +331,12 @@ impl Stdin {
         let source = Source::open(path).map_err(cannot("cannot open stdin", path))?;
         let (close, _) = watch::channel(false);
         Ok(Stdin { source: Some(source), close, counters: Arc::default() })
+    }
+
+    fn status(&self) -> StreamStatus {
+        let status = self.counters.status("stdin");
+        let lag = status.received.saturating_sub(status.acknowledged).saturating_sub(status.lost);
+        StreamStatus { lag, ..status }
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     program::LogProgram,
     relay::Relay,
     sink::{self, Sink},
-    status::{Counter, Counters, StreamStatus},
+    status::{Counter, Counters, LogStatus, StreamStatus},
     uri::Target,
 };
 use crate::log::{
@@ -65,7 +65,15 @@ impl Output {
     }
 
     pub(super) fn status(&self) -> StreamStatus {
-        self.counters.status(self.name)
+        let counters = &*self.counters;
+        let log = self.retained.as_ref().map(|retained| retained.usage());
+        let lag = match &log {
+            _ if counters.is_delivered() => 0,
+            Some(usage) => usage.end().saturating_sub(counters.position.get()),
+            None => counters.received.get().saturating_sub(counters.stored.get()),
+        };
+        let log = log.map(|usage| LogStatus { usage, waits_for: counters.obstacle() });
+        StreamStatus { lag, log, ..counters.status(self.name) }
     }
 
     pub(super) fn counters(&self) -> Arc<Counters> {

@@ -75,6 +75,7 @@ impl Relay {
             result = self.relay() => result,
             () = phases.abandoned() => return,
         };
+        self.connections.closed();
         match result {
             Ok(()) => self.counters.relayed.set(1),
             // The sink has said why.
@@ -184,6 +185,7 @@ impl Relay {
         };
         if lost > 0 {
             self.counters.lost.add(lost);
+            self.counters.dropped.add(lost);
             self.received = offset;
             self.pending.push_back(Chunk::Gap(offset));
         }

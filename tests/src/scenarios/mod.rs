@@ -1,5 +1,6 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
+pub mod counters;
 pub mod exactness;
 pub mod exits;
 pub mod isolation;

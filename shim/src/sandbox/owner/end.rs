@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::{Owner, SandboxState, answer_later, gone, init_of, not_found, wrong_phase};
+use super::{Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase};
 use crate::{
     events::TaskEvent,
     sandbox::{
@@ -10,6 +10,7 @@ use crate::{
         job::{self, Removal, Report},
         process::{Exit, Phase},
     },
+    stdio::ProcessIo,
 };
 
 impl Owner {
@@ -75,7 +76,7 @@ impl Owner {
     pub(super) fn removal(&mut self, id: &ProcessId) -> Removal {
         let guest = self.guest.clone();
         if !id.is_init() {
-            let io = self.known(id).ok().and_then(|process| process.io.take());
+            let io = self.take_io(id);
             return Removal {
                 processes: vec![(id.clone(), io)],
                 containers: Vec::new(),
@@ -96,12 +97,18 @@ impl Owner {
                 if process != *id {
                     self.begin_delete(&process);
                 }
-                let io = self.known(&process).ok().and_then(|process| process.io.take());
+                let io = self.take_io(&process);
                 processes.push((process, io));
             }
         }
         let sandbox = everything.then(|| self.disk.cgroup.clone());
         Removal { processes, containers, guest, sandbox }
+    }
+
+    fn take_io(&mut self, id: &ProcessId) -> Option<ProcessIo> {
+        let io = self.known(id).ok()?.io.take()?;
+        self.refused = self.refused.saturating_add(refused(&io.status()));
+        Some(io)
     }
 
     /// Every process of a container, init last.

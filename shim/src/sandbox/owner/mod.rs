@@ -3,6 +3,7 @@
 mod create;
 mod end;
 mod run;
+mod status;
 mod watch;
 
 use std::{
@@ -24,6 +25,7 @@ use super::{
     ExecRequest, Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
     job::{self, Guest, Report},
     process::{Phase, Process},
+    status::VmStatus,
 };
 use crate::{
     agent::GuestEvent,
@@ -51,6 +53,17 @@ enum SandboxState {
 }
 
 impl SandboxState {
+    /// For programs.
+    fn label(self) -> &'static str {
+        match self {
+            SandboxState::Creating => "creating",
+            SandboxState::Running => "running",
+            SandboxState::Stopping => "stopping",
+            SandboxState::Stopped => "stopped",
+        }
+    }
+
+    /// For sentences.
     fn name(self) -> &'static str {
         match self {
             SandboxState::Creating => "being created",
@@ -69,8 +82,6 @@ struct Container {
     /// Execs that came while the init process was being started: its output can be seen before its
     /// Start is answered, and a client that acts on it is right.
     early_execs: Vec<(ExecRequest, Reply<()>)>,
-    /// Pid of the init process in the guest.
-    guest_pid: u32,
     /// Last known metrics.
     stats: Option<Any>,
     /// Ends its creation; dropped afterwards.
@@ -99,6 +110,10 @@ pub(super) struct Owner {
     containers: BTreeMap<String, Container>,
     guest: Option<Guest>,
     link: Option<JoinHandle<()>>,
+    /// The VM that was booted, also after it has ended.
+    vm: Option<VmStatus>,
+    /// Connections refused to processes that are deleted.
+    refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
     pid: u32,
     idle_since: Option<Instant>,
@@ -138,6 +153,8 @@ impl Owner {
             containers: BTreeMap::new(),
             guest: None,
             link: None,
+            vm: None,
+            refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
             done: false,
@@ -201,6 +218,7 @@ impl Owner {
                 });
                 drop(reply.send(closed));
             }
+            Request::Status(reply) => drop(reply.send(Ok(self.status()))),
             Request::Shutdown(reply) => {
                 self.done = self.containers.is_empty();
                 drop(reply.send(Ok(())));

@@ -99,7 +99,9 @@ impl Owner {
     }
 
     pub(super) fn end_of_guest(&mut self) {
-        self.guest = None;
+        if let (Some(guest), Some(vm)) = (self.guest.take(), &mut self.vm) {
+            vm.end(guest.agent.link());
+        }
         if let Some(link) = self.link.take() {
             link.abort();
         }
