@@ -70,7 +70,9 @@ fn clean(flags: &Flags, host: &dyn Host) -> Result<u32, BootstrapError> {
     if run_dir.load()?.is_some() {
         // Without a readable configuration the defaults say how logs rotate.
         let config = load_config(None).unwrap_or_default();
+        cube_fault::point("cleanup.begun");
         runtime.block_on(drain::drain(&run_dir, &state, &config.log));
+        cube_fault::point("cleanup.drained");
         host.destroy(&run_dir, &state.cgroup)?;
     }
     Ok(state.vmm_pid)

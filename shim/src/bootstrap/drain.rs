@@ -32,6 +32,7 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
     let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CALL_LIMIT).await else { return };
     join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
+    cube_fault::point("cleanup.containers_killed");
     let drains = state.containers.iter().filter_map(|(id, container)| {
         let log = LogConfig {
             dir: container.log_dir.clone()?,
@@ -51,6 +52,7 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
         let (dial, timeline) = (dial.clone(), state.timeline);
         Some(async move {
             let Ok(mut io) = ProcessIo::recover(config).await else { return };
+            cube_fault::point("cleanup.log_recovered");
             io.start(dial, timeline);
             io.process_exited();
             // It must be over before the time limit cuts it off.
