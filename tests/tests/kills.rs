@@ -2,8 +2,17 @@
 
 use std::process::ExitCode;
 
-use cube_tests::runner;
+use cube_tests::{cases, needs::Backend, runner, scenarios::kills};
 
 fn main() -> ExitCode {
-    runner::main([])
+    let process = cases![Backend::Process =>
+        kills::shipped_programs_have_no_fault_points,
+        kills::a_creation_killed_at_any_step_leaves_nothing_and_can_be_repeated,
+        kills::a_shim_killed_between_any_two_steps_of_logging_loses_no_byte,
+        kills::a_deletion_killed_at_any_step_is_completed,
+        kills::a_clean_up_killed_at_any_step_can_be_repeated,
+        kills::whoever_dies_whenever_leaves_nothing_but_an_exact_log,
+    ];
+    let vm = cases![Backend::Qemu => kills::whoever_dies_whenever_leaves_nothing_but_an_exact_log];
+    runner::main(process.into_iter().chain(vm))
 }
