@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use nix::sys::signal::{Signal, kill};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{
     command::{Running, poll, start},
@@ -178,10 +181,29 @@ pub fn a_shim_killed_between_any_two_steps_of_logging_loses_no_byte(backend: Bac
     kills.record_cleanups("kill -9 between steps of logging");
 }
 
+/// A shim that dies with everything that the process wrote still in the guest: the clean-up fetches it.
+pub fn what_the_guest_holds_when_its_shim_dies_is_saved(backend: Backend) {
+    let kills = KillLab::new(backend, Programs::Shipped, "segment_bytes = 65536\nsegments = 4");
+    for _ in 0..soak::rounds(1, if backend.is_vm() { 10 } else { 50 }) {
+        hold_output(&kills, |shim| kill(shim, Signal::SIGKILL).unwrap());
+    }
+    kills.record_cleanups(&format!("kill -9 with {HELD} bytes in the guest, {}", backend.name()));
+}
+
 /// Bytes that the guest can hold while its shim does nothing: less than a ring.
 const HELD: u64 = 900_000;
 
 fn die_logging(kills: &KillLab, point: &str, times: u64) {
+    hold_output(kills, |shim| {
+        kills.arm(point, times);
+        kill(shim, Signal::SIGCONT).unwrap();
+        kills.fires(point);
+    });
+}
+
+/// Lets the guest have [`HELD`] bytes of output while the shim is stopped; `die` ends the shim. Everything
+/// must be in the log then.
+fn hold_output(kills: &KillLab, die: impl Fn(Pid)) {
     let lab = &kills.lab;
     let go = lab.dir().join("go");
     run_when_told(kills, "c", &go);
@@ -191,9 +213,7 @@ fn die_logging(kills: &KillLab, point: &str, times: u64) {
     fs::write(go.join("now"), "").unwrap();
     let read = || stdout_offsets(&guest, "c").map_or(0, |(read, _)| read);
     assert!(poll(lab.limit(), || read() == HELD), "the guest has {} bytes", read());
-    kills.arm(point, times);
-    kill(shim, Signal::SIGCONT).unwrap();
-    kills.fires(point);
+    die(shim);
     kills.give_up("c");
     lab.nothing_is_left();
     assert_eq!(kills.log_end("c"), HELD, "end of the log");
@@ -268,24 +288,13 @@ pub fn a_clean_up_killed_at_any_step_can_be_repeated(backend: Backend) {
     let lab = &kills.lab;
     for point in CLEANUP {
         eprintln!("{point}");
-        let go = lab.dir().join("go");
-        run_when_told(&kills, "c", &go);
-        let guest = Guest::of(lab, "c");
-        let shim = kills.find(Victim::Shim, "c").expect("no shim");
-        kill(shim, Signal::SIGSTOP).unwrap();
-        fs::write(go.join("now"), "").unwrap();
-        let read = || stdout_offsets(&guest, "c").map_or(0, |(read, _)| read);
-        assert!(poll(lab.limit(), || read() == HELD), "the guest has {} bytes", read());
-        kills.arm(point, 1);
-        kill(shim, Signal::SIGKILL).unwrap();
-        kills.fires(point);
-        lab.stop_containerd();
-        lab.start_containerd();
-        kills.give_up("c");
-        lab.nothing_is_left();
-        assert_eq!(kills.log_end("c"), HELD, "end of the log");
-        fs::remove_dir_all(lab.log_dir("c")).unwrap();
-        fs::remove_dir_all(go).unwrap();
+        hold_output(&kills, |shim| {
+            kills.arm(point, 1);
+            kill(shim, Signal::SIGKILL).unwrap();
+            kills.fires(point);
+            lab.stop_containerd();
+            lab.start_containerd();
+        });
     }
     kills.record_cleanups("kill -9 at each step of shim delete");
 }
