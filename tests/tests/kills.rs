@@ -12,6 +12,7 @@ use cube_tests::{
 fn main() -> ExitCode {
     let process = cases![Backend::Process =>
         kills::shipped_programs_have_no_fault_points,
+        kills::a_start_that_is_killed_leaves_nothing_for_long,
         kills::a_creation_killed_at_any_step_leaves_nothing_and_can_be_repeated,
         kills::a_shim_killed_between_any_two_steps_of_logging_loses_no_byte,
         kills::a_deletion_killed_at_any_step_is_completed,

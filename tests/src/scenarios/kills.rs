@@ -1,6 +1,10 @@
 //! Shim, VMM, agent and containerd die by `kill -9`, at random moments and at the worst ones.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use nix::{
     sys::signal::{Signal, kill},
@@ -147,6 +151,36 @@ pub fn a_creation_killed_at_any_step_leaves_nothing_and_can_be_repeated(backend:
     }
     kills.lab.nothing_is_left();
     kills.record_cleanups("kill -9 at each step of a creation");
+}
+
+/// Points of `start`, before containerd knows the shim. In the last two there is a daemon, which waits a
+/// minute for its first Create.
+const START: [&str; 3] = ["start.socket_bound", "start.daemon_ready", "start.address_written"];
+
+/// A `start` that is killed leaves no shim behind, and its directory is gone once another shim has started.
+pub fn a_start_that_is_killed_leaves_nothing_for_long(backend: Backend) {
+    let kills = KillLab::new(backend, Programs::WithFaultPoints, "");
+    let lab = &kills.lab;
+    let points = &START[..soak::rounds(1, 3) as usize];
+    for point in points {
+        eprintln!("{point}");
+        kills.arm(point, 1);
+        let started =
+            start(&mut lab.run_command(&["--detach", "--null-io"], "c", &["true"])).wait(lab.limit());
+        assert!(!started.status.success(), "{started}");
+        kills.fires(point);
+        kills.give_up("c");
+        let ended = poll(Duration::from_secs(100), || kills.find(Victim::Shim, "c").is_none());
+        assert!(ended, "the shim waits on");
+        let run_dir = lab.run_dir().join(lab.key("c"));
+        if run_dir.exists() {
+            fs::File::open(&run_dir).unwrap().set_modified(UNIX_EPOCH).unwrap();
+        }
+        lab.run("next", &["true"]).succeeds();
+        lab.nothing_is_left();
+        lab.run("c", &["true"]).succeeds();
+    }
+    lab.nothing_is_left();
 }
 
 /// Points between a byte in the guest and its acknowledgement, rotation included.
