@@ -54,11 +54,17 @@ impl Guest {
 
     /// `Guest.Info`.
     pub fn info(&self) -> InfoResponse {
+        self.try_info().expect("the agent does not answer")
+    }
+
+    /// `Guest.Info`, unless the agent is not there yet or any more.
+    pub fn try_info(&self) -> Option<InfoResponse> {
         let protocol = Some(version::CURRENT.into()).into();
         self.runtime.block_on(async {
-            let guest = self.control().await;
-            guest.hello(deadline(), &HelloRequest { protocol, ..Default::default() }).await.unwrap();
-            guest.info(deadline(), &InfoRequest::default()).await.unwrap()
+            let connection = HybridVsock::new(&self.socket).dial(ports::CONTROL).await.ok()?;
+            let guest = GuestClient::new(Client::new(Socket::new(connection)));
+            guest.hello(deadline(), &HelloRequest { protocol, ..Default::default() }).await.ok()?;
+            guest.info(deadline(), &InfoRequest::default()).await.ok()
         })
     }
 

@@ -43,11 +43,22 @@ pub struct Setup {
     pub log: String,
     /// Whether logs are in the bundle.
     pub log_in_bundle: bool,
+    /// Directory in which containerd finds the shim.
+    pub shim_dir: PathBuf,
+    /// The agent of the process backend.
+    pub agent: PathBuf,
 }
 
 impl From<Backend> for Setup {
     fn from(backend: Backend) -> Setup {
-        Setup { backend, runtime: default_runtime(), log: String::new(), log_in_bundle: false }
+        Setup {
+            backend,
+            runtime: default_runtime(),
+            log: String::new(),
+            log_in_bundle: false,
+            shim_dir: paths::shim().parent().unwrap().into(),
+            agent: paths::agent(),
+        }
     }
 }
 
@@ -166,7 +177,7 @@ impl Lab {
              [tools]\nagent = '{}'\n\
              [log]\ndir = '{log_dir}'\n{}\n{extra}\n",
             self.setup.backend.name(),
-            paths::agent().display(),
+            self.setup.agent.display(),
             self.setup.log,
         );
         fs::write(self.config_file(), text).unwrap();
@@ -186,7 +197,7 @@ impl Lab {
     /// Starts containerd, again if it was stopped, and waits until it answers.
     pub fn start_containerd(&self) {
         let log = File::options().create(true).append(true).open(self.dir.join("containerd.log")).unwrap();
-        let mut path = paths::shim().parent().unwrap().as_os_str().to_owned();
+        let mut path = self.setup.shim_dir.as_os_str().to_owned();
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
         let child = Command::new("containerd")
@@ -212,6 +223,13 @@ impl Lab {
             child.kill().ok();
             child.wait().ok();
         }
+    }
+
+    /// Ends containerd as a crash would.
+    pub fn kill_containerd(&self) {
+        let Some(mut child) = self.containerd.borrow_mut().take() else { return };
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// A `ctr` command for this containerd and namespace, to be started by the caller.

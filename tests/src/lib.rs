@@ -10,6 +10,7 @@ pub mod command;
 pub mod diagnostics;
 pub mod direct;
 pub mod guest;
+pub mod kills;
 pub mod lab;
 pub mod leftovers;
 pub mod logs;

@@ -30,6 +30,11 @@ pub fn shim() -> PathBuf {
     built(bin_dir().join("containerd-shim-cube-v2"))
 }
 
+/// Directory of a shim and an agent with fault points: `CUBE_FAULTS`.
+pub fn fault_dir() -> PathBuf {
+    built(named("CUBE_FAULTS", "faults/debug"))
+}
+
 /// The operator's tool.
 pub fn cubecli() -> PathBuf {
     built(bin_dir().join("cubecli"))

@@ -120,7 +120,10 @@ impl Daemon {
         server.start().await?;
         say_ready()?;
         info!(id, version = env!("CARGO_PKG_VERSION"), "shim started");
-        tokio::task::spawn_blocking(move || expired::remove_logs(&config));
+        tokio::task::spawn_blocking(move || {
+            expired::remove_run_dirs(&config);
+            expired::remove_logs(&config);
+        });
 
         // A panic in the owner ends the sandbox as well; `shim delete` cleans up then.
         let _ = over.await;

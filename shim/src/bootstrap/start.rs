@@ -54,9 +54,11 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
     if sandbox_id == flags.id || UnixStream::connect(&socket).is_err() {
         let daemon = Daemon { flags, sandbox_id: &sandbox_id, events: &events, config_path, socket: &socket };
         daemon.spawn()?;
+        cube_fault::point("start.daemon_ready");
     }
     let file = bundle.join(ADDRESS_FILE);
     write_address(&file, &address).map_err(io_error("cannot write", file))?;
+    cube_fault::point("start.address_written");
     request.protocol.encode(&address)
 }
 
@@ -113,6 +115,7 @@ impl Daemon<'_> {
     /// containerd's ends is inherited, for it waits for the end of our output.
     fn spawn(&self) -> Result<(), BootstrapError> {
         let listener = self.bind()?;
+        cube_fault::point("start.socket_bound");
         keep_on_exec(&listener).map_err(io_error("cannot hand over", self.socket))?;
         let mut command = Command::new("/proc/self/exe");
         command

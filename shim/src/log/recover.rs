@@ -127,12 +127,16 @@ fn mend(segment: &mut Segment, without_header: bool) -> io::Result<()> {
     if without_header {
         segment.rewrite_header(segment.header)?;
     }
-    let (covered, offset) = match segment.last {
-        Some(last) => (last.file_offset.saturating_add(RECORD_SPAN), last.stream_offset + RECORD_SPAN),
-        None => (0, segment.header.first_offset),
+    let (covered, offset, since) = match segment.last {
+        Some(last) => {
+            (last.file_offset.saturating_add(RECORD_SPAN), last.stream_offset + RECORD_SPAN, last.time_ns)
+        }
+        None => (0, segment.header.first_offset, segment.header.created_ns),
     };
     if covered < segment.data_len {
-        let time_ns = modified_ns(&segment.data);
+        // File times are those of the last tick, milliseconds behind the clock that records are made with;
+        // but times in an index never go back.
+        let time_ns = modified_ns(&segment.data).max(since);
         segment.owe(Record { kind: RecordKind::Write, stream_offset: offset, file_offset: covered, time_ns });
         segment.settle()?;
     }

@@ -109,6 +109,7 @@ impl Creation {
             spec::rewrite(&mut spec, pod)?;
             if let Some(cgroup) = cgroup {
                 host.create_cgroup(&cgroup)?;
+                cube_fault::point("create.cgroup_made");
             }
             let rootfs = host.prepare_rootfs(&run_dir, &id, &bundle, &mounts, &mut spec)?;
             Ok((spec, rootfs))
@@ -118,7 +119,9 @@ impl Creation {
         let process = self.process();
         let stdio =
             stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
-        Ok((rootfs, ProcessIo::prepare(stdio).await?))
+        let io = ProcessIo::prepare(stdio).await?;
+        cube_fault::point("create.stdio_prepared");
+        Ok((rootfs, io))
     }
 
     async fn create(&self, rootfs: Rootfs, mut io: ProcessIo) -> Result<Created, Error> {
@@ -161,6 +164,7 @@ impl Creation {
             .agent
             .call("Create", CREATE_LIMIT, |c, ctx| async move { c.task.create(ctx, &call).await })
             .await?;
+        cube_fault::point("create.container_made");
         io.start(guest.dial.clone(), guest.timeline);
         Ok(Created { io, guest_pid: created.pid, booted })
     }
@@ -186,6 +190,7 @@ impl Creation {
         let (backend, reason, mut vmm) = (selected.backend, selected.reason, selected.vmm);
         info!(backend, reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
         vmm.boot().await?;
+        cube_fault::point("create.vmm_spawned");
 
         let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
         let (agent, link, hello) = tokio::select! {
@@ -197,6 +202,7 @@ impl Creation {
         };
         let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
         prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await?;
+        cube_fault::point("create.guest_ready");
         info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
 
         let link = link.run(self.events.clone());

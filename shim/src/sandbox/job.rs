@@ -101,10 +101,12 @@ pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) 
 pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error> {
     let ProcessId { container, exec } = process;
     let call = api::StartRequest { id: container, exec_id: exec, ..Default::default() };
+    cube_fault::point("run.before_start");
     let started = guest
         .agent
         .call("Start", START_LIMIT, |c, ctx| async move { c.task.start(ctx, &call).await })
         .await?;
+    cube_fault::point("run.process_started");
     Ok(started.pid)
 }
 
@@ -180,18 +182,21 @@ pub(super) async fn remove(removal: Removal, host: Arc<dyn Host>, run_dir: RunDi
     let (ids, ios): (Vec<_>, Vec<_>) = processes.into_iter().unzip();
     let limit = if guest.is_some() { DRAIN_LIMIT } else { ORPHAN_DRAIN_LIMIT };
     join_all(ids.iter().zip(ios).filter_map(|(id, io)| Some(finish(id, io?, limit)))).await;
+    cube_fault::point("delete.drained");
 
     match (&guest, &sandbox) {
         (Some(guest), Some(_)) => power_off(guest).await,
         (Some(guest), None) => forget(guest, &ids, &containers).await,
         (None, _) => {}
     }
+    cube_fault::point("delete.guest_ended");
     let released = spawn_blocking(move || {
         for id in &containers {
             if let Err(e) = host.release_rootfs(&run_dir, id) {
                 warn!("cannot release the rootfs of {id:?}: {}", chain(&e));
             }
         }
+        cube_fault::point("delete.rootfs_released");
         match sandbox {
             Some(cgroup) => host.destroy(&run_dir, &cgroup),
             None => Ok(()),

@@ -302,7 +302,10 @@ impl Acks {
                 self.written = 0;
             }
             match socket.try_write(&self.wire[self.written..]) {
-                Ok(n) => self.written += n,
+                Ok(n) => {
+                    self.written += n;
+                    cube_fault::point("log.acknowledged");
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => self.deaf = true,
             }

@@ -4,6 +4,7 @@ pub mod counters;
 pub mod exactness;
 pub mod exits;
 pub mod isolation;
+pub mod kills;
 pub mod lifecycle;
 pub mod memory;
 pub mod output;

@@ -40,6 +40,7 @@ impl Tasks {
         let directory = Path::new(&self.directory).join(&id);
         let rootfs = spawn_blocking(move || Rootfs::mount(directory, &new.mounts)).await??;
 
+        cube_fault::point("agent.create.rootfs_mounted");
         let process_id = ProcessId { container: id.clone(), exec: String::new() };
         let request = new.streams.request(new.policy);
         let (opened, stdio) = Opened::open(&self.hub, &process_id, request)?;
@@ -73,6 +74,7 @@ impl Tasks {
         });
         self.follow(&task, init, exit);
         reservation.fill(task);
+        cube_fault::point("agent.create.spawned");
         Ok(spawned.pid)
     }
 }

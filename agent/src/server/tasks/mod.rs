@@ -142,6 +142,7 @@ impl Tasks {
             // The reaper lives as long as the agent.
             let Ok(exit) = exit.await else { return };
             process.exited(exit);
+            cube_fault::point("agent.exit.before_event");
             events.exited(&process.id, process.pid(), exit);
             hub.exited(&process.id);
             if !process.id.exec.is_empty() {

@@ -23,6 +23,7 @@ impl Tasks {
         } else {
             self.start_exec(&task, &process).await?;
         }
+        cube_fault::point("agent.start.started");
         Ok(process.pid())
     }
 

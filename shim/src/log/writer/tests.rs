@@ -281,6 +281,23 @@ fn a_damaged_record_ends_the_index_and_the_rest_is_indexed_anew() {
 }
 
 #[test]
+fn what_is_indexed_anew_is_not_older_than_what_precedes_it() {
+    let mut log = Log::create(LIMITS);
+    append_pattern(&mut log.writer, 5000);
+    append_pattern(&mut log.writer, 5000);
+    for records in 0..2 {
+        truncate(&log.path().join("stdout.idx"), (HEADER_LEN + records * RECORD_LEN) as u64);
+        // As a tick that is seldom, or a clock that was set, would have it.
+        let data = fs::File::options().write(true).open(log.path().join("stdout")).unwrap();
+        data.set_modified(UNIX_EPOCH).unwrap();
+        recover(&log.path());
+        let OnDisk { header, records, .. } = segments(&log.path()).remove(0);
+        assert!(!records.is_empty() && records[0].time_ns >= header.created_ns, "{records:?}");
+        assert!(records.is_sorted_by_key(|record| record.time_ns), "{records:?}");
+    }
+}
+
+#[test]
 fn a_segment_whose_header_is_torn_goes_on_where_the_one_before_ended() {
     let mut log = long_log();
     log.writer.identify(Identity { timeline: 2, epoch: 9 }).unwrap();

@@ -56,6 +56,7 @@ impl Owner {
             self.disk.containers.remove(id);
             return Err(e.into());
         }
+        cube_fault::point("create.state_saved");
         let (abort, aborted) = oneshot::channel();
         let container = Container {
             bundle,
@@ -120,6 +121,7 @@ impl Owner {
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
             self.state = SandboxState::Running;
             self.save();
+            cube_fault::point("create.pid_saved");
         }
         let pid = self.pid;
         let Some(container) = self.containers.get_mut(id) else { return Err(not_found("container", id)) };

@@ -228,11 +228,20 @@ impl Owner {
 
     fn report(&mut self, report: Report) {
         match report {
-            Report::Created { id, result, reply } => drop(reply.send(self.created(&id, result))),
+            Report::Created { id, result, reply } => {
+                let created = self.created(&id, result);
+                cube_fault::point("create.before_reply");
+                drop(reply.send(created));
+            }
             Report::Execed { process, result, reply } => drop(reply.send(self.execed(&process, result))),
-            Report::Started { process, result, reply } => drop(reply.send(self.started(&process, result))),
+            Report::Started { process, result, reply } => {
+                let started = self.started(&process, result);
+                cube_fault::point("run.before_reply");
+                drop(reply.send(started));
+            }
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
+                cube_fault::point("delete.before_reply");
                 drop(reply.send(Ok(deleted)));
             }
             Report::Stats { id, result, reply } => {
