@@ -129,6 +129,11 @@ impl Segments {
         Some((segment, segment.index()?))
     }
 
+    /// Closes the segments before number `segment` of the list, which becomes the first.
+    pub(super) fn forget_before(&mut self, segment: usize) {
+        self.list.drain(..segment.min(self.list.len()));
+    }
+
     /// Looks again: at how long the last segment is now, and for newer ones.
     pub fn refresh(&mut self, dir: &Dir) -> Result<(), ReadError> {
         let live = optional(dir.open_file(self.stream.file_name()))?;
