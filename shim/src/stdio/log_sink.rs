@@ -6,6 +6,8 @@
 
 use std::{io::IoSlice, sync::Arc, thread, time::Duration};
 
+use tokio::sync::watch;
+
 use super::{
     error_chain,
     phase::READER_PATIENCE,
@@ -36,7 +38,7 @@ pub(super) fn spawn(
     counters: Arc<Counters>,
 ) -> std::io::Result<()> {
     let retained = writer.retained();
-    let log = LogThread { writer, name, retained, counters, stalled: false };
+    let log = LogThread { writer, name, retained, counters, told: false };
     thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(end))?;
     Ok(())
 }
@@ -46,22 +48,22 @@ struct LogThread {
     name: &'static str,
     retained: Arc<Retained>,
     counters: Arc<Counters>,
-    /// Whether the trouble that the log has was reported.
-    stalled: bool,
+    /// Whether the trouble that the log has with its disk was reported.
+    told: bool,
 }
 
 impl LogThread {
     fn run(mut self, mut end: SinkEnd) {
         while let Some(chunk) = end.chunks.blocking_recv() {
             let taken = match chunk {
-                Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)),
-                Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)),
+                Chunk::Identity(identity) => self.insist(&end.safe, |writer| writer.identify(identity)),
+                Chunk::Gap(offset) => self.insist(&end.safe, |writer| writer.gap(offset)),
                 Chunk::Data(parts) => {
                     self.retained.pace(LEAD, READER_PATIENCE);
                     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
                     let mut rest = &mut slices[..];
                     let before = self.writer.next_offset();
-                    let taken = self.insist(|writer| writer.append(&mut rest));
+                    let taken = self.insist(&end.safe, |writer| writer.append(&mut rest));
                     self.counters.stored.add(self.writer.next_offset() - before);
                     taken
                 }
@@ -74,28 +76,34 @@ impl LogThread {
     }
 
     /// Does `work` until it succeeds. `false` if the log was abandoned before.
-    fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
+    fn insist(
+        &mut self,
+        safe: &watch::Sender<u64>,
+        mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>,
+    ) -> bool {
         while let Err(stall) = work(&mut self.writer) {
             self.report(&stall);
+            // Nothing more is safe, but the log may have grown by a part of the work. The reader must hear
+            // of it: what it has not read yet may be what holds the log up.
+            safe.send_modify(|_| ());
             if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) {
                 return false;
             }
         }
-        if std::mem::take(&mut self.stalled) {
+        if std::mem::take(&mut self.told) {
             tracing::info!(stream = self.name, "the log is being written again");
         }
         true
     }
 
     fn report(&mut self, stall: &Stalled) {
-        if std::mem::replace(&mut self.stalled, true) {
-            return;
-        }
         match stall {
             // What a slow reader is meant to do. Nothing for an operator to act on.
             Stalled::Reader => tracing::debug!(stream = self.name, "{stall}"),
+            Stalled::Disk(_) if self.told => {}
             Stalled::Disk(_) => {
-                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log")
+                self.told = true;
+                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log");
             }
         }
     }
