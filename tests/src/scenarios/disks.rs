@@ -55,7 +55,7 @@ impl<'lab> Writer<'lab> {
     fn new(lab: &'lab Lab, id: &'static str, bytes: Option<u64>) -> Writer<'lab> {
         // Its process is found by the seed, and other tests run on the same host.
         static SEEDS: AtomicU64 = AtomicU64::new(0);
-        let seed = u64::from(std::process::id()) << 16 | SEEDS.fetch_add(1, Ordering::Relaxed);
+        let seed = (u64::from(std::process::id()) << 16) | SEEDS.fetch_add(1, Ordering::Relaxed);
         let argv = match bytes {
             Some(bytes) => ["stream".to_owned(), seed.to_string(), bytes.to_string()],
             None => ["until".to_owned(), STOP.to_owned(), seed.to_string()],
@@ -212,7 +212,8 @@ pub fn a_full_disk_does_not_stall_a_writer_whose_oldest_output_is_dropped(backen
         fill_until_the_log_waits(&lab, &disk);
         let (before, since) = (writer.written(), Instant::now());
         assert!(poll(lab.limit(), || writer.written() > before + enough), "the writer waits for the log");
-        most = most.max((writer.written() - before) * 1000 / since.elapsed().as_millis() as u64 >> 20);
+        let mib = (writer.written() - before) >> 20;
+        most = most.max(mib * 1000 / since.elapsed().as_millis() as u64);
         assert!(log_waits(&lab), "there was room for a moment");
         empty_until_the_log_goes_on(&lab, &disk);
     }

@@ -147,8 +147,8 @@ pub fn thousands_of_rotations_leave_no_trace(backend: Backend) {
         warm.record(experiment, &format!("{name} after 200 rotations"));
         hot.record(experiment, &format!("{name} after {wanted} rotations"));
         assert!(hot.rss_kib <= warm.rss_kib + SLACK_KIB, "memory of {name}: {warm:?}, then {hot:?}");
-        // A rotation has one or two files open for a moment.
-        assert!(hot.descriptors <= warm.descriptors + 4, "descriptors of {name}: {warm:?}, then {hot:?}");
+        // A follower has what was retained at its last looks open; a leak would be thousands.
+        assert!(hot.descriptors <= warm.descriptors + 16, "descriptors of {name}: {warm:?}, then {hot:?}");
         assert!(hot.threads <= warm.threads + 4, "threads of {name}: {warm:?}, then {hot:?}");
     }
     let files = || fs::read_dir(lab.log_dir("c")).unwrap().count();
