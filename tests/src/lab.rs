@@ -100,8 +100,13 @@ impl Lab {
         let snapshotter = lab.snapshotter;
         let import = ["image", "import", "--snapshotter", snapshotter, image.to_str().unwrap()];
         lab.ctr(&import).succeeds();
-        *lab.baseline.borrow_mut() = leftovers::take(&lab.dir, &[]);
+        lab.disown_what_exists();
         lab
+    }
+
+    /// What exists now was there before the product did anything: see [`leftovers`](Lab::leftovers).
+    pub fn disown_what_exists(&self) {
+        *self.baseline.borrow_mut() = leftovers::take(&self.dir, &[]);
     }
 
     /// The lab's directory: short, for socket paths are limited to 107 bytes.
@@ -372,7 +377,7 @@ impl Lab {
         self.keys.borrow_mut().insert(key);
     }
 
-    /// What exists beside what existed when the lab was new.
+    /// What exists beside what existed when the lab was new, or has disowned what exists.
     pub fn leftovers(&self) -> BTreeSet<String> {
         let now = leftovers::take(&self.dir, &self.keys());
         now.difference(&self.baseline.borrow()).cloned().collect()

@@ -9,6 +9,7 @@
 pub mod command;
 pub mod diagnostics;
 pub mod direct;
+pub mod disk;
 pub mod guest;
 pub mod kills;
 pub mod lab;

@@ -108,6 +108,7 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
 
 impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
+        survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);
         let (id, config) = (self.identity.id.clone(), self.config.clone());
@@ -135,6 +136,15 @@ impl Daemon {
         let _ = server.shutdown().await;
         Ok(())
     }
+}
+
+/// Writing beyond RLIMIT_FSIZE, which containerd's unit may have set, ends a process by SIGXFSZ, unless
+/// it is caught: then the write fails with EFBIG. Caught and not ignored, for what is ignored stays so in
+/// the programs that are started.
+fn survive_file_size_limit() -> Result<(), BootstrapError> {
+    let sigxfsz = tokio::signal::unix::SignalKind::from_raw(libc::SIGXFSZ);
+    // The handler stays when nobody listens to it any more.
+    tokio::signal::unix::signal(sigxfsz).map(drop).map_err(io_error("cannot catch", "SIGXFSZ"))
 }
 
 /// Tells `start`, and lets go of the pipe: it reads until the end.

@@ -15,7 +15,7 @@ use super::{
     dir::{LogDir, LogError},
     format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
     segment::{Segment, closed_name, index_name},
-    writer::{Identity, Limits, LogWriter},
+    writer::{Identity, Limits, LogWriter, makes_room},
 };
 
 /// Bytes beyond the last record that it may stand for; what follows is indexed anew.
@@ -57,7 +57,12 @@ impl LogWriter {
             current: None,
         };
         writer.reopen_closed()?;
-        writer.reopen_current()?;
+        // On a disk that is full, what is closed makes room for the index of what is not.
+        while let Err(e) = writer.reopen_current() {
+            if !(makes_room(&e.source) && writer.drop_closed()?) {
+                return Err(e);
+            }
+        }
         while writer.retained.count() > limits.segments.max(2) as usize && writer.drop_closed()? {}
         Ok(writer)
     }
@@ -95,7 +100,6 @@ impl LogWriter {
             epoch: self.identity.epoch,
             created_ns: modified_ns(&data),
         });
-        self.adopt(&index, data_len);
         let mut segment = Segment {
             header,
             data: Arc::new(data),
@@ -107,6 +111,7 @@ impl LogWriter {
         };
         mend(&mut segment, index.header.is_none())
             .map_err(|e| self.dir.error("cannot write the log index", &index_name(self.stream), e))?;
+        self.adopt(&index, data_len);
         self.next_number = header.number.saturating_add(1);
         self.retained.push(header.number, segment.data.clone(), data_len);
         self.current = Some(segment);

@@ -281,7 +281,7 @@ fn rename_once(dir: &LogDir, from: &str, to: &str) -> Result<(), LogError> {
 }
 
 /// Errors against which dropping old segments helps, or at least may.
-fn makes_room(e: &io::Error) -> bool {
+pub(super) fn makes_room(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EIO))
 }
 

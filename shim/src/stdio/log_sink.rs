@@ -39,7 +39,7 @@ pub(super) fn spawn(
 ) -> std::io::Result<()> {
     let retained = writer.retained();
     let SinkEnd { chunks, safe } = end;
-    let log = LogThread { writer, name, retained, safe, counters, stalled: false };
+    let log = LogThread { writer, name, retained, safe, counters, told: false };
     thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(chunks))?;
     Ok(())
 }
@@ -50,8 +50,8 @@ struct LogThread {
     retained: Arc<Retained>,
     safe: watch::Sender<u64>,
     counters: Arc<Counters>,
-    /// Whether the trouble that the log has was reported.
-    stalled: bool,
+    /// Whether the trouble that the log has with its disk was reported.
+    told: bool,
 }
 
 impl LogThread {
@@ -85,30 +85,31 @@ impl LogThread {
                 Stalled::Disk(_) => Obstacle::Disk,
             }));
             self.report(&stall);
-            // A reader cannot make room before it is told what of the chunk there is to read.
-            if let Some(offset) = self.writer.safe_offset() {
-                self.safe.send_replace(offset);
+            // The reader must hear that the log has grown by a part of the work, even where nothing more
+            // is safe: what it has not read yet may be what holds the log up.
+            match self.writer.safe_offset() {
+                Some(offset) => drop(self.safe.send_replace(offset)),
+                None => self.safe.send_modify(|_| ()),
             }
             if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) {
                 return false;
             }
         }
-        if std::mem::take(&mut self.stalled) {
-            self.counters.wait_for(None);
+        self.counters.wait_for(None);
+        if std::mem::take(&mut self.told) {
             tracing::info!(stream = self.name, "the log is being written again");
         }
         true
     }
 
     fn report(&mut self, stall: &Stalled) {
-        if std::mem::replace(&mut self.stalled, true) {
-            return;
-        }
         match stall {
             // What a slow reader is meant to do. Nothing for an operator to act on.
             Stalled::Reader => tracing::debug!(stream = self.name, "{stall}"),
+            Stalled::Disk(_) if self.told => {}
             Stalled::Disk(_) => {
-                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log")
+                self.told = true;
+                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log");
             }
         }
     }

@@ -253,8 +253,8 @@ impl ProcessIo {
 
     /// Delivers what is left for at most `limit`, then closes everything. Called by Delete.
     ///
-    /// Ends after 4 s in which nothing went forward: `limit` is for what still flows, which may be as
-    /// much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that
+    /// Ends after 4 s in which nothing went forward, or 2 s if it is a sink that takes nothing: `limit` is
+    /// for what still flows, which may be as much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that
     /// cannot be reached any more is waited for as long as any other: give no `limit` if it is known to
     /// be gone.
     pub async fn finish(mut self, limit: Duration) -> FinishReport {
@@ -284,7 +284,10 @@ impl ProcessIo {
     async fn all_delivered(&mut self, deadline: Instant) -> bool {
         loop {
             let before = self.progress();
-            let look = deadline.min(Instant::now() + GUEST_PATIENCE);
+            // The guest sends nothing more while a disk is full.
+            let stuck = self.outputs.iter().any(|output| output.stuck() > 0);
+            let patience = if stuck { READER_PATIENCE } else { GUEST_PATIENCE };
+            let look = deadline.min(Instant::now() + patience);
             if timeout_at(look, self.tasks_end()).await.is_ok() {
                 return true;
             }

@@ -86,8 +86,12 @@ impl Output {
 
     /// Bytes that came from the guest and did not get everywhere in time.
     pub(super) fn discarded(&self) -> u64 {
-        let stuck = self.counters.received.get().saturating_sub(self.counters.stored.get());
-        stuck.saturating_add(self.counters.discarded.get())
+        self.stuck().saturating_add(self.counters.discarded.get())
+    }
+
+    /// Bytes that came from the guest and that the first sink, the log mostly, does not have yet.
+    pub(super) fn stuck(&self) -> u64 {
+        self.counters.received.get().saturating_sub(self.counters.stored.get())
     }
 
     /// Changes whenever bytes go forward.

@@ -4,6 +4,7 @@
 use std::{
     env,
     io::{self, Write},
+    path::Path,
     process::ExitCode,
     str::FromStr,
 };
@@ -13,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 const USAGE: &str = "usage:
   cube-test-writer stream SEED BYTES [SEED BYTES]   pseudo-random bytes to stdout [and at once to stderr]
+  cube-test-writer until FILE SEED                  such bytes until FILE exists; their number to stderr
   cube-test-writer repeat HEX BYTES                 the pattern, as often as it takes
   cube-test-writer sha256 SEED FROM TO              digest of a range of a stream
   cube-test-writer vsock CID PORT                   connect; tells whether that was refused
@@ -44,6 +46,11 @@ fn run(args: &[&str]) -> io::Result<()> {
                 errors.join().map_err(|_| io::Error::other("the writer of stderr panicked"))?
             })
         }
+        ["until", file, seed] => {
+            let bytes = until(Path::new(file), number(seed)?)?;
+            eprintln!("{bytes}");
+            Ok(())
+        }
         ["repeat", hex, bytes] => repeat(&pattern(hex)?, number(bytes)?),
         ["sha256", seed, from, to] => sha256(number(seed)?, number(from)?, number(to)?),
         ["vsock", cid, port] => report("connect", vsock(number(cid)?, number(port)?)),
@@ -74,10 +81,21 @@ impl Write for RawStdout {
 }
 
 fn stream(out: &mut impl Write, seed: u64, bytes: u64) -> io::Result<()> {
+    write_while(out, seed, |offset| bytes - offset)?;
+    out.flush()
+}
+
+/// Gives the number of bytes written.
+fn until(file: &Path, seed: u64) -> io::Result<u64> {
+    write_while(&mut RawStdout, seed, |_| if file.exists() { 0 } else { u64::MAX })
+}
+
+/// Writes a stream as long as `left` gives more than 0 bytes that may follow the offset. Gives its length.
+fn write_while(out: &mut impl Write, seed: u64, left: impl Fn(u64) -> u64) -> io::Result<u64> {
     let mut buffer = vec![0; 128 << 10];
     let mut offset = 0;
     for size in write_sizes(seed) {
-        let size = size.min(usize::try_from(bytes - offset).unwrap_or(usize::MAX));
+        let size = size.min(usize::try_from(left(offset)).unwrap_or(usize::MAX));
         if size == 0 {
             break;
         }
@@ -85,7 +103,7 @@ fn stream(out: &mut impl Write, seed: u64, bytes: u64) -> io::Result<()> {
         out.write_all(&buffer[..size])?;
         offset += size as u64;
     }
-    out.flush()
+    Ok(offset)
 }
 
 fn pattern(hex: &str) -> io::Result<Vec<u8>> {
