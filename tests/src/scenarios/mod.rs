@@ -2,6 +2,7 @@
 
 pub mod exactness;
 pub mod exits;
+pub mod faults;
 pub mod isolation;
 pub mod lifecycle;
 pub mod memory;
