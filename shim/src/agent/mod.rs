@@ -3,5 +3,5 @@
 pub mod client;
 pub mod dial;
 
-pub use client::{Agent, AgentError, GuestEvent, Link};
+pub use client::{Agent, AgentError, Clients, GuestEvent, Link};
 pub use dial::{Dial, DialError};
