@@ -162,6 +162,11 @@ impl<'lab> Direct<'lab> {
         self.lab.run_dir().join(leftovers::key(&self.address, self.lab.namespace(), &self.id))
     }
 
+    /// The hybrid vsock socket of the sandbox.
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir().join("vm.vsock")
+    }
+
     /// Starts the init process.
     pub fn start(&self) -> ttrpc::Result<u32> {
         let request = StartRequest { id: self.id.clone(), ..Default::default() };
@@ -208,6 +213,13 @@ impl<'lab> Direct<'lab> {
     /// Topics of the events so far, in the order in which they came.
     pub fn topics(&self) -> Vec<String> {
         self.events.0.lock().unwrap().iter().map(|event| event.topic.clone()).collect()
+    }
+
+    /// All events with this topic so far.
+    pub fn events<Event: Message>(&self, topic: &str) -> Vec<Event> {
+        let events = self.events.0.lock().unwrap();
+        let found = events.iter().filter(|event| event.topic == topic);
+        found.map(|event| Event::parse_from_bytes(&event.event.value).unwrap()).collect()
     }
 
     /// Waits for an event with this topic and gives it.

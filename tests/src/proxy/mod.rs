@@ -17,7 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -48,6 +48,7 @@ struct Shared {
     /// Where the guest is.
     real: PathBuf,
     plans: Mutex<Vec<(Target, Plan)>>,
+    live: Mutex<Vec<(u32, Weak<Connection>)>>,
     connections: AtomicU64,
     cuts: AtomicU64,
 }
@@ -85,6 +86,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             real: real(path),
             plans: Mutex::default(),
+            live: Mutex::default(),
             connections: AtomicU64::new(0),
             cuts: AtomicU64::new(0),
         });
@@ -109,6 +111,13 @@ impl Proxy {
     /// From now on new connections pass.
     pub fn rest(&self) {
         self.shared.plans.lock().unwrap().clear();
+    }
+
+    /// On the connections to `port` that are there now nothing passes any more.
+    pub fn freeze(&self, port: u32) {
+        let live = self.shared.live.lock().unwrap();
+        let frozen = live.iter().filter(|(other, _)| *other == port).filter_map(|(_, live)| live.upgrade());
+        frozen.for_each(|connection| connection.freeze());
     }
 
     /// Connections so far.
@@ -156,10 +165,12 @@ impl Shared {
             let stream = read_open(&mut near, &mut head)?;
             fault = self.fault(port, stream);
         }
-        if Connection::new(near, far, fault)?.run(&head) {
-            return self.cut();
-        }
-        Ok(())
+        let connection = Arc::new(Connection::new(near, far, fault)?);
+        let mut live = self.live.lock().unwrap();
+        live.retain(|(_, connection)| connection.strong_count() > 0);
+        live.push((port, Arc::downgrade(&connection)));
+        drop(live);
+        if connection.run(&head) { self.cut() } else { Ok(()) }
     }
 
     fn fault(&self, port: u32, stream: Option<Stream>) -> Option<Fault> {

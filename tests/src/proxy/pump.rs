@@ -23,12 +23,14 @@ const CHUNK: usize = 64 << 10;
 const LOOK: Duration = Duration::from_millis(10);
 
 /// Both ends of a connection whose handshake is over.
+#[derive(Debug)]
 pub(super) struct Connection {
     near: UnixStream,
     far: UnixStream,
     fault: Option<Fault>,
     ended: AtomicBool,
     cut: AtomicBool,
+    frozen: AtomicBool,
 }
 
 impl Connection {
@@ -39,7 +41,13 @@ impl Connection {
                 setsockopt(socket, sockopt::SndBuf, &1)?;
             }
         }
-        Ok(Connection { near, far, fault, ended: AtomicBool::new(false), cut: AtomicBool::new(false) })
+        let no = || AtomicBool::new(false);
+        Ok(Connection { near, far, fault, ended: no(), cut: no(), frozen: no() })
+    }
+
+    /// Lets nothing pass from now on.
+    pub(super) fn freeze(&self) {
+        self.frozen.store(true, Ordering::Relaxed);
     }
 
     /// Copies both directions until one of them ends; `head` came from the shim already. Whether the
@@ -158,6 +166,9 @@ impl<'a> Pump<'a> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.connection.frozen.load(Ordering::Relaxed) {
+            self.hold(None);
+        }
         self.to.write_all(bytes)?;
         self.bytes += bytes.len() as u64;
         Ok(())

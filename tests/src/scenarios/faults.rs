@@ -1,14 +1,22 @@
 //! Connections that are cut, stalled and split between shim and guest.
 
+pub mod control;
 mod conversation;
+pub mod readers;
 
-use std::time::{Duration, Instant};
+use std::{
+    io::Read,
+    time::{Duration, Instant},
+};
 
 use cube_protocol::stream::Stream;
 
 use self::conversation::{Conversation, converse, running};
 use crate::{
-    direct::{Direct, bind_mount},
+    direct::{
+        Direct, bind_mount,
+        exec::{Ends, Exec},
+    },
     lab::{Lab, Setup},
     logs,
     needs::Backend,
@@ -36,7 +44,7 @@ pub fn connections_cut_at_random_points_cost_no_byte(backend: Backend) {
     direct.create(bind_mount(&rootfs)).unwrap();
     let started = Instant::now();
     direct.start().unwrap();
-    let ends = crate::direct::exec::Ends { stdin, stdout, stderr };
+    let ends = Ends { stdin, stdout, stderr };
     Conversation { output: bytes, input: bytes }.hold(ends, || direct.close_stdin("").unwrap());
     assert_eq!(direct.wait().unwrap(), 0);
     let took = started.elapsed();
@@ -54,7 +62,7 @@ pub fn connections_cut_at_random_points_cost_no_byte(backend: Backend) {
 pub fn a_connection_may_be_cut_at_every_frame_boundary(backend: Backend) {
     let lab = Lab::new(backend);
     let direct = running(&lab);
-    let proxy = Proxy::at(&direct.run_dir().join("vm.vsock"));
+    let proxy = Proxy::at(&direct.socket());
     let (mut sessions, mut worst) = (0, Duration::ZERO);
     for stream in [Stream::STDIN, Stream::STDOUT, Stream::STDERR] {
         for side in [Side::ToGuest, Side::ToHost] {
@@ -80,7 +88,7 @@ pub fn a_connection_may_be_cut_at_every_frame_boundary(backend: Backend) {
 pub fn a_connection_may_be_cut_at_every_step_of_the_handshake(backend: Backend) {
     let lab = Lab::new(backend);
     let direct = running(&lab);
-    let proxy = Proxy::at(&direct.run_dir().join("vm.vsock"));
+    let proxy = Proxy::at(&direct.socket());
     let (mut worst, faults) = (Duration::ZERO, handshake());
     // One for each stream, so that none meets two in a row and waits longer and longer.
     for (n, steps) in faults.chunks(3).enumerate() {
@@ -98,7 +106,7 @@ pub fn a_connection_may_be_cut_at_every_step_of_the_handshake(backend: Backend) 
 pub fn however_a_connection_splits_its_bytes_they_arrive(backend: Backend) {
     let lab = Lab::new(backend);
     let direct = running(&lab);
-    let proxy = Proxy::at(&direct.run_dir().join("vm.vsock"));
+    let proxy = Proxy::at(&direct.socket());
     for (name, fault) in [
         ("single", Fault::SingleBytes),
         ("bursts", Fault::Bursts(Duration::from_millis(20))),
@@ -116,7 +124,7 @@ pub fn however_a_connection_splits_its_bytes_they_arrive(backend: Backend) {
 pub fn a_connection_that_stalls_and_goes_on_costs_only_time(backend: Backend) {
     let lab = Lab::new(backend);
     let direct = running(&lab);
-    let proxy = Proxy::at(&direct.run_dir().join("vm.vsock"));
+    let proxy = Proxy::at(&direct.socket());
     for (n, (side, after)) in [(Side::ToHost, 1000), (Side::ToGuest, 100)].into_iter().enumerate() {
         let stall = Fault::Stall(side, after, Some(Duration::from_secs(3)));
         proxy.follow(Target::Streams, Plan::once([stall.clone(), stall.clone(), stall]));
@@ -125,6 +133,42 @@ pub fn a_connection_that_stalls_and_goes_on_costs_only_time(backend: Backend) {
         assert!(took >= Duration::from_secs(3), "nothing was stalled: {took:?}");
         assert_eq!(proxy.connections() - before, 3, "connections of {name}");
     }
+    conversation::end(&lab, direct);
+}
+
+/// What a hypervisor does that has lost a connection: the shim gives the handshake up and dials again.
+pub fn a_handshake_without_an_answer_is_given_up_and_tried_again(backend: Backend) {
+    let lab = Lab::new(backend);
+    let direct = running(&lab);
+    let proxy = Proxy::at(&direct.socket());
+    let stall = Fault::Stall(Side::ToHost, 0, None);
+    proxy.follow(Target::Streams, Plan::once([stall.clone(), stall.clone(), stall]));
+    let took = converse(&direct, "silence");
+    assert!(proxy.connections() >= 6, "{} connections", proxy.connections());
+    soak::record("handshake without an answer", "longest conversation, seconds", took.as_secs_f32());
+    conversation::end(&lab, direct);
+}
+
+/// A stream on which nothing comes any more holds up no other, no exit, and Delete for a bounded time.
+pub fn a_stream_that_stalls_for_good_holds_up_nothing_else(backend: Backend) {
+    let lab = Lab::new(backend);
+    let direct = running(&lab);
+    let proxy = Proxy::at(&direct.socket());
+    proxy.follow(Target::Only(Stream::STDOUT), Plan::once([Fault::Stall(Side::ToHost, 300_000, None)]));
+    let (mut exec, ends) = Exec::new(&direct, "stuck", &["cube-test-writer", "converse", "1", "10000000"]);
+    exec.create().unwrap();
+    exec.start().unwrap();
+    let mut byte = [0];
+    (&ends.stdout).read_exact(&mut byte).unwrap();
+    converse(&direct, "other");
+    exec.kill(9).unwrap();
+    assert_eq!(exec.wait().unwrap(), 137);
+    let began = Instant::now();
+    exec.delete().unwrap();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(15), "Delete took {took:?}");
+    soak::record("stream that stalls for good", "Delete, seconds", took.as_secs_f32());
+    drop(exec);
     conversation::end(&lab, direct);
 }
 

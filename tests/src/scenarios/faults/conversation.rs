@@ -67,11 +67,16 @@ fn feed(mut stdin: File, bytes: u64) {
 /// A container that waits, for conversations in it.
 pub(super) fn running(lab: &Lab) -> Direct<'_> {
     let mut direct = Direct::new(lab, "c", &WAIT);
+    running_behind(&mut direct);
+    direct
+}
+
+/// Starts the container of a test that has put a proxy in front of it.
+pub(super) fn running_behind(direct: &mut Direct<'_>) {
     let rootfs = direct.unpack_image();
     direct.start_shim();
     direct.create(bind_mount(&rootfs)).unwrap();
     direct.start().unwrap();
-    direct
 }
 
 /// Ends what [`running`] began.
