@@ -37,8 +37,13 @@ fn deadline() -> Context {
 impl Guest {
     /// The agent of the sandbox of container `id`.
     pub fn of(lab: &Lab, id: &str) -> Guest {
+        Guest::at(socket(lab, id))
+    }
+
+    /// The agent behind a hybrid vsock socket.
+    pub fn at(socket: PathBuf) -> Guest {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Guest { socket: socket(lab, id), runtime }
+        Guest { socket, runtime }
     }
 
     async fn control(&self) -> GuestClient {

@@ -42,6 +42,10 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(2), Duration::from_
 /// Time for Hello; an emulated guest is slow right after boot.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long after the loss of its connection a request is made again: a guest that lives is back at
+/// once, and a caller should hear soon of one that does not.
+const REPEAT: Duration = Duration::from_secs(5);
+
 /// How long an Events call waits in the guest, and how much longer we wait for its answer.
 const POLL: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
 
@@ -86,6 +90,9 @@ pub enum AgentError {
         call: &'static str,
         /// What the agent answered.
         status: ttrpc::Status,
+        /// Whether an earlier request of the same call was lost with its connection: the refusal may
+        /// be for what that one did.
+        repeated: bool,
     },
     /// The guest did not answer a call in time.
     #[error("the guest did not answer {call} within {limit:?}")]
@@ -117,6 +124,12 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// Whether the agent refused with `code` what it may have done for an earlier request of the same
+    /// call, whose answer was lost.
+    pub fn may_be_done(&self, code: ttrpc::Code) -> bool {
+        matches!(self, AgentError::Refused { status, repeated: true, .. } if status.code() == code)
+    }
+
     /// Whether trying again cannot help.
     fn is_final(&self) -> bool {
         match self {
@@ -199,28 +212,92 @@ impl Agent {
         }
     }
 
-    /// Makes one call with a deadline of `limit`, waiting within it for a connection if there is none.
+    /// Makes a call with a deadline of `limit`, waiting within it for a connection if there is none.
+    /// `send` makes the request on the clients that it is given.
     ///
-    /// The call runs in a task of its own: ttrpc closes the whole connection when a request is
-    /// dropped while it is being written, and our caller may go away at any time.
-    pub async fn call<F, R, T>(
+    /// A request whose connection is lost is made again on the next one. For calls that may be made
+    /// twice; what the agent then refuses because the first has done it
+    /// ([`AgentError::may_be_done`]) is for the caller to tell.
+    pub async fn call<Q, F, R, T>(
         &self,
         call: &'static str,
         limit: Duration,
-        request: F,
+        request: Q,
+        send: F,
     ) -> Result<T, AgentError>
     where
-        F: FnOnce(Clients, Context) -> R + Send + 'static,
+        Q: Clone,
+        F: Fn(Clients, Context, Q) -> R,
         R: Future<Output = ttrpc::Result<T>> + Send + 'static,
         T: Send + 'static,
     {
         let deadline = Instant::now() + limit;
-        let clients = self.connected(deadline).await.ok_or(AgentError::Deadline { call, limit })?;
-        let context = context::with_duration(limit);
-        let answer = tokio::spawn(request(clients, context));
+        let mut lost: Option<(Instant, AgentError)> = None;
+        loop {
+            let until = lost.as_ref().map_or(deadline, |(give_up, _)| *give_up);
+            let attempt = |clients, context| send(clients, context, request.clone());
+            match self.attempt(call, limit, until, deadline, attempt).await {
+                Err(AgentError::Deadline { .. }) if until < deadline && Instant::now() < deadline => {
+                    let unanswered = AgentError::Deadline { call, limit };
+                    return Err(lost.map_or(unanswered, |(_, error)| error));
+                }
+                Err(error @ AgentError::Transport { .. }) if Instant::now() < until && self.may_return() => {
+                    debug!("making {call} again: {}", chain(&error));
+                    let give_up = lost.map_or(deadline.min(Instant::now() + REPEAT), |(give_up, _)| give_up);
+                    lost = Some((give_up, error));
+                    // The owner of the connection notices its end by itself, a little later.
+                    sleep(BACKOFF.0).await;
+                }
+                Err(AgentError::Refused { call, status, .. }) => {
+                    return Err(AgentError::Refused { call, status, repeated: lost.is_some() });
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Like [`call`](Agent::call), for a request that must not be made twice: its effect is unknown if
+    /// the connection is lost.
+    pub async fn call_once<F, R, T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        send: F,
+    ) -> Result<T, AgentError>
+    where
+        F: FnOnce(Clients, Context) -> R,
+        R: Future<Output = ttrpc::Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let deadline = Instant::now() + limit;
+        self.attempt(call, limit, deadline, deadline, send).await
+    }
+
+    /// Waits for a connection until `connected`, and for the answer until `deadline`.
+    ///
+    /// The request runs in a task of its own: ttrpc closes the whole connection when one is dropped
+    /// while it is being written, and our caller may go away at any time.
+    async fn attempt<F, R, T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        connected: Instant,
+        deadline: Instant,
+        send: F,
+    ) -> Result<T, AgentError>
+    where
+        F: FnOnce(Clients, Context) -> R,
+        R: Future<Output = ttrpc::Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let clients = self.connected(connected).await.ok_or(AgentError::Deadline { call, limit })?;
+        let context = context::with_duration(deadline.saturating_duration_since(Instant::now()));
+        let answer = tokio::spawn(send(clients, context));
         match timeout_at(deadline, answer).await {
             Ok(Ok(Ok(answer))) => Ok(answer),
-            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => Err(AgentError::Refused { call, status }),
+            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => {
+                Err(AgentError::Refused { call, status, repeated: false })
+            }
             // ttrpc's own deadline races with ours, and has no code of its own.
             Ok(Ok(Err(_))) if Instant::now() >= deadline => Err(AgentError::Deadline { call, limit }),
             Ok(Ok(Err(source))) => Err(AgentError::Transport { call, source }),
@@ -230,6 +307,11 @@ impl Agent {
             }
             Err(_) => Err(AgentError::Deadline { call, limit }),
         }
+    }
+
+    /// Whether somebody connects again: nobody does once the VM has ended.
+    fn may_return(&self) -> bool {
+        self.clients.has_changed().is_ok()
     }
 
     async fn connected(&self, deadline: Instant) -> Option<Clients> {
@@ -340,7 +422,7 @@ async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError
     let call = "Hello";
     let hello =
         clients.guest.hello(context::with_duration(HELLO_LIMIT), &request).await.map_err(|e| match e {
-            ttrpc::Error::RpcStatus(status) => AgentError::Refused { call, status },
+            ttrpc::Error::RpcStatus(status) => AgentError::Refused { call, status, repeated: false },
             source => AgentError::Transport { call, source },
         })?;
     version::Version::from(hello.protocol.get_or_default()).check()?;

@@ -3,7 +3,7 @@
 pub mod client;
 pub mod dial;
 
-pub use client::{Agent, AgentError, GuestEvent, Link, LinkStatus};
+pub use client::{Agent, AgentError, Clients, GuestEvent, Link, LinkStatus};
 pub use dial::{Dial, DialError};
 
 /// Longest text of the guest's that is kept, in characters.

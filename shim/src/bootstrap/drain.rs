@@ -75,5 +75,5 @@ async fn kill(agent: &Agent, id: &str) {
     let call =
         api::KillRequest { id: id.into(), signal: libc::SIGKILL as u32, all: true, ..Default::default() };
     // What has exited already has ended its streams as well.
-    let _ = agent.call("Kill", CALL_LIMIT, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
+    let _ = agent.call_once("Kill", CALL_LIMIT, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
 }

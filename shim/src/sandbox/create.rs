@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
-    job::{CREATE_LIMIT, Guest, stdio_config, stream},
+    job::{self, Guest, stdio_config, stream},
     machine::Machine,
     process::Exit,
     size, spec,
@@ -160,13 +160,10 @@ impl Creation {
             options: MessageField::some(options),
             ..Default::default()
         };
-        let created = guest
-            .agent
-            .call("Create", CREATE_LIMIT, |c, ctx| async move { c.task.create(ctx, &call).await })
-            .await?;
+        let guest_pid = job::create(&guest.agent, call).await?;
         cube_fault::point("create.container_made");
         io.start(guest.dial.clone(), guest.timeline);
-        Ok(Created { io, guest_pid: created.pid, booted })
+        Ok(Created { io, guest_pid, booted })
     }
 
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
@@ -201,11 +198,13 @@ impl Creation {
             }
         };
         let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
-        prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await?;
+        // From now on it is the link that connects again.
+        let link = link.run(self.events.clone());
+        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
+        prepared.inspect_err(|_| link.abort())?;
         cube_fault::point("create.guest_ready");
         info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
 
-        let link = link.run(self.events.clone());
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
         let guest = Guest { agent, machine, dial, timeline: hello.timeline };
@@ -234,11 +233,9 @@ impl Creation {
 async fn prepare_guest(agent: &Agent, hostname: &str, shared_mounts: Vec<SharedMount>) -> Result<(), Error> {
     let call = PrepareSandboxRequest { hostname: hostname.into(), shared_mounts, ..Default::default() };
     agent
-        .call(
-            "PrepareSandbox",
-            PREPARE_LIMIT,
-            |c, ctx| async move { c.guest.prepare_sandbox(ctx, &call).await },
-        )
+        .call("PrepareSandbox", PREPARE_LIMIT, call, |c, ctx, call| async move {
+            c.guest.prepare_sandbox(ctx, &call).await
+        })
         .await?;
     Ok(())
 }

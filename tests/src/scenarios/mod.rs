@@ -4,6 +4,7 @@ pub mod counters;
 pub mod disks;
 pub mod exactness;
 pub mod exits;
+pub mod faults;
 pub mod isolation;
 pub mod kills;
 pub mod large_logs;

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 const USAGE: &str = "usage:
   cube-test-writer stream SEED BYTES [SEED BYTES]   pseudo-random bytes to stdout [and at once to stderr]
   cube-test-writer until FILE SEED                  such bytes until FILE exists; their number to stderr
+  cube-test-writer converse SEED BYTES              the same to stdout, while stdin is copied to stderr
   cube-test-writer repeat HEX BYTES                 the pattern, as often as it takes
   cube-test-writer sha256 SEED FROM TO              digest of a range of a stream
   cube-test-writer vsock CID PORT                   connect; tells whether that was refused
@@ -50,6 +51,15 @@ fn run(args: &[&str]) -> io::Result<()> {
             let bytes = until(Path::new(file), number(seed)?)?;
             eprintln!("{bytes}");
             Ok(())
+        }
+        ["converse", seed, bytes] => {
+            let (seed, bytes) = (number(seed)?, number(bytes)?);
+            std::thread::scope(|scope| {
+                let echo = scope.spawn(|| io::copy(&mut io::stdin(), &mut io::stderr()));
+                stream(&mut RawStdout, seed, bytes)?;
+                echo.join().map_err(|_| io::Error::other("the copier of stdin panicked"))??;
+                Ok(())
+            })
         }
         ["repeat", hex, bytes] => repeat(&pattern(hex)?, number(bytes)?),
         ["sha256", seed, from, to] => sha256(number(seed)?, number(from)?, number(to)?),
