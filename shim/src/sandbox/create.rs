@@ -18,7 +18,6 @@ use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
     job::{CREATE_LIMIT, Guest, stdio_config, stream},
     machine::Machine,
-    process::Exit,
     size, spec,
 };
 use crate::{
@@ -231,10 +230,4 @@ async fn prepare_guest(agent: &Agent, hostname: &str, shared_mounts: Vec<SharedM
         )
         .await?;
     Ok(())
-}
-
-impl From<&cube_protocol::guest::TaskExit> for Exit {
-    fn from(exit: &cube_protocol::guest::TaskExit) -> Exit {
-        Exit { status: exit.exit_status, at_ns: exit.exited_at_ns }
-    }
 }

@@ -105,7 +105,7 @@ pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<(), Error>
     Ok(())
 }
 
-/// Sends a signal. If the guest does not answer and `last_resort` is set, SIGKILL ends the VM.
+/// Sends a signal. If the guest does not take it and `last_resort` is set, SIGKILL ends the VM.
 pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) -> Result<(), Error> {
     let sigkill = request.signal == libc::SIGKILL as u32;
     let limit = if sigkill { SIGKILL_LIMIT } else { CALL_LIMIT };
@@ -120,7 +120,8 @@ pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) 
     let answer = guest.agent.call("Kill", limit, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
     match answer {
         Ok(_) => Ok(()),
-        Err(AgentError::Refused { call, status }) => Err(AgentError::Refused { call, status }.into()),
+        // It may have exited a moment ago; the owner waits for it to be told.
+        Err(e) if e.is_not_found() => Err(e.into()),
         Err(e) if sigkill && last_resort => {
             warn!("the guest did not take SIGKILL, killing its VM: {}", chain(&e));
             guest.machine.kill().await;

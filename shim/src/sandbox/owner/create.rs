@@ -65,6 +65,7 @@ impl Owner {
             early_execs: Vec::new(),
             guest_pid: 0,
             stats: None,
+            oom: None,
             abort: Some(abort),
         };
         self.containers.insert(id.clone(), container);
