@@ -15,7 +15,7 @@ use std::{
 
 use containerd_shim_protos::shim_async::TaskClient;
 use cube_protocol::{
-    guest::{EventsRequest, HelloRequest, HelloResponse, event},
+    guest::{Event, EventsRequest, HelloRequest, HelloResponse, event},
     guest_ttrpc::GuestClient,
     ports, version,
 };
@@ -30,8 +30,8 @@ use ttrpc::{
     context::{self, Context},
 };
 
-use super::{Dial, DialError};
-use crate::errors::chain;
+use super::{Dial, DialError, bounded::Bounded, pace::Pace, printable};
+use crate::{errors::chain, task::check_id};
 
 /// Time for one attempt to connect. A guest whose agent does not listen yet may not answer at all.
 const DIAL_ATTEMPT: Duration = Duration::from_secs(2);
@@ -48,6 +48,11 @@ const REPEAT: Duration = Duration::from_secs(5);
 
 /// How long an Events call waits in the guest, and how much longer we wait for its answer.
 const POLL: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+
+/// What an honest agent never does costs it as much as this many events: an answer before its time
+/// without anything new, and the end of a connection.
+const WASTE: u32 = 32;
+const RECONNECT: u32 = 100;
 
 /// The services behind one connection.
 #[derive(Clone)]
@@ -128,6 +133,19 @@ impl AgentError {
     /// call, whose answer was lost.
     pub fn may_be_done(&self, code: ttrpc::Code) -> bool {
         matches!(self, AgentError::Refused { status, repeated: true, .. } if status.code() == code)
+    }
+
+    /// The agent's text goes to logs and terminals: not at any length, and not with control characters.
+    fn refused(call: &'static str, mut status: ttrpc::Status) -> AgentError {
+        status.set_message(printable(status.message()));
+        // Nobody decodes them, and they may be anything.
+        status.details.clear();
+        AgentError::Refused { call, status, repeated: false }
+    }
+
+    /// Whether the agent says that there is no such process.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, AgentError::Refused { status, .. } if status.code() == ttrpc::Code::NOT_FOUND)
     }
 
     /// Whether trying again cannot help.
@@ -295,9 +313,7 @@ impl Agent {
         let answer = tokio::spawn(send(clients, context));
         match timeout_at(deadline, answer).await {
             Ok(Ok(Ok(answer))) => Ok(answer),
-            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => {
-                Err(AgentError::Refused { call, status, repeated: false })
-            }
+            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => Err(AgentError::refused(call, status)),
             // ttrpc's own deadline races with ours, and has no code of its own.
             Ok(Ok(Err(_))) if Instant::now() >= deadline => Err(AgentError::Deadline { call, limit }),
             Ok(Ok(Err(source))) => Err(AgentError::Transport { call, source }),
@@ -334,7 +350,8 @@ impl Link {
     }
 
     async fn follow(&self, events: &mpsc::Sender<GuestEvent>) -> Result<(), AgentError> {
-        let mut after = 0;
+        let (mut after, mut refused) = (0, 0_u64);
+        let mut pace = Pace::new();
         loop {
             let clients = self.clients.borrow().clone();
             let clients = match clients {
@@ -347,26 +364,34 @@ impl Link {
                 timeline: self.timeline,
                 ..Default::default()
             };
+            let begun = Instant::now();
             match clients.guest.events(context::with_duration(POLL.0 + POLL.1), &request).await {
                 Ok(answer) => {
+                    // The guest may round its time differently.
+                    let hasty = answer.events.is_empty() && begun.elapsed() < POLL.0 / 2;
+                    let mut units = if hasty { WASTE } else { 1 };
                     for event in answer.events {
-                        after = after.max(event.sequence);
-                        self.counters.last_event.store(after, Ordering::Relaxed);
-                        let event = match event.kind {
-                            Some(event::Kind::Exit(exit)) => GuestEvent::Exit(exit),
-                            Some(event::Kind::Oom(oom)) => GuestEvent::Oom(oom),
-                            _ => continue,
+                        units += 1;
+                        let Some(event) = checked(event, &mut after) else {
+                            refused += 1;
+                            // A line for each would be the guest's to write.
+                            if refused.is_power_of_two() {
+                                warn!(refused, "the guest tells events that cannot be, they are ignored");
+                            }
+                            continue;
                         };
+                        self.counters.last_event.store(after, Ordering::Relaxed);
                         if events.send(event).await.is_err() {
                             return Ok(());
                         }
                     }
+                    pace.charge(units).await;
                 }
                 Err(e) => {
                     debug!("the connection to the agent ended: {}", chain(&e));
-                    // An agent that answers with an error at once must not make us spin.
-                    sleep(BACKOFF.0).await;
                     self.clients.send_replace(None);
+                    // An agent that answers with an error at once must not make us spin.
+                    pace.charge(RECONNECT).await;
                 }
             }
         }
@@ -391,6 +416,22 @@ impl Link {
     }
 }
 
+/// An event that is new, and names what may exist.
+fn checked(event: Event, after: &mut u64) -> Option<GuestEvent> {
+    if event.sequence <= *after {
+        return None;
+    }
+    *after = event.sequence;
+    let valid = |container: &str, exec: &str| {
+        check_id("container id", container).is_ok() && (exec.is_empty() || check_id("exec id", exec).is_ok())
+    };
+    match event.kind? {
+        event::Kind::Exit(exit) if valid(&exit.container_id, &exit.exec_id) => Some(GuestEvent::Exit(exit)),
+        event::Kind::Oom(oom) if valid(&oom.container_id, "") => Some(GuestEvent::Oom(oom)),
+        _ => None,
+    }
+}
+
 async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResponse), AgentError> {
     let deadline = Instant::now() + limit;
     let mut pause = BACKOFF.0;
@@ -412,7 +453,7 @@ async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError
     let stream = timeout(limit, dial.dial(ports::CONTROL))
         .await
         .map_err(|_| AgentError::Deadline { call: "CONNECT", limit })??;
-    let client = Client::new(Socket::new(stream));
+    let client = Client::new(Socket::new(Bounded::new(stream)));
     let clients = Clients { task: TaskClient::new(client.clone()), guest: GuestClient::new(client) };
     let request = HelloRequest {
         protocol: Some(version::CURRENT.into()).into(),
@@ -422,7 +463,7 @@ async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError
     let call = "Hello";
     let hello =
         clients.guest.hello(context::with_duration(HELLO_LIMIT), &request).await.map_err(|e| match e {
-            ttrpc::Error::RpcStatus(status) => AgentError::Refused { call, status, repeated: false },
+            ttrpc::Error::RpcStatus(status) => AgentError::refused(call, status),
             source => AgentError::Transport { call, source },
         })?;
     version::Version::from(hello.protocol.get_or_default()).check()?;

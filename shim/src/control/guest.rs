@@ -36,7 +36,9 @@ impl Figures {
 pub(super) async fn ask(agent: Option<&Agent>) -> Result<Figures, String> {
     let Some(agent) = agent else { return Err("there is no guest".into()) };
     let request = InfoRequest::new();
-    let answer = agent.call("Info", LIMIT, |c, ctx| async move { c.guest.info(ctx, &request).await }).await;
+    let answer = agent
+        .call("Info", LIMIT, request, |c, ctx, request| async move { c.guest.info(ctx, &request).await })
+        .await;
     // The text of a refusal is the guest's.
     answer.map(figures).map_err(|e| printable(&chain(&e)))
 }

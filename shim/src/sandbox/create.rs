@@ -18,7 +18,6 @@ use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
     job::{self, Guest, stdio_config, stream},
     machine::Machine,
-    process::Exit,
     size, spec,
 };
 use crate::{
@@ -238,10 +237,4 @@ async fn prepare_guest(agent: &Agent, hostname: &str, shared_mounts: Vec<SharedM
         })
         .await?;
     Ok(())
-}
-
-impl From<&cube_protocol::guest::TaskExit> for Exit {
-    fn from(exit: &cube_protocol::guest::TaskExit) -> Exit {
-        Exit { status: exit.exit_status, at_ns: exit.exited_at_ns }
-    }
 }

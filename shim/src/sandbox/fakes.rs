@@ -26,7 +26,7 @@ use crate::{
     agent::dial::HybridVsock,
     config::Config,
     errors::Error,
-    state::RunDir,
+    state::{RunDir, now_ns},
     vmm::{VmSpec, Vmm, VmmError, VmmExit},
 };
 
@@ -83,7 +83,7 @@ impl Guest {
             container_id: container.into(),
             exec_id: exec.into(),
             exit_status: status,
-            exited_at_ns: 1_000_000_000,
+            exited_at_ns: now_ns(),
             ..Default::default()
         }));
     }

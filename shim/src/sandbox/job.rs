@@ -176,7 +176,7 @@ async fn state(agent: &Agent, container: &str, exec: &str) -> Result<api::StateR
     agent.call("State", CALL_LIMIT, call, |c, ctx, call| async move { c.task.state(ctx, &call).await }).await
 }
 
-/// Sends a signal. If the guest does not answer and `last_resort` is set, SIGKILL ends the VM.
+/// Sends a signal. If the guest does not take it and `last_resort` is set, SIGKILL ends the VM.
 pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) -> Result<(), Error> {
     let sigkill = request.signal == libc::SIGKILL as u32;
     let limit = if sigkill { SIGKILL_LIMIT } else { CALL_LIMIT };
@@ -197,7 +197,8 @@ pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) 
     match answer {
         Ok(_) => Ok(()),
         Err(e) if e.may_be_done(Code::NOT_FOUND) => Ok(()),
-        Err(e @ AgentError::Refused { .. }) => Err(e.into()),
+        // It may have exited a moment ago; the owner waits for it to be told.
+        Err(e) if e.is_not_found() => Err(e.into()),
         Err(e) if sigkill && last_resort => {
             warn!("the guest did not take SIGKILL, killing its VM: {}", chain(&e));
             guest.machine.kill().await;

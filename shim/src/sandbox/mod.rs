@@ -149,6 +149,8 @@ enum Message {
     VmmExited(crate::vmm::VmmExit),
     /// What [`process::Process::exiting`] asked to be awaited is over.
     ProcessExited(ProcessId, Exit),
+    /// A SIGKILL was asked for a while ago.
+    KillOverdue(ProcessId),
 }
 
 /// Handle of a sandbox. Clones mean the same sandbox.

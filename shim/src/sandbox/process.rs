@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use cube_protocol::guest::TaskExit;
+
 use super::Reply;
 use crate::{state::now_ns, stdio::ProcessIo};
 
@@ -18,6 +20,14 @@ impl Exit {
     /// Death by SIGKILL, now: of a process whose own end nobody saw.
     pub fn killed() -> Exit {
         Exit { status: 128 + libc::SIGKILL as u32, at_ns: now_ns() }
+    }
+
+    /// What the guest tells of a process that was created at `created_ns`, as far as it can be true: a
+    /// status of 256 would be success to a shell, and the guest's clock is not ours.
+    pub(super) fn told(exit: &TaskExit, created_ns: u64) -> Exit {
+        let now = now_ns();
+        let at_ns = exit.exited_at_ns.min(now).max(created_ns.min(now));
+        Exit { status: exit.exit_status.min(255), at_ns }
     }
 }
 
@@ -155,6 +165,11 @@ impl Process {
         }
     }
 
+    /// Whether the guest has told the exit, also if containerd does not know it yet.
+    pub(super) fn is_over(&self) -> bool {
+        self.exit().is_some() || self.early_exit.is_some()
+    }
+
     /// Notes that the process has exited, and gives what to await before [`exited`](Process::exited):
     /// clients of containerd 1.6 close their ends of the FIFOs when they hear of the exit, and would
     /// lose what is on its way to them.
@@ -212,5 +227,22 @@ impl Process {
         for waiter in self.waiters.drain(..) {
             let _ = waiter.send(Ok(exit));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_is_told_as_it_was_unless_it_cannot_be() {
+        let created = now_ns() - 1_000_000;
+        let told = |exit_status, exited_at_ns| {
+            Exit::told(&TaskExit { exit_status, exited_at_ns, ..Default::default() }, created)
+        };
+        assert_eq!(told(143, created + 5), Exit { status: 143, at_ns: created + 5 });
+        assert_eq!(told(256, 0), Exit { status: 255, at_ns: created });
+        let future = told(u32::MAX, u64::MAX);
+        assert!(future.status == 255 && (created..=now_ns()).contains(&future.at_ns), "{future:?}");
     }
 }

@@ -219,6 +219,10 @@ impl Connections {
         match answer.header.kind {
             Kind::Opened => {
                 let opened = answer.message::<Opened>()?;
+                if opened.epoch == 0 {
+                    // It stands for "not known yet": the next connection could bring another one.
+                    return Err(Broken::Protocol("opened epoch 0".into()));
+                }
                 if epoch != 0 && opened.epoch != epoch {
                     let text = format!("opened epoch {:#x} instead of {epoch:#x}", opened.epoch);
                     return Err(Broken::Protocol(text));

@@ -65,6 +65,7 @@ impl Owner {
             execs: HashMap::new(),
             early_execs: Vec::new(),
             stats: None,
+            oom: None,
             abort: Some(abort),
         };
         self.containers.insert(id.clone(), container);

@@ -1,8 +1,12 @@
 //! Kill and Delete, as the owner sees them.
 
-use tokio::time::Instant;
+use std::time::Duration;
 
-use super::{Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Message, Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase,
+};
 use crate::{
     events::TaskEvent,
     sandbox::{
@@ -12,6 +16,9 @@ use crate::{
     },
     stdio::ProcessIo,
 };
+
+/// How long after SIGKILL the guest may take to tell the exit of the sandbox's main process.
+const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
 impl Owner {
     pub(super) fn kill(&mut self, request: KillRequest, reply: Reply<()>) {
@@ -30,9 +37,24 @@ impl Owner {
             None => Ok(()),
         });
         match guest.and_then(|()| self.guest_of(id)) {
-            Ok(guest) => answer_later(reply, job::kill(guest, request, last_resort)),
+            Ok(guest) => {
+                if last_resort && request.signal == libc::SIGKILL as u32 {
+                    self.expect_exit(request.process.clone());
+                }
+                answer_later(reply, job::kill(guest, request, last_resort));
+            }
             Err(e) => drop(reply.send(Err(e))),
         }
+    }
+
+    /// A guest that takes a SIGKILL and does not carry it out is as good as hung.
+    fn expect_exit(&self, id: ProcessId) {
+        let owner = self.owner.clone();
+        tokio::spawn(async move {
+            sleep(EXIT_LIMIT).await;
+            // Fails only when the owner has ended, and the VM with it.
+            let _ = owner.send(Message::KillOverdue(id)).await;
+        });
     }
 
     pub(super) fn is_main(&self, id: &str) -> bool {

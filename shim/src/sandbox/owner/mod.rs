@@ -84,6 +84,8 @@ struct Container {
     early_execs: Vec<(ExecRequest, Reply<()>)>,
     /// Last known metrics.
     stats: Option<Any>,
+    /// When containerd was last told that it is out of memory.
+    oom: Option<Instant>,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
 }
@@ -181,6 +183,7 @@ impl Owner {
             Message::Report(report) => self.report(*report),
             Message::VmmExited(exit) => self.vmm_exited(&exit),
             Message::ProcessExited(id, exit) => self.process_exited(&id, exit),
+            Message::KillOverdue(id) => self.kill_overdue(&id),
         }
     }
 
