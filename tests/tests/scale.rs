@@ -11,6 +11,9 @@ fn main() -> ExitCode {
         scale::execs_leave_neither_memory_nor_descriptors_behind,
         scale::one_id_lives_again_and_again,
     ];
-    let vm = cases![Backend::Qemu => scale::many_sandboxes_come_and_go];
+    let vm = cases![Backend::Qemu =>
+        scale::many_sandboxes_come_and_go,
+        scale::execs_leave_neither_memory_nor_descriptors_behind,
+    ];
     runner::main(process.into_iter().chain(vm))
 }

@@ -15,13 +15,23 @@ fn speaker(name: &str) -> [String; 3] {
     ["sh".into(), "-c".into(), format!("echo out {name}; echo err {name} >&2; exec sleep 100000")]
 }
 
-/// Starts container `id` of the pod `pod`, annotated as containerd's CRI plugin does.
+/// Starts container `id` of the pod `pod` as containerd's CRI plugin does: with its annotations, and in
+/// those namespaces of the sandbox container that a pod shares.
 fn start_in_pod(lab: &Lab, pod: &str, id: &str) {
     let kind = if id == pod { "sandbox" } else { "container" };
     let kind = format!("io.kubernetes.cri.container-type={kind}");
     let group = format!("io.kubernetes.cri.sandbox-id={pod}");
     let argv = speaker(id);
-    lab.detached_with(&["--annotation", &kind, "--annotation", &group], id, &argv.each_ref().map(|a| &**a));
+    let mut flags = vec!["--annotation".to_owned(), kind, "--annotation".to_owned(), group];
+    if id != pod {
+        let (_, pid) = lab.task(pod).unwrap();
+        let join = |kind, file| format!("{kind}:/proc/{pid}/ns/{file}");
+        for namespace in [join("ipc", "ipc"), join("uts", "uts"), join("network", "net")] {
+            flags.extend(["--with-ns".to_owned(), namespace]);
+        }
+    }
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    lab.detached_with(&flags, id, &argv.each_ref().map(String::as_str));
 }
 
 fn pod_of_two(backend: Backend) -> Lab {
@@ -54,6 +64,12 @@ pub fn the_containers_of_a_pod_share_a_sandbox_and_nothing_else(backend: Backend
     assert!(!lab.run_dir().join(lab.key("member")).exists(), "the member has a sandbox of its own");
 
     let boot_id = "/proc/sys/kernel/random/boot_id";
+    for (namespace, shared) in [("ipc", true), ("uts", true), ("net", true), ("pid", false), ("mnt", false)] {
+        let file = format!("/proc/self/ns/{namespace}");
+        let [in_pod, in_member] =
+            ["pod", "member"].map(|id| lab.exec(id, &["readlink", &file]).succeeds().out());
+        assert_eq!(in_pod == in_member, shared, "{namespace}: {in_pod} and {in_member}");
+    }
     let in_pod = lab.exec("pod", &["sh", "-c", &format!("cat {boot_id}; touch /mine")]).succeeds().out();
     let in_member =
         lab.exec("member", &["sh", "-c", &format!("cat {boot_id}; ls /mine")]).exits_with(1).out();
