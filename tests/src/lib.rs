@@ -22,4 +22,5 @@ pub mod pty;
 pub mod runner;
 pub mod scenarios;
 pub mod soak;
+pub mod usage;
 pub mod verify;

@@ -11,7 +11,9 @@ pub mod large_logs;
 pub mod lifecycle;
 pub mod memory;
 pub mod output;
+pub mod pods;
 pub mod rotation;
+pub mod scale;
 pub mod survival;
 pub mod terminal;
 

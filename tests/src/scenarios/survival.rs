@@ -157,6 +157,21 @@ pub fn a_sandbox_that_dies_is_an_exit_with_137(backend: Backend) {
     assert_eq!(logs::read(&lab.log_dir("c"), "stdout"), b"up\n");
 }
 
+/// From within: a privileged container makes its kernel panic.
+pub fn a_kernel_that_panics_is_an_exit_with_137(backend: Backend) {
+    let lab = Lab::new(backend);
+    lab.detached_with(&["--privileged"], "c", &["sh", "-c", "echo up; exec sleep 100000"]);
+    let logged = || logs::read(&lab.log_dir("c"), "stdout");
+    assert!(poll(lab.limit(), || logged() == b"up\n"), "no output");
+    lab.exec("c", &["sh", "-c", "echo c > /proc/sysrq-trigger; exec sleep 100000"]).exits_with(137);
+    lab.wait_for_state("c", Some("STOPPED"));
+    lab.delete_stopped("c", 137);
+    lab.nothing_is_left();
+    assert_eq!(logged(), b"up\n");
+    let known = std::fs::read_to_string(lab.dir().join("containerd.log")).unwrap();
+    assert!(known.contains("Kernel panic"), "the shim must quote the guest's last words");
+}
+
 /// One containerd, many sandboxes at a time, each with its own output.
 pub fn sandboxes_do_not_mix(backend: Backend) {
     let lab = Lab::new(backend);
