@@ -1,8 +1,9 @@
 //! Logs on disk, as `shim/src/log/format.rs` describes them, read without the product's reader.
 
 use std::{
+    fmt::Display,
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -23,25 +24,30 @@ pub struct Segment {
 
 /// The retained segments of `stream` in `dir`, the oldest first.
 pub fn segments(dir: &Path, stream: &str) -> Vec<Segment> {
+    try_segments(dir, stream).unwrap_or_else(|e| panic!("{stream} in {}: {e}", dir.display()))
+}
+
+/// Like [`segments`], of a log that is being written: fails in the middle of a rotation.
+pub fn try_segments(dir: &Path, stream: &str) -> io::Result<Vec<Segment>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())).flatten() {
+    for entry in fs::read_dir(dir)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some(rest) = name.strip_prefix(stream) else { continue };
         if rest.is_empty() || rest.strip_prefix('.').is_some_and(|n| n.parse::<u64>().is_ok()) {
-            found.push(segment(entry.path()));
+            found.push(segment(entry.path())?);
         }
     }
     found.sort_by_key(|segment| segment.header.number);
-    found
+    Ok(found)
 }
 
-fn segment(path: PathBuf) -> Segment {
+fn segment(path: PathBuf) -> io::Result<Segment> {
     let index = index_of(&path);
+    let named = |e: &dyn Display| io::Error::other(format!("{}: {e}", index.display()));
     let mut header = [0; HEADER_LEN];
-    let mut file = File::open(&index).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    file.read_exact(&mut header).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    let header = SegmentHeader::decode(&header).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    Segment { len: fs::metadata(&path).unwrap().len(), header, path }
+    File::open(&index).and_then(|mut file| file.read_exact(&mut header)).map_err(|e| named(&e))?;
+    let header = SegmentHeader::decode(&header).map_err(|e| named(&e))?;
+    Ok(Segment { len: fs::metadata(&path)?.len(), header, path })
 }
 
 fn index_of(segment: &Path) -> PathBuf {

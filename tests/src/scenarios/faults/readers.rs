@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
     thread::sleep,
@@ -52,15 +52,15 @@ impl<'a> Echo<'a> {
         fill(2, self.said, &mut buffer);
         self.stdin.write_all(&buffer).unwrap();
         self.said += bytes;
-        let logged = || self.retained().1 == self.said;
+        let logged = || self.retained().is_ok_and(|(_, end)| end == self.said);
         assert!(poll(self.lab.limit(), logged), "the log is at {:?} of {}", self.retained(), self.said);
     }
 
-    /// Begin and end of what the log has.
-    fn retained(&self) -> (u64, u64) {
-        let segments = logs::segments(&self.lab.log_dir("c"), "stderr");
+    /// Begin and end of what the log has. Fails while it is being rotated.
+    fn retained(&self) -> io::Result<(u64, u64)> {
+        let segments = logs::try_segments(&self.lab.log_dir("c"), "stderr")?;
         let end = segments.last().map_or(0, |last| last.header.first_offset + last.len);
-        (segments.first().map_or(0, |first| first.header.first_offset), end)
+        Ok((segments.first().map_or(0, |first| first.header.first_offset), end))
     }
 
     /// Reads up to `end`, from where the reader is. Once on the way it may go on at `gap`.
@@ -134,7 +134,7 @@ pub fn a_reader_that_returns_too_late_has_what_is_retained(backend: Backend) {
         echo.read_to(&mut reader, echo.said - CHUNK / 4, None);
         drop(reader);
         echo.say(8 * CHUNK);
-        let (begin, _) = echo.retained();
+        let (begin, _) = echo.retained().unwrap();
         assert!(begin > echo.read + CHUNK, "nothing was rotated away: {begin}");
         let lost = echo.lost;
         reader = File::open(echo.direct.fifo("stderr")).unwrap();
