@@ -6,6 +6,7 @@
 //! ```
 
 mod devices;
+mod freezer;
 mod limits;
 mod stats;
 
@@ -30,6 +31,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
 use super::{ContainerError, readable::Readable};
 
+pub use self::freezer::Freezer;
 pub(super) use self::limits::check;
 
 const LEAF: &str = "init";
