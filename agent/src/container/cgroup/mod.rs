@@ -6,6 +6,7 @@
 //! ```
 
 mod devices;
+mod freezer;
 mod limits;
 mod stats;
 
@@ -29,6 +30,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::ContainerError;
 
+pub use self::freezer::Freezer;
 pub(super) use self::limits::check;
 
 const LEAF: &str = "init";
