@@ -9,16 +9,18 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use tokio::{sync::Notify, time::timeout};
 
 /// The retained segments of one stream, shared by its writer and a reader in this process.
 #[derive(Debug, Default)]
 pub struct Retained {
     state: Mutex<State>,
     /// Notified when the reader needs less than before.
-    released: Condvar,
+    released: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -121,41 +123,46 @@ impl Retained {
             state.reader = Some(Reader { position, moved: Instant::now() });
         }
         drop(state);
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Nobody reads: the writer may drop any closed segment.
     pub fn release(&self) {
         self.lock().reader = None;
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Ends every wait of the writer, now and later.
     pub fn abandon(&self) {
         self.lock().abandoned = true;
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Waits as long as an attached reader is more than `lead` bytes behind and takes something at least
     /// every `patience`.
-    pub(crate) fn pace(&self, lead: u64, patience: Duration) {
-        let mut state = self.lock();
-        while state.ahead(lead, patience) {
-            let waited = self.released.wait_timeout(state, patience);
-            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    pub(crate) async fn pace(&self, lead: u64, patience: Duration) {
+        while self.lock().ahead(lead, patience) {
+            let _ = timeout(patience, self.until(|state| !state.ahead(lead, patience))).await;
         }
     }
 
     /// Waits at most for `limit`, or until the reader no longer needs the oldest segment; if only
     /// `for_reader`, returns at once when it does not. Whether the writer should go on trying.
-    pub(crate) fn wait(&self, limit: Duration, for_reader: bool) -> bool {
-        let state = self.lock();
-        let blocked = for_reader || state.reader_blocks();
-        let (state, _) = self
-            .released
-            .wait_timeout_while(state, limit, |s| !s.abandoned && (!blocked || s.reader_blocks()))
-            .unwrap_or_else(PoisonError::into_inner);
-        !state.abandoned
+    pub(crate) async fn wait(&self, limit: Duration, for_reader: bool) -> bool {
+        let blocked = for_reader || self.lock().reader_blocks();
+        let _ = timeout(limit, self.until(|s| s.abandoned || (blocked && !s.reader_blocks()))).await;
+        !self.lock().abandoned
+    }
+
+    async fn until(&self, condition: impl Fn(&State) -> bool) {
+        loop {
+            // Made before the look at the state, so that it resolves for any change after it.
+            let released = self.released.notified();
+            if condition(&self.lock()) {
+                return;
+            }
+            released.await;
+        }
     }
 
     /// Appends a segment that holds `len` bytes already.

@@ -1,6 +1,9 @@
 //! Create: from a bundle to a created container, booting the VM on the way if it is the first.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::{
     api,
@@ -12,7 +15,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
@@ -39,6 +42,23 @@ const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Type of the options that the agent takes.
 const OPTIONS_TYPE: &str = "cube.agent.v1.CreateOptions";
+
+/// Says in the log how long each step took.
+struct Steps(Instant);
+
+impl Steps {
+    fn begin() -> Steps {
+        Steps(Instant::now())
+    }
+
+    /// `step` has been done since the last.
+    fn done(&mut self, step: &str) {
+        let now = Instant::now();
+        let took_us = (now - self.0).as_micros();
+        debug!(took_us, "{step}");
+        self.0 = now;
+    }
+}
 
 /// A job that creates one container.
 pub(super) struct Creation {
@@ -95,6 +115,7 @@ impl Creation {
     /// What happens on the host alone. Not interrupted: it does not take long, and a mount that is
     /// made while the clean-up runs would stay.
     async fn prepare(&mut self) -> Result<(Rootfs, ProcessIo), Error> {
+        let mut steps = Steps::begin();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
         let (id, mounts) = (self.plan.request.id.clone(), self.plan.request.rootfs.clone());
         let mut spec = std::mem::take(&mut self.plan.spec);
@@ -110,11 +131,14 @@ impl Creation {
             Ok((spec, rootfs))
         });
         let (spec, rootfs) = prepared.await??;
+        steps.done("spec checked, cgroup and rootfs made");
         self.plan.spec = spec;
         let process = self.process();
         let stdio =
             stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
-        Ok((rootfs, ProcessIo::prepare(stdio).await?))
+        let io = ProcessIo::prepare(stdio).await?;
+        steps.done("stdio prepared");
+        Ok((rootfs, io))
     }
 
     async fn create(&self, rootfs: Rootfs, mut io: ProcessIo) -> Result<Created, Error> {
@@ -131,6 +155,7 @@ impl Creation {
                 (booted.guest.clone(), Some(booted))
             }
         };
+        let mut steps = Steps::begin();
         let wanted = io.wanted();
         let options = CreateOptions {
             spec: self.plan.spec.to_string().into_bytes(),
@@ -157,11 +182,13 @@ impl Creation {
             .agent
             .call("Create", CREATE_LIMIT, |c, ctx| async move { c.task.create(ctx, &call).await })
             .await?;
+        steps.done("container created in the guest");
         io.start(guest.dial.clone(), guest.timeline);
         Ok(Created { io, guest_pid: created.pid, booted })
     }
 
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
+        let mut steps = Steps::begin();
         let run_dir = &self.identity.run_dir;
         let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
         // The members of a pod come later, with whatever rootfs the snapshotter gives them.
@@ -181,7 +208,9 @@ impl Creation {
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
         let (backend, mut vmm) = (selected.backend, selected.vmm);
         info!(backend, reason = selected.reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        steps.done("VMM chosen");
         vmm.boot().await?;
+        steps.done("VMM started");
 
         let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
         let (agent, link, hello) = tokio::select! {
@@ -191,8 +220,10 @@ impl Creation {
                 return Err(Error::VmmEnded { id, description: exit.description });
             }
         };
+        steps.done("agent reached");
         let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
         prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await?;
+        steps.done("guest prepared");
         info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
 
         let link = link.run(self.events.clone());
