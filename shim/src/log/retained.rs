@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::{fd::AsRawFd, unix::fs::FileExt},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -90,6 +90,25 @@ pub enum Found {
 impl Retained {
     /// Reads what is at `position` into `buffer`. Blocks on the disk.
     pub fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<Found> {
+        self.read_with(position, buffer, |file, buffer, at| file.read_at(buffer, at))
+    }
+
+    /// Like [`read_at`](Self::read_at), but never waits for the disk: `None` if the page cache has not
+    /// what is there, or the file system cannot tell.
+    pub fn read_cached(&self, position: u64, buffer: &mut [u8]) -> io::Result<Option<Found>> {
+        match self.read_with(position, buffer, read_without_waiting) {
+            Ok(found) => Ok(Some(found)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP)) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn read_with(
+        &self,
+        position: u64,
+        buffer: &mut [u8],
+        read: impl FnOnce(&File, &mut [u8], u64) -> io::Result<usize>,
+    ) -> io::Result<Found> {
         let (data, at, len) = {
             let state = self.lock();
             let Some(oldest) = state.segments.front() else { return Ok(Found::End) };
@@ -102,7 +121,7 @@ impl Retained {
             (extent.data.clone(), position - extent.start, extent.end() - position)
         };
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len());
-        match data.read_at(&mut buffer[..len], at)? {
+        match read(&data, &mut buffer[..len], at)? {
             0 => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 "the log file was truncated by someone else",
@@ -209,4 +228,13 @@ impl Retained {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// preadv2(2) with RWF_NOWAIT: EAGAIN where it would wait, EOPNOTSUPP where it cannot know.
+fn read_without_waiting(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let at = libc::off_t::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let into = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: the iovec is that of a buffer that lives and that nobody else uses meanwhile.
+    let read = unsafe { libc::preadv2(file.as_raw_fd(), &raw const into, 1, at, libc::RWF_NOWAIT) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }

@@ -109,6 +109,8 @@ impl Output {
         };
         match (outlet, &self.retained) {
             (Some(outlet), Some(retained)) => {
+                // Before the log's thread has anything to write: it would run ahead of nobody.
+                retained.hold(0);
                 let feed = Feed {
                     name,
                     retained: retained.clone(),
