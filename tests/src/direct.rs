@@ -89,13 +89,22 @@ impl<'lab> Direct<'lab> {
         fs::write(self.bundle.join("config.json"), spec.to_string()).unwrap();
     }
 
+    /// Key of the sandbox.
+    pub fn key(&self) -> String {
+        leftovers::key(&self.address, self.lab.namespace(), &self.id)
+    }
+
     /// Runs the shim's `action` ("start", "delete") as containerd does.
     pub fn shim(&self, action: &str) -> Finished {
         let mut command = Command::new(paths::shim());
         command
             .args(["-namespace", self.lab.namespace(), "-id", &self.id, "-address"])
             .arg(self.lab.address());
-        command.args(["-publish-binary", "containerd"]).arg("-bundle").arg(&self.bundle).arg(action);
+        command
+            .args(["-debug", "-publish-binary", "containerd"])
+            .arg("-bundle")
+            .arg(&self.bundle)
+            .arg(action);
         command.current_dir(&self.bundle).env("TTRPC_ADDRESS", &self.address).env("MAX_SHIM_VERSION", "2");
         command.env("GRPC_ADDRESS", self.lab.address()).env("NAMESPACE", self.lab.namespace());
         command.env("CUBE_CONFIG", self.lab.config_file()).stdin(Stdio::null());

@@ -36,8 +36,12 @@ use crate::{errors::chain, task::check_id};
 /// Time for one attempt to connect. A guest whose agent does not listen yet may not answer at all.
 const DIAL_ATTEMPT: Duration = Duration::from_secs(2);
 
-/// Pauses between attempts grow from the first to the second.
+/// Shortest and longest pause between two attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
+
+/// A pause is this part of the time that has been waited already: no guest is found later than it has to
+/// be by more than that. Pauses that double would find some after twice the time.
+const BACKOFF_SHARE: u32 = 8;
 
 /// Time for Hello; an emulated guest is slow right after boot.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
@@ -433,8 +437,8 @@ fn checked(event: Event, after: &mut u64) -> Option<GuestEvent> {
 }
 
 async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResponse), AgentError> {
-    let deadline = Instant::now() + limit;
-    let mut pause = BACKOFF.0;
+    let begin = Instant::now();
+    let deadline = begin + limit;
     let mut last = None;
     loop {
         match timeout_at(deadline, attempt(dial)).await {
@@ -443,8 +447,7 @@ async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResp
             Ok(Err(e)) => last = Some(Box::new(e)),
             Err(_) => return Err(AgentError::Unreachable { limit, source: last }),
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(BACKOFF.1);
+        sleep((begin.elapsed() / BACKOFF_SHARE).clamp(BACKOFF.0, BACKOFF.1)).await;
     }
 }
 

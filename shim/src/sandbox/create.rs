@@ -1,6 +1,9 @@
 //! Create: from a bundle to a created container, booting the VM on the way if it is the first.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::{
     api,
@@ -12,7 +15,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
@@ -38,6 +41,23 @@ const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Type of the options that the agent takes.
 const OPTIONS_TYPE: &str = "cube.agent.v1.CreateOptions";
+
+/// Says in the log how long each step took.
+struct Steps(Instant);
+
+impl Steps {
+    fn begin() -> Steps {
+        Steps(Instant::now())
+    }
+
+    /// `step` has been done since the last.
+    fn done(&mut self, step: &str) {
+        let now = Instant::now();
+        let took_us = (now - self.0).as_micros();
+        debug!(took_us, "{step}");
+        self.0 = now;
+    }
+}
 
 /// A job that creates one container.
 pub(super) struct Creation {
@@ -98,6 +118,7 @@ impl Creation {
     /// What happens on the host alone. Not interrupted: it does not take long, and a mount that is
     /// made while the clean-up runs would stay.
     async fn prepare(&mut self) -> Result<(Rootfs, ProcessIo), Error> {
+        let mut steps = Steps::begin();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
         let (id, mounts) = (self.plan.request.id.clone(), self.plan.request.rootfs.clone());
         let mut spec = std::mem::take(&mut self.plan.spec);
@@ -114,12 +135,14 @@ impl Creation {
             Ok((spec, rootfs))
         });
         let (spec, rootfs) = prepared.await??;
+        steps.done("spec checked, cgroup and rootfs made");
         self.plan.spec = spec;
         let process = self.process();
         let stdio =
             stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
         let io = ProcessIo::prepare(stdio).await?;
         cube_fault::point("create.stdio_prepared");
+        steps.done("stdio prepared");
         Ok((rootfs, io))
     }
 
@@ -137,6 +160,7 @@ impl Creation {
                 (booted.guest.clone(), Some(booted))
             }
         };
+        let mut steps = Steps::begin();
         let wanted = io.wanted();
         let options = CreateOptions {
             spec: self.plan.spec.to_string().into_bytes(),
@@ -161,11 +185,13 @@ impl Creation {
         };
         let guest_pid = job::create(&guest.agent, call).await?;
         cube_fault::point("create.container_made");
+        steps.done("container created in the guest");
         io.start(guest.dial.clone(), guest.timeline);
         Ok(Created { io, guest_pid, booted })
     }
 
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
+        let mut steps = Steps::begin();
         let run_dir = &self.identity.run_dir;
         let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
         // The members of a pod come later, with whatever rootfs the snapshotter gives them.
@@ -185,8 +211,10 @@ impl Creation {
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
         let (backend, reason, mut vmm) = (selected.backend, selected.reason, selected.vmm);
         info!(backend, reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        steps.done("VMM chosen");
         vmm.boot().await?;
         cube_fault::point("create.vmm_spawned");
+        steps.done("VMM started");
 
         let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
         let (agent, link, hello) = tokio::select! {
@@ -196,12 +224,14 @@ impl Creation {
                 return Err(Error::VmmEnded { id, description: exit.description });
             }
         };
+        steps.done("agent reached");
         let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
         // From now on it is the link that connects again.
         let link = link.run(self.events.clone());
         let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
         prepared.inspect_err(|_| link.abort())?;
         cube_fault::point("create.guest_ready");
+        steps.done("guest prepared");
         info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
 
         let pid = vmm.pid();

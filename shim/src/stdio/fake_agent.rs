@@ -20,6 +20,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    runtime::Handle,
     sync::watch,
 };
 
@@ -81,12 +82,14 @@ pub(super) struct FakeAgent {
     changed: watch::Sender<()>,
     /// Bytes of one DATA frame at most.
     frame: usize,
+    /// The test's: a stream with a log has a runtime of its own, which ends with it.
+    runtime: Handle,
 }
 
 impl FakeAgent {
     pub(super) fn new(frame: usize) -> Arc<FakeAgent> {
         let (changed, _) = watch::channel(());
-        Arc::new(FakeAgent { state: Mutex::default(), changed, frame })
+        Arc::new(FakeAgent { state: Mutex::default(), changed, frame, runtime: Handle::current() })
     }
 
     pub(super) fn with_faults(frame: usize, faults: impl IntoIterator<Item = Fault>) -> Arc<FakeAgent> {
@@ -295,16 +298,21 @@ impl Dial for Arc<FakeAgent> {
             let source = io::ErrorKind::ConnectionRefused.into();
             return Err(DialError::Connect { path: "fake".into(), source });
         }
-        let (host, guest) = UnixStream::pair().unwrap();
+        let (host, guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        guest.set_nonblocking(true).unwrap();
         let agent = self.clone();
-        let served = tokio::spawn(async move { agent.serve(guest, fault).await });
-        tokio::spawn(async move {
+        let served = self.runtime.spawn(async move {
+            let guest = UnixStream::from_std(guest).unwrap();
+            agent.serve(guest, fault).await
+        });
+        self.runtime.spawn(async move {
             // Connections fail all the time here, but a broken assertion must not look like one.
             if served.await.is_err_and(|e| e.is_panic()) {
                 std::process::abort();
             }
         });
-        Ok(host)
+        Ok(UnixStream::from_std(host).unwrap())
     }
 }
 

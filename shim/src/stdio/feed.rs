@@ -110,20 +110,26 @@ impl Feed {
         Ok(Ok(()))
     }
 
-    // On a thread that may wait for the disk; mostly the page cache has it.
     async fn read(&self) -> io::Result<(Found, Bytes)> {
         let available = self.retained.end().saturating_sub(self.position);
         if available == 0 {
             return Ok((Found::End, Bytes::new()));
         }
         let (retained, position) = (self.retained.clone(), self.position);
-        let len = usize::try_from(available).unwrap_or(CHUNK).min(CHUNK);
+        let mut buffer = BytesMut::zeroed(usize::try_from(available).unwrap_or(CHUNK).min(CHUNK));
+        // What was just written is in the page cache; a thread of its own costs more than the read.
+        if let Some(found) = retained.read_cached(position, &mut buffer)? {
+            return Ok(read_into(buffer, found));
+        }
         let read = tokio::task::spawn_blocking(move || {
-            let mut buffer = BytesMut::zeroed(len);
             let found = retained.read_at(position, &mut buffer)?;
-            buffer.truncate(if let Found::Bytes(n) = found { n } else { 0 });
-            Ok((found, buffer.freeze()))
+            Ok(read_into(buffer, found))
         });
         read.await.map_err(io::Error::other)?
     }
+}
+
+fn read_into(mut buffer: BytesMut, found: Found) -> (Found, Bytes) {
+    buffer.truncate(if let Found::Bytes(n) = found { n } else { 0 });
+    (found, buffer.freeze())
 }

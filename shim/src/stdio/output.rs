@@ -10,7 +10,7 @@ use super::{
     connection::Endpoint,
     direct::Direct,
     feed::Feed,
-    log_sink,
+    log_sink::LogThread,
     outlet::Outlet,
     phase::Phases,
     program::LogProgram,
@@ -51,6 +51,7 @@ struct Parts {
 /// A log whose thread is running.
 #[derive(Debug)]
 struct Log {
+    thread: LogThread,
     sink: Sink,
     epoch: u64,
 }
@@ -111,32 +112,31 @@ impl Output {
     pub(super) fn start(&mut self, endpoint: Endpoint, phases: Phases, tasks: &mut JoinSet<()>) {
         let Some(Parts { log, outlet }) = self.parts.take() else { return };
         let (name, counters) = (self.name, self.counters.clone());
-        let (sink, epoch) = match (log, outlet, &self.retained) {
-            (Some(log), Some(outlet), Some(retained)) => {
+        let Some(Log { thread, sink, epoch }) = log else {
+            let (sink, end) = sink::channel(0);
+            let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
+            tasks.spawn(direct.run(end));
+            tasks.spawn(Relay::new(endpoint, 0, sink, counters).run(phases));
+            return;
+        };
+        match (outlet, &self.retained) {
+            (Some(outlet), Some(retained)) => {
+                // Before the log's thread has anything to write: it would run ahead of nobody.
+                retained.hold(0);
                 let feed = Feed {
                     name,
                     retained: retained.clone(),
-                    grown: log.sink.safe.clone(),
+                    grown: sink.safe.clone(),
                     outlet,
                     counters: counters.clone(),
                     phases: phases.clone(),
                     position: 0,
                 };
                 tasks.spawn(feed.run());
-                (log.sink, log.epoch)
             }
-            (Some(log), _, _) => {
-                counters.deliver();
-                (log.sink, log.epoch)
-            }
-            (None, outlet, _) => {
-                let (sink, end) = sink::channel(0);
-                let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
-                tasks.spawn(direct.run(end));
-                (sink, 0)
-            }
-        };
-        tasks.spawn(Relay::new(endpoint, epoch, sink, counters).run(phases));
+            _ => counters.deliver(),
+        }
+        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, counters).run(phases)));
     }
 }
 
@@ -165,8 +165,8 @@ fn start_log(writer: LogWriter, name: &'static str, counters: &Arc<Counters>) ->
     let epoch = writer.identity().epoch;
     let (sink, end) = sink::channel(writer.next_offset());
     counters.acknowledged.set(writer.next_offset());
-    log_sink::spawn(writer, name, end, counters.clone())?;
-    Ok(Log { sink, epoch })
+    let thread = LogThread::spawn(writer, name, end, counters.clone())?;
+    Ok(Log { thread, sink, epoch })
 }
 
 /// Begins new logs in a new directory.

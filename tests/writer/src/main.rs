@@ -7,6 +7,7 @@ use std::{
     path::Path,
     process::ExitCode,
     str::FromStr,
+    time::Duration,
 };
 
 use cube_test_writer::{fill, write_sizes};
@@ -17,6 +18,8 @@ const USAGE: &str = "usage:
   cube-test-writer until FILE SEED                  such bytes until FILE exists; their number to stderr
   cube-test-writer converse SEED BYTES              the same to stdout, while stdin is copied to stderr
   cube-test-writer repeat HEX BYTES                 the pattern, as often as it takes
+  cube-test-writer blocks SIZE BYTES                that many bytes, SIZE in each write
+  cube-test-writer lines N MICROSECONDS             N lines, a pause after each, that tell CLOCK_MONOTONIC
   cube-test-writer sha256 SEED FROM TO              digest of a range of a stream
   cube-test-writer vsock CID PORT                   connect; tells whether that was refused
   cube-test-writer io-uring                         io_uring_setup(2); tells whether that was refused
@@ -62,6 +65,8 @@ fn run(args: &[&str]) -> io::Result<()> {
             })
         }
         ["repeat", hex, bytes] => repeat(&pattern(hex)?, number(bytes)?),
+        ["blocks", size, bytes] => blocks(number(size)?, number(bytes)?),
+        ["lines", n, pause] => lines(number(n)?, Duration::from_micros(number(pause)?)),
         ["sha256", seed, from, to] => sha256(number(seed)?, number(from)?, number(to)?),
         ["vsock", cid, port] => report("connect", vsock(number(cid)?, number(port)?)),
         ["io-uring"] => report("io_uring_setup", io_uring()),
@@ -134,6 +139,28 @@ fn repeat(pattern: &[u8], bytes: usize) -> io::Result<()> {
         let n = left.min(unit.len());
         RawStdout.write_all(&unit[..n])?;
         left -= n;
+    }
+    Ok(())
+}
+
+fn blocks(size: usize, bytes: usize) -> io::Result<()> {
+    let block = vec![b'.'; size];
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(size);
+        RawStdout.write_all(&block[..n])?;
+        left -= n;
+    }
+    Ok(())
+}
+
+fn lines(count: u64, pause: Duration) -> io::Result<()> {
+    for _ in 0..count {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the pointer is to a live timespec.
+        check(unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) })?;
+        RawStdout.write_all(format!("{}\n", now.tv_sec * 1_000_000_000 + now.tv_nsec).as_bytes())?;
+        std::thread::sleep(pause);
     }
     Ok(())
 }
