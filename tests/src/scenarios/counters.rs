@@ -18,7 +18,7 @@ use crate::{
     guest,
     lab::{Lab, Setup},
     needs::Backend,
-    proxy::Scissors,
+    proxy::{Plan, Proxy, Target},
 };
 
 fn status(lab: &Lab, id: &str) -> Value {
@@ -136,7 +136,8 @@ pub fn status_counts_what_a_reader_has_missed(backend: Backend) {
 /// Connections that are cut are counted, bytes that are sent again are not.
 pub fn status_counts_reconnects(backend: Backend) {
     let lab = lab_with_waiting_container(backend);
-    let scissors = Scissors::at(&guest::socket(&lab, "c"));
+    let proxy = Proxy::at(&guest::socket(&lab, "c"));
+    proxy.follow(Target::Streams, Plan::random(1, 700_001));
     let bytes = 8 << 20;
     let script = format!("cube-test-writer repeat 61 {bytes}; cat");
     let mut exec =
@@ -144,7 +145,7 @@ pub fn status_counts_reconnects(backend: Backend) {
     let stdout = wait_for_stream(&lab, true, |stream| stream["acknowledged"] == bytes && stream["lag"] == 0);
     assert_eq!((&stdout["received"], &stdout["written"]), (&stdout["acknowledged"], &stdout["acknowledged"]));
     let reconnects = stdout["reconnects"].as_u64().unwrap();
-    assert!(reconnects > 5, "{reconnects} of {} cuts", scissors.cuts());
+    assert!(reconnects > 5, "{reconnects} of {} cuts", proxy.cuts());
     assert_eq!((&stdout["refused"], &stdout["lost"]), (&Value::from(0), &Value::from(0)));
     exec.feed(Vec::new());
     assert_eq!(exec.wait(lab.limit()).succeeds().stdout.len(), bytes);
