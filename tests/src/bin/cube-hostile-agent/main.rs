@@ -56,17 +56,15 @@ fn serve(world: &Arc<World>, mut connection: UnixStream) {
     }
     let port = line.strip_prefix(b"CONNECT ").and_then(|port| std::str::from_utf8(port).ok()?.parse().ok());
     world.count("connections");
+    if port == Some(ports::STREAM) && matches!(world.attack, Attack::Handshake) && world.has_started() {
+        return attack_handshake(connection);
+    }
+    if connection.write_all(b"OK 1\n").is_err() {
+        return;
+    }
     match port {
-        Some(ports::CONTROL) => {
-            if connection.write_all(b"OK 1\n").is_ok() {
-                control::serve(world, connection);
-            }
-        }
-        Some(ports::STREAM) => match world.attack {
-            Attack::Handshake if world.has_started() => attack_handshake(connection),
-            _ if connection.write_all(b"OK 1\n").is_ok() => stream::serve(world, connection),
-            _ => {}
-        },
+        Some(ports::CONTROL) => control::serve(world, connection),
+        Some(ports::STREAM) => stream::serve(world, connection),
         _ => {}
     }
 }
