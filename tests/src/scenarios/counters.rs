@@ -18,7 +18,10 @@ use crate::{
     guest,
     lab::{Lab, Setup},
     needs::Backend,
-    proxy::{Plan, Proxy, Target},
+    proxy::{
+        Proxy,
+        plan::{Plan, Target},
+    },
 };
 
 fn status(lab: &Lab, id: &str) -> Value {
