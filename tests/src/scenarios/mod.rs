@@ -6,6 +6,7 @@ pub mod isolation;
 pub mod lifecycle;
 pub mod memory;
 pub mod output;
+pub mod rest;
 pub mod survival;
 pub mod terminal;
 
