@@ -28,6 +28,7 @@ use ttrpc::context::{self, Context};
 use self::fifos::Fifos;
 use crate::{
     command::{Finished, poll, start},
+    guest::Guest,
     lab::{IMAGE, Lab},
     leftovers, paths,
 };
@@ -82,6 +83,12 @@ impl<'lab> Direct<'lab> {
         };
         direct.write_spec(&spec(argv));
         direct
+    }
+
+    /// The agent of its sandbox.
+    pub fn guest(&self) -> Guest {
+        let key = leftovers::key(&self.address, self.lab.namespace(), &self.id);
+        Guest::at(self.lab.run_dir().join(key).join("vm.vsock"))
     }
 
     /// Replaces `config.json`.

@@ -9,7 +9,10 @@ use std::{
 
 use cube_protocol::{
     frame::{HEADER_LEN, Header, Kind},
-    guest::{HelloRequest, HelloResponse, InfoRequest, InfoResponse, Version},
+    guest::{
+        HelloRequest, HelloResponse, InfoRequest, InfoResponse, QuiesceRequest, QuiesceResponse, ThawRequest,
+        Version,
+    },
     guest_ttrpc::GuestClient,
     ports, stream, version,
 };
@@ -55,6 +58,17 @@ impl Guest {
     pub fn hello(&self, protocol: Version) -> ttrpc::Result<HelloResponse> {
         let request = HelloRequest { protocol: Some(protocol).into(), ..Default::default() };
         self.runtime.block_on(async { self.control().await.hello(deadline(), &request).await })
+    }
+
+    /// `Guest.Quiesce`, with the streams as the shim has them.
+    pub fn quiesce(&self, sync: bool) -> QuiesceResponse {
+        let request = QuiesceRequest { sync, timeout_ms: 15_000, ..Default::default() };
+        self.runtime.block_on(async { self.control().await.quiesce(deadline(), &request).await.unwrap() })
+    }
+
+    /// `Guest.Thaw`.
+    pub fn thaw(&self, request: &ThawRequest) {
+        self.runtime.block_on(async { self.control().await.thaw(deadline(), request).await.unwrap() });
     }
 
     /// `Guest.Info`.

@@ -122,12 +122,13 @@ impl Quiescence {
                 let fence = timeout_at(deadline.at, self.gate.close()).await.map_err(|_| deadline.busy())?;
                 self.freezer.freeze(deadline.left()).await?;
                 self.hub.hold();
-                if let Err(error) = self.sync(sync, deadline).await {
-                    self.set_going()?;
-                    return Err(error);
-                }
                 *state = State::Quiesced { _fence: fence };
-                Ok(())
+                let synced = self.sync(sync, deadline).await;
+                if synced.is_err() {
+                    self.set_going()?;
+                    *state = State::Running;
+                }
+                synced
             }
         }
     }
@@ -179,5 +180,72 @@ impl Deadline {
 
     fn busy(self) -> QuiesceError {
         QuiesceError::Busy { limit: self.limit }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::stdio::Limits;
+
+    const SOON: Duration = Duration::from_millis(20);
+
+    /// A guest whose cgroup is a directory of files that say `frozen` whatever is written.
+    fn guest(frozen: u8) -> (Quiescence, tempfile::TempDir) {
+        let cgroup = tempfile::tempdir().unwrap();
+        fs::write(cgroup.path().join("cgroup.events"), format!("populated 1\nfrozen {frozen}\n")).unwrap();
+        let hub = Hub::new(Limits { ring_budget: 0, processes: 1 }, 1);
+        (Quiescence::new(Freezer::new(cgroup.path().into()), hub, Kernel::Own), cgroup)
+    }
+
+    fn asked(cgroup: &tempfile::TempDir) -> Option<String> {
+        fs::read_to_string(cgroup.path().join("cgroup.freeze")).ok()
+    }
+
+    fn runs(guest: &Quiescence) -> bool {
+        assert_eq!(guest.pass().is_none(), guest.is_quiesced());
+        !guest.is_quiesced()
+    }
+
+    async fn thaw(guest: &Quiescence) -> Thawed {
+        guest.thaw::<QuiesceError>(async { Ok(()) }).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_call_that_does_not_end_in_time_fails_the_quiesce_before_anything_is_frozen() {
+        let (guest, cgroup) = guest(1);
+        let call = guest.pass();
+        assert!(matches!(guest.quiesce(true, SOON).await, Err(QuiesceError::Busy { limit: SOON })));
+        assert!(runs(&guest));
+        assert_eq!(asked(&cgroup), None);
+        drop(call);
+        guest.quiesce(true, SOON * 1000).await.unwrap();
+        assert!(!runs(&guest));
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_cannot_be_frozen_runs_on() {
+        let (guest, cgroup) = guest(0);
+        assert!(matches!(guest.quiesce(false, SOON).await, Err(QuiesceError::Freezer(_))));
+        assert!(runs(&guest));
+        assert_eq!(asked(&cgroup).unwrap(), "0");
+    }
+
+    #[tokio::test]
+    async fn a_thaw_that_fails_leaves_it_quiesced_and_one_too_many_does_nothing() {
+        let (guest, cgroup) = guest(1);
+        for sync in [false, true, false] {
+            guest.quiesce(sync, SOON * 1000).await.unwrap();
+        }
+        let failed = guest.thaw(async { Err(QuiesceError::Busy { limit: SOON }) }).await;
+        assert!(failed.is_err() && !runs(&guest));
+        assert_eq!(asked(&cgroup).unwrap(), "1");
+        assert_eq!(thaw(&guest).await, Thawed::Now);
+        assert!(runs(&guest));
+        assert_eq!(asked(&cgroup).unwrap(), "0");
+        let renewed = guest.thaw(async { Err(QuiesceError::Busy { limit: SOON }) }).await;
+        assert_eq!(renewed.unwrap(), Thawed::Before, "nothing is renewed in a guest that runs");
     }
 }

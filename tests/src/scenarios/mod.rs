@@ -12,6 +12,7 @@ pub mod lifecycle;
 pub mod memory;
 pub mod output;
 pub mod pods;
+pub mod rest;
 pub mod rotation;
 pub mod scale;
 pub mod survival;

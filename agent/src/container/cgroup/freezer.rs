@@ -10,6 +10,11 @@ use tokio::time::timeout;
 
 use super::{super::ContainerError, Watch, is_gone, stats};
 
+/// How long to wait for a notification before looking all the same. The kernel sends at most one in 10 ms
+/// for each file (kernel/cgroup/cgroup.c, CGROUP_FILE_NOTIFY_MIN_INTV), so that of a freeze which soon
+/// follows a thaw, or the exit of a container, comes late: half of what a pause may take.
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+
 /// Freezes the cgroup that holds the cgroups of all containers.
 ///
 /// A frozen process can still be killed, and stays frozen if whoever froze it dies.
@@ -50,7 +55,9 @@ impl Freezer {
         let watch = Watch::new(&path).map_err(failed)?;
         self.write("1")?;
         while !is_frozen(&path).map_err(failed)? {
-            watch.changed().await.map_err(failed)?;
+            if let Ok(changed) = timeout(LOOK_INTERVAL, watch.changed()).await {
+                changed.map_err(failed)?;
+            }
         }
         Ok(())
     }
