@@ -17,8 +17,11 @@ use crate::{
 /// Time for all of it: containerd kills `delete` after 5 s, and the clean-up comes after this.
 const LIMIT: Duration = Duration::from_millis(2500);
 
-/// Time to reach the agent, and for each call. A guest that lives answers in milliseconds, but not
-/// where every CPU is busy; one that hangs holds the clean-up no longer than this.
+/// Time to reach the agent. A guest that lives answers in milliseconds, but not where every CPU is busy,
+/// and without an answer all that it holds is lost; one that hangs holds the clean-up no longer than this.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Time for each call.
 const CALL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Ends every container of the sandbox, so that its streams end, and writes what the guest holds of
@@ -34,7 +37,7 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
         join_all(state.containers.iter().map(|(id, container)| recover(state, id, container, log))).await;
     cube_fault::point("cleanup.log_recovered");
     let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
-    let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CALL_LIMIT).await else { return };
+    let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CONNECT_LIMIT).await else { return };
     join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
     cube_fault::point("cleanup.containers_killed");
     let drains = logs.into_iter().flatten().map(|mut io| {

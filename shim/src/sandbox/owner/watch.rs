@@ -21,6 +21,10 @@ use crate::{
 /// for a Shutdown right after the last Delete, if it has not crashed in between.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// The same once its directory is gone, and its socket with it. The Shutdown of a containerd that lives is
+/// under way then; one that has crashed between Delete and Shutdown cannot reach this shim any more.
+const UNREACHABLE_LIMIT: Duration = Duration::from_secs(10);
+
 /// containerd is told at most once in this time that a container is out of memory. The event has no
 /// count, and each goes to every client that listens.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
@@ -142,14 +146,18 @@ impl Owner {
 
     pub(super) fn wakeup(&self) -> Option<Instant> {
         match self.idle_since {
-            Some(since) => Some(since + IDLE_LIMIT),
+            Some(since) => Some(since + self.idle_limit()),
             None if self.state == SandboxState::Stopped => Some(Instant::now() + ORPHAN_INTERVAL),
             None => None,
         }
     }
 
+    fn idle_limit(&self) -> Duration {
+        if self.identity.run_dir.path().exists() { IDLE_LIMIT } else { UNREACHABLE_LIMIT }
+    }
+
     pub(super) fn look_around(&mut self) {
-        let idle = self.idle_since.is_some_and(|since| since.elapsed() >= IDLE_LIMIT);
+        let idle = self.idle_since.is_some_and(|since| since.elapsed() >= self.idle_limit());
         // `shim delete` removes the directory: containerd has forgotten us.
         let orphaned = self.state == SandboxState::Stopped && !self.identity.run_dir.path().exists();
         if idle || orphaned {
