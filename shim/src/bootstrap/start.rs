@@ -19,7 +19,8 @@ use std::{
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::{
-    ADDRESS_FILE, BootstrapError, Flags, TTRPC_ADDRESS, io_error, load_config, reply, serve, ttrpc_address,
+    ADDRESS_FILE, BootstrapError, Flags, TTRPC_ADDRESS, delete, io_error, load_config, reply, serve,
+    ttrpc_address,
 };
 use crate::{
     config::PATH_VARIABLE,
@@ -49,11 +50,15 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
 
     let run_dir = RunDir::of(&config.run_dir, &events, &flags.namespace, &sandbox_id);
     let socket = run_dir.socket()?;
-    let _lock = lock(&run_dir)?;
+    let lock = lock(&run_dir)?;
     let address = format!("unix://{}", socket.display());
     if sandbox_id == flags.id || UnixStream::connect(&socket).is_err() {
         let daemon = Daemon { flags, sandbox_id: &sandbox_id, events: &events, config_path, socket: &socket };
-        daemon.spawn()?;
+        if let Err(e) = daemon.spawn() {
+            // containerd runs no `delete` after a `start` that failed.
+            let _ = delete::remove_if_unused(&run_dir, &lock);
+            return Err(e);
+        }
         cube_fault::point("start.daemon_ready");
     }
     let file = bundle.join(ADDRESS_FILE);
