@@ -315,7 +315,14 @@ impl Agent {
         let clients = self.connected(connected).await.ok_or(AgentError::Deadline { call, limit })?;
         let context = context::with_duration(deadline.saturating_duration_since(Instant::now()));
         let answer = tokio::spawn(send(clients, context));
-        match timeout_at(deadline, answer).await {
+        let answer = tokio::select! {
+            answer = timeout_at(deadline, answer) => answer,
+            // Whatever becomes of the connection.
+            () = self.ended() => {
+                return Err(AgentError::Transport { call, source: ttrpc::Error::RemoteClosed });
+            }
+        };
+        match answer {
             Ok(Ok(Ok(answer))) => Ok(answer),
             Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => Err(AgentError::refused(call, status)),
             // ttrpc's own deadline races with ours, and has no code of its own.
@@ -332,6 +339,12 @@ impl Agent {
     /// Whether somebody connects again: nobody does once the VM has ended.
     fn may_return(&self) -> bool {
         self.clients.has_changed().is_ok()
+    }
+
+    /// Resolves when nobody connects again.
+    async fn ended(&self) {
+        let mut clients = self.clients.clone();
+        while clients.changed().await.is_ok() {}
     }
 
     async fn connected(&self, deadline: Instant) -> Option<Clients> {
