@@ -10,7 +10,11 @@ use std::{
 };
 
 use cube_agent::{container::ContainerError, stdio::ChildStdio};
-use nix::sys::{signal::Signal, wait::WaitStatus};
+use nix::sys::{
+    inotify::{InitFlags, Inotify},
+    signal::Signal,
+    wait::WaitStatus,
+};
 use oci_spec::runtime::Process;
 use serde_json::{Value, json};
 use support::{Fixture, chain, default_spec, reap_any, stdio, wait, within};
@@ -422,6 +426,25 @@ async fn delete_kills_every_process_even_those_in_cgroups_of_the_containers_own(
     let seen = output.text().await;
     assert!(seen.starts_with("0::/inner\n"), "{seen}");
     assert!(!fixture.cgroup("c1").exists());
+}
+
+/// They are limited per user, and a container may have taken them all.
+#[tokio::test]
+async fn delete_needs_no_inotify_instance() {
+    let fixture = Fixture::new();
+    let mut spec = default_spec();
+    spec["process"]["args"] = json!(["sleep", "1000"]);
+    let (mut container, init, _output) = fixture.create(spec).await.unwrap();
+    within(container.start()).await.unwrap();
+    let mut taken = Vec::new();
+    while let Ok(instance) = Inotify::init(InitFlags::IN_CLOEXEC) {
+        taken.push(instance);
+    }
+    let deleted = within(container.delete()).await;
+    drop(taken);
+    deleted.unwrap();
+    assert!(!fixture.cgroup("c1").exists());
+    wait(&init);
 }
 
 #[tokio::test]

@@ -149,6 +149,7 @@ impl SandboxCgroup {
     pub fn destroy(&self, limit: Duration) -> Result<(), CgroupError> {
         let deadline = Instant::now() + limit;
         self.kill(limit)?;
+        cube_fault::point("destroy.processes_killed");
         loop {
             match remove_tree(&self.dir) {
                 Ok(()) => return Ok(()),

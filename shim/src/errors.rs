@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn containerd_gets_the_code_of_the_agent_and_every_cause() {
         let status = ttrpc::get_status(Code::NOT_FOUND, "exec /bin/nosuch: No such file or directory");
-        let error = Error::from(AgentError::Refused { call: "Start", status });
+        let error = Error::from(AgentError::Refused { call: "Start", status, repeated: false });
         let ttrpc::Error::RpcStatus(status) = error.into() else { panic!("not a status") };
         assert_eq!(status.code(), Code::NOT_FOUND);
         assert!(status.message().ends_with("exec /bin/nosuch: No such file or directory"), "{status:?}");

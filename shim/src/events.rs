@@ -3,7 +3,14 @@
 //! containerd forgets what it is not told, and an exit that it learns of before the start confuses
 //! every client, so there is one queue, and its head stays the head while containerd is away.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use containerd_shim_protos::{
     events::task as message,
@@ -125,6 +132,33 @@ enum Item {
 #[derive(Debug, Clone)]
 pub struct Publisher {
     queue: mpsc::Sender<Item>,
+    counters: Arc<Counters>,
+}
+
+/// What has become of the events that were published.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PublisherStatus {
+    /// Not yet taken by containerd, the one that is being offered included.
+    pub waiting: u64,
+    /// Given up: containerd refused them, or too many waited.
+    pub lost: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    published: AtomicU64,
+    /// With containerd, or lost.
+    settled: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl Counters {
+    fn settle(&self, taken: bool) {
+        if !taken {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        self.settled.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl Publisher {
@@ -133,14 +167,29 @@ impl Publisher {
     pub fn new(address: &str, namespace: &str) -> Publisher {
         let (queue, items) = mpsc::channel(QUEUE);
         let path = address.strip_prefix("unix://").unwrap_or(address).into();
-        let forwarder = Forwarder { path, namespace: namespace.into(), client: None };
+        let counters = Arc::<Counters>::default();
+        let forwarder =
+            Forwarder { path, namespace: namespace.into(), client: None, counters: counters.clone() };
         tokio::spawn(forwarder.run(items));
-        Publisher { queue }
+        Publisher { queue, counters }
+    }
+
+    /// What has become of the events so far.
+    pub fn status(&self) -> PublisherStatus {
+        // In this order: what is published meanwhile may count as waiting, never as less than nothing.
+        let settled = self.counters.settled.load(Ordering::Relaxed);
+        let published = self.counters.published.load(Ordering::Relaxed);
+        PublisherStatus {
+            waiting: published.saturating_sub(settled),
+            lost: self.counters.lost.load(Ordering::Relaxed),
+        }
     }
 
     /// Queues an event and returns at once.
     pub fn publish(&self, event: TaskEvent) {
+        self.counters.published.fetch_add(1, Ordering::Relaxed);
         if let Err(e) = self.queue.try_send(Item::Event(event)) {
+            self.counters.settle(false);
             error!("an event is lost because containerd has not taken the {QUEUE} before it: {e}");
         }
     }
@@ -160,20 +209,25 @@ struct Forwarder {
     path: PathBuf,
     namespace: String,
     client: Option<EventsClient>,
+    counters: Arc<Counters>,
 }
 
 impl Forwarder {
     async fn run(mut self, mut items: mpsc::Receiver<Item>) {
         while let Some(item) = items.recv().await {
             match item {
-                Item::Event(event) => self.deliver(event).await,
+                Item::Event(event) => {
+                    let taken = self.deliver(event).await;
+                    self.counters.settle(taken);
+                }
                 // Whoever waited may have given up.
                 Item::Flushed(done) => drop(done.send(())),
             }
         }
     }
 
-    async fn deliver(&mut self, event: TaskEvent) {
+    /// Whether containerd has taken it.
+    async fn deliver(&mut self, event: TaskEvent) -> bool {
         let envelope = Envelope {
             timestamp: MessageField::some(timestamp(event.time_ns)),
             namespace: self.namespace.clone(),
@@ -185,11 +239,11 @@ impl Forwarder {
         let mut pause = BACKOFF.0;
         loop {
             match self.forward(&request).await {
-                Ok(()) => return,
+                Ok(()) => return true,
                 // It would be refused for ever, and everything behind it would wait.
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::INVALID_ARGUMENT => {
                     error!("containerd refuses the event {}: {}", event.topic, status.message());
-                    return;
+                    return false;
                 }
                 Err(e) => {
                     if pause == BACKOFF.0 {

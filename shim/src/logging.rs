@@ -39,6 +39,12 @@ pub fn init(path: &Path, debug: bool) {
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
 }
 
+/// Bytes of a message, of one field, and of all fields, at most. A line goes to the FIFO in one piece,
+/// or not at all, only up to PIPE_BUF (4096, pipe(7)), and guests have a say in how long it is.
+const MESSAGE_MAX: usize = 2400;
+const VALUE_MAX: usize = 500;
+const OTHERS_MAX: usize = 1200;
+
 /// `time="..." level=info msg="..." key=value`, as containerd's logrus writes it.
 struct Line;
 
@@ -57,9 +63,36 @@ where
         };
         let mut fields = Fields::default();
         event.record(&mut fields);
-        write!(out, "time=\"{:.9}\" level={level} msg={:?}", jiff::Timestamp::now(), fields.message)?;
+        write!(
+            out,
+            "time=\"{:.9}\" level={level} msg={}",
+            jiff::Timestamp::now(),
+            quoted(&fields.message, MESSAGE_MAX)
+        )?;
         writeln!(out, " runtime=io.containerd.cube.v2{}", fields.others)
     }
+}
+
+/// `text` in quotes, control characters escaped; of one that is too long, its beginning and its end.
+fn quoted(text: &str, max: usize) -> String {
+    let escaped: Vec<String> = text.chars().map(escape).collect();
+    let length = |text: &String| text.len();
+    if escaped.iter().map(length).sum::<usize>() <= max {
+        return format!("\"{}\"", escaped.concat());
+    }
+    let fits = |used: &mut usize, text: &&String| {
+        *used += text.len();
+        (*used <= max / 2).then(|| (*text).clone())
+    };
+    let head: String = escaped.iter().scan(0, |used, text| fits(used, &text)).collect();
+    let mut tail: Vec<String> = escaped.iter().rev().scan(0, |used, text| fits(used, &text)).collect();
+    tail.reverse();
+    format!("\"{head} … {}\"", tail.concat())
+}
+
+fn escape(c: char) -> String {
+    // As `Debug` of a string has it.
+    if c == '\'' { c.into() } else { c.escape_debug().collect() }
 }
 
 #[derive(Default)]
@@ -70,25 +103,31 @@ struct Fields {
 
 impl Visit for Fields {
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, value.into(), format!("{value:?}"));
+        self.put(field, value, quoted(value, VALUE_MAX));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         let text = format!("{value:?}");
         // Numbers and words stand bare, everything else is quoted once.
         let bare = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b));
-        let quoted = if bare || text.starts_with('"') { text.clone() } else { format!("{text:?}") };
-        self.put(field, text, quoted);
+        let is_quoted = text.starts_with('"') && !text.contains(char::is_control);
+        let value = if (bare || is_quoted) && text.len() <= VALUE_MAX {
+            text.clone()
+        } else {
+            quoted(&text, VALUE_MAX)
+        };
+        self.put(field, &text, value);
     }
 }
 
 impl Fields {
-    fn put(&mut self, field: &Field, plain: String, quoted: String) {
+    fn put(&mut self, field: &Field, plain: &str, value: String) {
         match field.name() {
-            "message" => self.message = plain,
+            "message" => self.message = plain.into(),
             // What the bridge from the `log` crate adds says nothing to an operator.
             name if name.starts_with("log.") => {}
-            name => self.others.push_str(&format!(" {name}={quoted}")),
+            name if self.others.len() + name.len() + value.len() > OTHERS_MAX => {}
+            name => self.others.push_str(&format!(" {name}={value}")),
         }
     }
 }
@@ -149,6 +188,17 @@ mod tests {
 
     fn reader(path: &Path) -> File {
         File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
+    }
+
+    #[test]
+    fn what_a_guest_says_stays_one_line_of_bounded_length() {
+        assert_eq!(quoted("it's a\n\"line\"\x1b[2J", 100), r#""it's a\n\"line\"\u{1b}[2J""#);
+        let long = format!("begins {} ends", "\x1b".repeat(100_000));
+        let cut = quoted(&long, MESSAGE_MAX);
+        assert!(
+            cut.starts_with("\"begins ") && cut.ends_with(" ends\"") && cut.len() < MESSAGE_MAX + 16,
+            "{cut}"
+        );
     }
 
     #[test]

@@ -221,6 +221,7 @@ pub fn wait_child(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 /// Asks `done` again and again until it says yes, at most for `limit`. Gives its last answer.
 pub fn poll(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
+    let mut pause = Duration::from_micros(200);
     loop {
         if done() {
             return true;
@@ -228,6 +229,7 @@ pub fn poll(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         if Instant::now() > deadline {
             return false;
         }
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(10));
     }
 }

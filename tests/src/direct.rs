@@ -1,6 +1,9 @@
 //! A shim that is driven without containerd: with bundles that containerd would never write, and
 //! with every event in the order in which it came.
 
+pub mod exec;
+mod fifos;
+
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
@@ -12,19 +15,20 @@ use std::{
 use containerd_shim_protos::{
     Client, TaskClient,
     api::{
-        CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest, KillRequest, Mount,
-        ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
+        CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest, KillRequest,
+        Mount, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
     },
     shim::event::Envelope,
     shim_sync::{Events, create_events},
 };
-use nix::{sys::stat::Mode, unistd::mkfifo};
 use protobuf::Message;
 use serde_json::{Value, json};
 use ttrpc::context::{self, Context};
 
+use self::fifos::Fifos;
 use crate::{
     command::{Finished, poll, start},
+    guest::Guest,
     lab::{IMAGE, Lab},
     leftovers, paths,
 };
@@ -40,10 +44,7 @@ pub struct Direct<'lab> {
     address: String,
     endpoint: ttrpc::Server,
     client: Option<TaskClient>,
-    /// Paths for stdout and stderr in Create.
-    fifos: [String; 2],
-    /// Write ends of the FIFOs, until the shim has its own.
-    keep: Vec<File>,
+    fifos: Fifos,
 }
 
 #[derive(Default)]
@@ -78,16 +79,26 @@ impl<'lab> Direct<'lab> {
             address,
             endpoint,
             client: None,
-            fifos: Default::default(),
-            keep: Vec::new(),
+            fifos: Fifos::default(),
         };
         direct.write_spec(&spec(argv));
         direct
     }
 
+    /// The agent of its sandbox.
+    pub fn guest(&self) -> Guest {
+        let key = leftovers::key(&self.address, self.lab.namespace(), &self.id);
+        Guest::at(self.lab.run_dir().join(key).join("vm.vsock"))
+    }
+
     /// Replaces `config.json`.
     pub fn write_spec(&self, spec: &Value) {
         fs::write(self.bundle.join("config.json"), spec.to_string()).unwrap();
+    }
+
+    /// Key of the sandbox.
+    pub fn key(&self) -> String {
+        leftovers::key(&self.address, self.lab.namespace(), &self.id)
     }
 
     /// Runs the shim's `action` ("start", "delete") as containerd does.
@@ -96,7 +107,11 @@ impl<'lab> Direct<'lab> {
         command
             .args(["-namespace", self.lab.namespace(), "-id", &self.id, "-address"])
             .arg(self.lab.address());
-        command.args(["-publish-binary", "containerd"]).arg("-bundle").arg(&self.bundle).arg(action);
+        command
+            .args(["-debug", "-publish-binary", "containerd"])
+            .arg("-bundle")
+            .arg(&self.bundle)
+            .arg(action);
         command.current_dir(&self.bundle).env("TTRPC_ADDRESS", &self.address).env("MAX_SHIM_VERSION", "2");
         command.env("GRPC_ADDRESS", self.lab.address()).env("NAMESPACE", self.lab.namespace());
         command.env("CUBE_CONFIG", self.lab.config_file()).stdin(Stdio::null());
@@ -126,28 +141,46 @@ impl<'lab> Direct<'lab> {
     /// Creates the task with these mounts for its rootfs.
     pub fn create(&mut self, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
         let bundle = self.bundle.display().to_string();
-        let [stdout, stderr] = self.fifos.clone();
+        let [stdin, stdout, stderr] = self.fifos.paths.clone();
         let id = self.id.clone();
-        let request = CreateTaskRequest { id, bundle, rootfs, stdout, stderr, ..Default::default() };
+        let request = CreateTaskRequest { id, bundle, rootfs, stdin, stdout, stderr, ..Default::default() };
         let created = self.task().create(self.context(), &request);
-        self.keep.clear();
+        self.fifos.attached();
         Ok(created?.pid)
     }
 
     /// Makes FIFOs for stdout and stderr, and opens them for reading. `ctr` is no reader to compare
     /// with: 1.6 closes its ends as soon as it hears of the exit, and loses what is still in flight.
     pub fn read_fifos(&mut self) -> [File; 2] {
-        let base = self.bundle.with_file_name("fifo");
-        let paths = ["stdout", "stderr"].map(|stream| base.with_extension(stream));
-        self.fifos = paths.clone().map(|path| path.display().to_string());
-        paths.map(|path| {
-            mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-            // The end of a FIFO that nobody has opened for writing yet must not look like its last.
-            let keep = File::options().read(true).write(true).open(&path).unwrap();
-            let reader = File::options().read(true).open(&path).unwrap();
-            self.keep.push(keep);
-            reader
-        })
+        [("stdout", 1), ("stderr", 2)].map(|(stream, n)| self.fifos.reader(n, &self.fifo(stream)))
+    }
+
+    /// Makes a FIFO for stdin, and opens it for writing.
+    pub fn write_fifo(&mut self) -> File {
+        let path = self.fifo("stdin");
+        self.fifos.writer(&path)
+    }
+
+    /// Path of the FIFO of a stream of the init process.
+    pub fn fifo(&self, stream: &str) -> PathBuf {
+        self.bundle.with_file_name(format!("fifo.{stream}"))
+    }
+
+    /// No more will come to stdin, of the init process or of an exec.
+    pub fn close_stdin(&self, exec: &str) -> ttrpc::Result<()> {
+        let (id, exec_id) = (self.id.clone(), exec.to_owned());
+        let request = CloseIORequest { id, exec_id, stdin: true, ..Default::default() };
+        self.task().close_io(self.context(), &request).map(drop)
+    }
+
+    /// Run directory of the sandbox.
+    pub fn run_dir(&self) -> PathBuf {
+        self.lab.run_dir().join(leftovers::key(&self.address, self.lab.namespace(), &self.id))
+    }
+
+    /// The hybrid vsock socket of the sandbox.
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir().join("vm.vsock")
     }
 
     /// Starts the init process.
@@ -196,6 +229,13 @@ impl<'lab> Direct<'lab> {
     /// Topics of the events so far, in the order in which they came.
     pub fn topics(&self) -> Vec<String> {
         self.events.0.lock().unwrap().iter().map(|event| event.topic.clone()).collect()
+    }
+
+    /// All events with this topic so far.
+    pub fn events<Event: Message>(&self, topic: &str) -> Vec<Event> {
+        let events = self.events.0.lock().unwrap();
+        let found = events.iter().filter(|event| event.topic == topic);
+        found.map(|event| Event::parse_from_bytes(&event.event.value).unwrap()).collect()
     }
 
     /// Waits for an event with this topic and gives it.

@@ -9,7 +9,10 @@ use std::{
 
 use cube_protocol::{
     frame::{HEADER_LEN, Header, Kind},
-    guest::{HelloRequest, HelloResponse, InfoRequest, InfoResponse, Version},
+    guest::{
+        HelloRequest, HelloResponse, InfoRequest, InfoResponse, QuiesceRequest, QuiesceResponse, ThawRequest,
+        Version,
+    },
     guest_ttrpc::GuestClient,
     ports, stream, version,
 };
@@ -37,8 +40,13 @@ fn deadline() -> Context {
 impl Guest {
     /// The agent of the sandbox of container `id`.
     pub fn of(lab: &Lab, id: &str) -> Guest {
+        Guest::at(socket(lab, id))
+    }
+
+    /// The agent behind a hybrid vsock socket.
+    pub fn at(socket: PathBuf) -> Guest {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Guest { socket: socket(lab, id), runtime }
+        Guest { socket, runtime }
     }
 
     async fn control(&self) -> GuestClient {
@@ -52,13 +60,30 @@ impl Guest {
         self.runtime.block_on(async { self.control().await.hello(deadline(), &request).await })
     }
 
+    /// `Guest.Quiesce`, with the streams as the shim has them.
+    pub fn quiesce(&self, sync: bool) -> QuiesceResponse {
+        let request = QuiesceRequest { sync, timeout_ms: 15_000, ..Default::default() };
+        self.runtime.block_on(async { self.control().await.quiesce(deadline(), &request).await.unwrap() })
+    }
+
+    /// `Guest.Thaw`.
+    pub fn thaw(&self, request: &ThawRequest) {
+        self.runtime.block_on(async { self.control().await.thaw(deadline(), request).await.unwrap() });
+    }
+
     /// `Guest.Info`.
     pub fn info(&self) -> InfoResponse {
+        self.try_info().expect("the agent does not answer")
+    }
+
+    /// `Guest.Info`, unless the agent is not there yet or any more.
+    pub fn try_info(&self) -> Option<InfoResponse> {
         let protocol = Some(version::CURRENT.into()).into();
         self.runtime.block_on(async {
-            let guest = self.control().await;
-            guest.hello(deadline(), &HelloRequest { protocol, ..Default::default() }).await.unwrap();
-            guest.info(deadline(), &InfoRequest::default()).await.unwrap()
+            let connection = HybridVsock::new(&self.socket).dial(ports::CONTROL).await.ok()?;
+            let guest = GuestClient::new(Client::new(Socket::new(connection)));
+            guest.hello(deadline(), &HelloRequest { protocol, ..Default::default() }).await.ok()?;
+            guest.info(deadline(), &InfoRequest::default()).await.ok()
         })
     }
 

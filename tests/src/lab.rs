@@ -43,11 +43,22 @@ pub struct Setup {
     pub log: String,
     /// Whether logs are in the bundle.
     pub log_in_bundle: bool,
+    /// Directory in which containerd finds the shim.
+    pub shim_dir: PathBuf,
+    /// The agent of the process backend.
+    pub agent: PathBuf,
 }
 
 impl From<Backend> for Setup {
     fn from(backend: Backend) -> Setup {
-        Setup { backend, runtime: default_runtime(), log: String::new(), log_in_bundle: false }
+        Setup {
+            backend,
+            runtime: default_runtime(),
+            log: String::new(),
+            log_in_bundle: false,
+            shim_dir: paths::shim().parent().unwrap().into(),
+            agent: paths::agent(),
+        }
     }
 }
 
@@ -89,8 +100,13 @@ impl Lab {
         let snapshotter = lab.snapshotter;
         let import = ["image", "import", "--snapshotter", snapshotter, image.to_str().unwrap()];
         lab.ctr(&import).succeeds();
-        *lab.baseline.borrow_mut() = leftovers::take(&lab.dir, &[]);
+        lab.disown_what_exists();
         lab
+    }
+
+    /// What exists now was there before the product did anything: see [`leftovers`](Lab::leftovers).
+    pub fn disown_what_exists(&self) {
+        *self.baseline.borrow_mut() = leftovers::take(&self.dir, &[]);
     }
 
     /// The lab's directory: short, for socket paths are limited to 107 bytes.
@@ -166,7 +182,7 @@ impl Lab {
              [tools]\nagent = '{}'\n\
              [log]\ndir = '{log_dir}'\n{}\n{extra}\n",
             self.setup.backend.name(),
-            paths::agent().display(),
+            self.setup.agent.display(),
             self.setup.log,
         );
         fs::write(self.config_file(), text).unwrap();
@@ -186,7 +202,7 @@ impl Lab {
     /// Starts containerd, again if it was stopped, and waits until it answers.
     pub fn start_containerd(&self) {
         let log = File::options().create(true).append(true).open(self.dir.join("containerd.log")).unwrap();
-        let mut path = paths::shim().parent().unwrap().as_os_str().to_owned();
+        let mut path = self.setup.shim_dir.as_os_str().to_owned();
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
         let child = Command::new("containerd")
@@ -212,6 +228,13 @@ impl Lab {
             child.kill().ok();
             child.wait().ok();
         }
+    }
+
+    /// Ends containerd as a crash would.
+    pub fn kill_containerd(&self) {
+        let Some(mut child) = self.containerd.borrow_mut().take() else { return };
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// A `ctr` command for this containerd and namespace, to be started by the caller.
@@ -354,7 +377,7 @@ impl Lab {
         self.keys.borrow_mut().insert(key);
     }
 
-    /// What exists beside what existed when the lab was new.
+    /// What exists beside what existed when the lab was new, or has disowned what exists.
     pub fn leftovers(&self) -> BTreeSet<String> {
         let now = leftovers::take(&self.dir, &self.keys());
         now.difference(&self.baseline.borrow()).cloned().collect()

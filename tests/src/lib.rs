@@ -9,7 +9,9 @@
 pub mod command;
 pub mod diagnostics;
 pub mod direct;
+pub mod disk;
 pub mod guest;
+pub mod kills;
 pub mod lab;
 pub mod leftovers;
 pub mod logs;
@@ -20,4 +22,5 @@ pub mod pty;
 pub mod runner;
 pub mod scenarios;
 pub mod soak;
+pub mod usage;
 pub mod verify;

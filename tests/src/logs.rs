@@ -1,12 +1,13 @@
 //! Logs on disk, as `shim/src/log/format.rs` describes them, read without the product's reader.
 
 use std::{
+    fmt::Display,
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
-use cube_shim::log::format::{HEADER_LEN, SegmentHeader};
+use cube_shim::log::format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader};
 
 use crate::verify::compare;
 
@@ -23,25 +24,34 @@ pub struct Segment {
 
 /// The retained segments of `stream` in `dir`, the oldest first.
 pub fn segments(dir: &Path, stream: &str) -> Vec<Segment> {
+    try_segments(dir, stream).unwrap_or_else(|e| panic!("{stream} in {}: {e}", dir.display()))
+}
+
+/// Like [`segments`], of a log that is being written: fails in the middle of a rotation.
+pub fn try_segments(dir: &Path, stream: &str) -> io::Result<Vec<Segment>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())).flatten() {
+    for entry in fs::read_dir(dir)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some(rest) = name.strip_prefix(stream) else { continue };
         if rest.is_empty() || rest.strip_prefix('.').is_some_and(|n| n.parse::<u64>().is_ok()) {
-            found.push(segment(entry.path()));
+            found.push(segment(entry.path())?);
         }
     }
     found.sort_by_key(|segment| segment.header.number);
-    found
+    Ok(found)
 }
 
-fn segment(path: PathBuf) -> Segment {
-    let index = path.with_file_name(format!("{}.idx", path.file_name().unwrap().to_str().unwrap()));
+fn segment(path: PathBuf) -> io::Result<Segment> {
+    let index = index_of(&path);
+    let named = |e: &dyn Display| io::Error::other(format!("{}: {e}", index.display()));
     let mut header = [0; HEADER_LEN];
-    let mut file = File::open(&index).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    file.read_exact(&mut header).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    let header = SegmentHeader::decode(&header).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
-    Segment { len: fs::metadata(&path).unwrap().len(), header, path }
+    File::open(&index).and_then(|mut file| file.read_exact(&mut header)).map_err(|e| named(&e))?;
+    let header = SegmentHeader::decode(&header).map_err(|e| named(&e))?;
+    Ok(Segment { len: fs::metadata(&path)?.len(), header, path })
+}
+
+fn index_of(segment: &Path) -> PathBuf {
+    segment.with_file_name(format!("{}.idx", segment.file_name().unwrap().to_str().unwrap()))
 }
 
 /// The whole log of a stream that was not rotated away.
@@ -67,4 +77,44 @@ pub fn compare_segments(dir: &Path, stream: &str, seed: u64, end: u64) -> u64 {
     }
     assert_eq!(at, end, "end of {stream} in {}", dir.display());
     first.header.first_offset
+}
+
+/// What a log holds of a stream of which parts were dropped in the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Bytes that are there.
+    pub kept: u64,
+    /// Bytes that the index says are missing in between.
+    pub lost: u64,
+}
+
+/// Compares every byte with the stream of `seed` at the offset that the index gives it. Panics unless
+/// the log begins with the stream's first byte, and every byte after it is there or counted as lost.
+pub fn account(dir: &Path, stream: &str, seed: u64) -> Account {
+    let mut sum = Account::default();
+    for segment in segments(dir, stream) {
+        let mut offset = sum.kept + sum.lost;
+        assert_eq!(segment.header.first_offset, offset, "{segment:?}");
+        let mut file = File::open(&segment.path).unwrap();
+        let mut at = 0;
+        let gaps = records(&segment.path).into_iter().filter(|record| record.kind == RecordKind::Gap);
+        for (until, next) in
+            gaps.map(|gap| (gap.file_offset, Some(gap.stream_offset))).chain([(segment.len, None)])
+        {
+            let bytes = compare((&mut file).take(until - at), seed, offset);
+            let bytes = bytes.unwrap_or_else(|e| panic!("{}: {e}", segment.path.display()));
+            assert_eq!(bytes, until - at, "{segment:?}");
+            (sum.kept, offset, at) = (sum.kept + bytes, offset + bytes, until);
+            let next = next.unwrap_or(offset);
+            assert!(next >= offset, "{segment:?} goes back from offset {offset} to {next}");
+            (sum.lost, offset) = (sum.lost + next - offset, next);
+        }
+    }
+    sum
+}
+
+fn records(segment: &Path) -> Vec<Record> {
+    let index = fs::read(index_of(segment)).unwrap();
+    let records = index[HEADER_LEN..].chunks_exact(RECORD_LEN);
+    records.map(|bytes| Record::decode(bytes.try_into().unwrap()).unwrap()).collect()
 }

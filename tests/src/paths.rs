@@ -15,6 +15,11 @@ pub fn agent() -> PathBuf {
     built(named("CUBE_AGENT", "x86_64-unknown-linux-gnu/agent/cube-agent"))
 }
 
+/// The static program of the tests' image, which runs on the host as well: `CUBE_WRITER`.
+pub fn writer() -> PathBuf {
+    built(named("CUBE_WRITER", "x86_64-unknown-linux-gnu/agent/cube-test-writer"))
+}
+
 /// Directory of `vmlinuz`, `vmlinux` and `initrd.img`: `CUBE_GUEST`.
 pub fn guest_dir() -> PathBuf {
     named("CUBE_GUEST", "guest")
@@ -28,6 +33,11 @@ pub fn image() -> PathBuf {
 /// The shim.
 pub fn shim() -> PathBuf {
     built(bin_dir().join("containerd-shim-cube-v2"))
+}
+
+/// Directory of a shim and an agent with fault points: `CUBE_FAULTS`.
+pub fn fault_dir() -> PathBuf {
+    built(named("CUBE_FAULTS", "faults/debug"))
 }
 
 /// The operator's tool.

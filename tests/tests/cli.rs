@@ -16,7 +16,7 @@ use cube_tests::{
     lab::{Lab, Setup},
     needs::Backend,
     runner,
-    scenarios::{WAIT, lab_with_waiting_container},
+    scenarios::{WAIT, counters, lab_with_waiting_container},
 };
 
 fn main() -> ExitCode {
@@ -34,6 +34,13 @@ fn main() -> ExitCode {
         gc_removes_what_is_older_than_the_retention,
         info_says_which_vmm_is_used_and_why,
         help_explains_every_command,
+        counters::status_counts_every_byte,
+        counters::status_needs_no_containerd,
+        counters::status_names_a_shim_that_does_not_answer,
+        counters::status_counts_what_a_reader_has_missed,
+        counters::status_counts_reconnects,
+        counters::status_counts_what_was_refused,
+        counters::fifos_without_readers_share_one_inotify_instance,
     ])
 }
 

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exactness, exits, isolation, lifecycle, memory, output, survival, terminal},
+    scenarios::{exactness, exits, isolation, lifecycle, memory, output, rest, survival, terminal},
 };
 
 fn main() -> ExitCode {
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
+        rest::a_guest_at_rest_has_written_its_disks_and_wakes_up_with_the_time_and_name_it_is_given,
         terminal::a_shell_on_a_terminal_feels_right,
         exactness::logs_and_readers_get_every_byte,
         exactness::reconnects_change_nothing,

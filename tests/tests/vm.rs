@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exactness, exits, isolation, lifecycle, memory, output, survival, terminal},
+    scenarios::{exactness, exits, isolation, lifecycle, memory, output, pods, rest, survival, terminal},
 };
 
 fn main() -> ExitCode {
@@ -33,13 +33,16 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        survival::a_kernel_that_panics_is_an_exit_with_137,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
+        rest::a_guest_at_rest_has_written_its_disks_and_wakes_up_with_the_time_and_name_it_is_given,
         terminal::a_shell_on_a_terminal_feels_right,
         exactness::logs_and_readers_get_every_byte,
         exactness::a_client_that_leaves_at_the_exit_has_every_byte,
         exactness::reconnects_change_nothing,
         exactness::a_rotated_log_is_the_end_of_the_stream,
+        pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
     ])
 }

@@ -15,6 +15,10 @@ pub fn init_logging(level: LevelFilter) {
         .with_timer(time::uptime())
         .with_target(false)
         .with_ansi(false)
+        // On the `process` backend stderr is a pipe to the shim. When that has died, a complaint about a
+        // line that could not be written would be one more, and a panic: the output that the agent still
+        // holds would die with it.
+        .log_internal_errors(false)
         .try_init();
     if let Err(error) = result {
         eprintln!("cube-agent: cannot set up logging: {error}");

@@ -1,6 +1,6 @@
 //! What can go wrong between a spec and its running processes.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 /// What creating or running a container can fail with. Mapped to ttrpc codes by the server.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,16 @@ pub enum ContainerError {
         /// Why.
         source: io::Error,
     },
+    /// A process does not come to a point where it can be frozen: it waits in the kernel, for a file
+    /// system that does not answer for example.
+    #[error("{} cannot be frozen within {limit:?}: a process waits in the kernel, \
+        for a file system or device that does not answer", describe(.containers))]
+    NotFrozen {
+        /// Ids of the containers with such a process.
+        containers: Vec<String>,
+        /// How long it was given.
+        limit: Duration,
+    },
     /// The container is not in the state that the call needs.
     #[error("the container is {state}, it must be {needed}")]
     State {
@@ -52,6 +62,15 @@ pub enum ContainerError {
         /// The state needed.
         needed: &'static str,
     },
+}
+
+fn describe(ids: &[String]) -> String {
+    match ids {
+        // It came to rest while it was looked for.
+        [] => "the containers".to_owned(),
+        [id] => format!("container {id:?}"),
+        ids => format!("containers {ids:?}"),
+    }
 }
 
 impl ContainerError {

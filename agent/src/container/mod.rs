@@ -7,6 +7,7 @@
 
 mod cgroup;
 mod error;
+mod hostname;
 mod mount_options;
 mod namespaces;
 mod readable;
@@ -28,7 +29,9 @@ use self::{
 };
 use crate::stdio::ChildStdio;
 
-pub use self::{error::ContainerError, spawn::set_stage_executable, spec::parse, stage::init_stage};
+pub use self::{
+    cgroup::Freezer, error::ContainerError, spawn::set_stage_executable, spec::parse, stage::init_stage,
+};
 
 /// How long [`Container::delete`] waits for killed processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -183,6 +186,12 @@ impl Container {
         }
         spec::check_resources(resources)?;
         self.cgroup.limit(resources)
+    }
+
+    /// Gives the container's uts namespace the host name `new` if it has the name `old`.
+    pub fn replace_hostname(&self, old: &str, new: &str) -> Result<(), ContainerError> {
+        hostname::replace(&self.init, old, new)
+            .map_err(|source| ContainerError::stage("set the host name of a container", source))
     }
 
     /// Resolves when the kernel has killed a process of the container for want of memory, after more

@@ -9,7 +9,7 @@ use nix::sys::utsname::uname;
 pub struct Identity {
     /// Tells this boot from any other.
     pub boot_id: u64,
-    /// The unbroken run that this guest is on.
+    /// The unbroken run that this guest is on, until a Thaw begins another.
     pub timeline: u64,
 }
 
@@ -33,6 +33,11 @@ fn random() -> io::Result<u64> {
 /// `uname -r`.
 pub fn kernel_release() -> String {
     uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// The host name of the agent's uts namespace.
+pub fn hostname() -> io::Result<String> {
+    Ok(nix::unistd::gethostname()?.to_string_lossy().into_owned())
 }
 
 /// Sets the host name of the agent's uts namespace, which containers inherit or replace.

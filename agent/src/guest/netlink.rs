@@ -69,8 +69,23 @@ impl Netlink {
 
     /// Adds an address with its prefix length; one that is there already is replaced.
     pub(super) fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        let message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE);
+        self.change_address(message, index, address, prefix)
+    }
+
+    /// Removes an address.
+    pub(super) fn remove_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        self.change_address(Message::new(libc::RTM_DELADDR, 0), index, address, prefix)
+    }
+
+    fn change_address(
+        &self,
+        mut message: Message,
+        index: u32,
+        address: IpAddr,
+        prefix: u8,
+    ) -> io::Result<()> {
         // struct ifaddrmsg: family, prefix length, flags, scope, index.
-        let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE);
         message.bytes(&[family(address), prefix, 0, libc::RT_SCOPE_UNIVERSE]);
         message.bytes(&index.to_ne_bytes());
         // The local address, and the peer's, which is the same but on a point-to-point link.

@@ -3,7 +3,7 @@
 use std::{io, net::IpAddr};
 
 use cube_protocol::guest::{Interface, Route};
-use nix::ifaddrs::getifaddrs;
+use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 
 use super::netlink::{self, Link, Netlink};
 
@@ -54,6 +54,15 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Netwo
     routes.iter().try_for_each(|route| add_route(&netlink, route))
 }
 
+/// As [`configure`] for a guest that runs: the interfaces named get exactly the addresses given, and
+/// lose the routes that they had. Can be repeated.
+pub fn reconfigure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
+    let netlink = Netlink::open().map_err(failed("open a netlink socket"))?;
+    interfaces.iter().try_for_each(|interface| clear(&netlink, interface))?;
+    interfaces.iter().try_for_each(|interface| set_up(&netlink, interface))?;
+    routes.iter().try_for_each(|route| add_route(&netlink, route))
+}
+
 const UP: Link<'_> = Link { up: true, name: None, mtu: None };
 
 fn set_up(netlink: &Netlink, interface: &Interface) -> Result<(), NetworkError> {
@@ -63,8 +72,7 @@ fn set_up(netlink: &Netlink, interface: &Interface) -> Result<(), NetworkError> 
         let reason = "1 to 15 bytes are needed";
         return Err(NetworkError::Invalid { field: "name", value: name.clone(), reason });
     }
-    let mac = parse_mac(&interface.mac)?;
-    let index = find("MAC address", &interface.mac, |device| device.mac == Some(mac))?.index;
+    let index = find_by_mac(&interface.mac)?.index;
     let mtu = (interface.mtu != 0).then_some(interface.mtu);
     // A device that is up cannot be renamed.
     let renamed = netlink.change_link(index, &Link { up: false, name: Some(name), mtu });
@@ -75,6 +83,23 @@ fn set_up(netlink: &Netlink, interface: &Interface) -> Result<(), NetworkError> 
         added.map_err(failed(format!("add address {address} to {name}")))?;
     }
     netlink.change_link(index, &UP).map_err(failed(format!("bring up {name}")))
+}
+
+/// Removes the addresses of an interface. Its routes go with them, or when [`set_up`] brings it down.
+fn clear(netlink: &Netlink, interface: &Interface) -> Result<(), NetworkError> {
+    let device = find_by_mac(&interface.mac)?;
+    let addresses =
+        addresses_of(&device.name).map_err(failed(format!("list addresses of {}", device.name)))?;
+    for (ip, prefix) in addresses {
+        match netlink.remove_address(device.index, ip, prefix) {
+            // A secondary address goes with its primary one.
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+            removed => {
+                removed.map_err(failed(format!("remove address {ip}/{prefix} from {}", device.name)))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn add_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
@@ -98,6 +123,11 @@ fn failed(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     |source| NetworkError::System { action: action.into(), source }
 }
 
+fn find_by_mac(text: &str) -> Result<Device, NetworkError> {
+    let mac = parse_mac(text)?;
+    find("MAC address", text, |device| device.mac == Some(mac))
+}
+
 fn find(what: &'static str, value: &str, matches: impl Fn(&Device) -> bool) -> Result<Device, NetworkError> {
     let devices = devices().map_err(failed("list network devices"))?;
     let device = devices.into_iter().find(matches);
@@ -112,6 +142,21 @@ fn devices() -> io::Result<Vec<Device>> {
         Some(Device { name: entry.interface_name, index: link.ifindex() as u32, mac: link.addr() })
     };
     Ok(addresses.filter_map(device).collect())
+}
+
+/// Addresses with their prefix lengths.
+fn addresses_of(device: &str) -> io::Result<Vec<(IpAddr, u8)>> {
+    let ip = |address: &SockaddrStorage| match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(address), _) => Some(IpAddr::V4(address.ip())),
+        (_, Some(address)) => Some(IpAddr::V6(address.ip())),
+        _ => None,
+    };
+    let prefix = |mask: IpAddr| match mask {
+        IpAddr::V4(mask) => mask.to_bits().leading_ones() as u8,
+        IpAddr::V6(mask) => mask.to_bits().leading_ones() as u8,
+    };
+    let entries = getifaddrs()?.filter(|entry| entry.interface_name == device);
+    Ok(entries.filter_map(|entry| Some((ip(&entry.address?)?, prefix(ip(&entry.netmask?)?)))).collect())
 }
 
 fn parse_gateway(text: &str, destination: Option<IpAddr>) -> Result<IpAddr, NetworkError> {

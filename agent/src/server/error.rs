@@ -8,7 +8,7 @@ use ttrpc::{Code, get_status};
 use crate::{
     container::ContainerError,
     errors,
-    guest::{network::NetworkError, storage::StorageError},
+    guest::{network::NetworkError, quiesce::QuiesceError, storage::StorageError},
     stdio::{ProcessId, StdioError},
 };
 
@@ -80,6 +80,22 @@ pub enum Error {
         "the sandbox is prepared already, with other content: PrepareSandbox may only be repeated as it was"
     )]
     PreparedOtherwise,
+    /// The guest is at rest.
+    #[error("the sandbox is quiesced: {call} has to wait until it is thawed")]
+    Quiesced {
+        /// The call that would change its state.
+        call: &'static str,
+    },
+    /// A timeline that begins in mid-run.
+    #[error(
+        "timeline {timeline:#018x} cannot begin: the sandbox is not quiesced, and on timeline {ours:#018x}"
+    )]
+    NotQuiesced {
+        /// Of the guest.
+        ours: u64,
+        /// Of the request.
+        timeline: u64,
+    },
     /// The host means another run of this guest.
     #[error("the request is for timeline {theirs:#018x}, this guest is on {ours:#018x}")]
     Timeline {
@@ -127,6 +143,9 @@ pub enum Error {
     /// From the guest's network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// On the way to rest or back.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
     /// A defect: the code that served the call panicked.
     #[error("the call ended unexpectedly")]
     Panicked(#[from] tokio::task::JoinError),
@@ -148,9 +167,12 @@ impl Error {
             }
             Error::NoContainer(_) | Error::NoProcess(_) | Error::Finished(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::PreparedOtherwise | Error::Timeline { .. } | Error::Version(_) => {
-                Code::FAILED_PRECONDITION
-            }
+            Error::State { .. }
+            | Error::PreparedOtherwise
+            | Error::Quiesced { .. }
+            | Error::NotQuiesced { .. }
+            | Error::Timeline { .. }
+            | Error::Version(_) => Code::FAILED_PRECONDITION,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Timeout { .. } => Code::DEADLINE_EXCEEDED,
             Error::System { source, .. } => io_code(source),
@@ -158,6 +180,7 @@ impl Error {
             Error::Stdio(error) => stdio_code(error),
             Error::Storage(error) => storage_code(error),
             Error::Network(error) => network_code(error),
+            Error::Quiesce(error) => quiesce_code(error),
             Error::Panicked(_) => Code::INTERNAL,
         }
     }
@@ -184,6 +207,7 @@ fn container_code(error: &ContainerError) -> Code {
             Some(libc::EINVAL | libc::ERANGE) => Code::INVALID_ARGUMENT,
             _ => io_code(source),
         },
+        ContainerError::NotFrozen { .. } => Code::DEADLINE_EXCEEDED,
         ContainerError::State { .. } => Code::FAILED_PRECONDITION,
     }
 }
@@ -230,6 +254,15 @@ fn network_code(error: &NetworkError) -> Code {
         NetworkError::Invalid { .. } => Code::INVALID_ARGUMENT,
         NetworkError::NoDevice { .. } => Code::NOT_FOUND,
         NetworkError::System { source, .. } => io_code(source),
+    }
+}
+
+fn quiesce_code(error: &QuiesceError) -> Code {
+    match error {
+        QuiesceError::Busy { .. } | QuiesceError::SlowDisks { .. } => Code::DEADLINE_EXCEEDED,
+        QuiesceError::Freezer(error) => container_code(error),
+        QuiesceError::Disks(error) => storage_code(error),
+        QuiesceError::Panicked(_) => Code::INTERNAL,
     }
 }
 

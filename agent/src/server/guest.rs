@@ -11,7 +11,8 @@ use async_trait::async_trait;
 use cube_protocol::{
     guest::{
         EventsRequest, EventsResponse, HelloRequest, HelloResponse, InfoRequest, InfoResponse,
-        PrepareSandboxRequest, PrepareSandboxResponse, SharedMount,
+        PrepareSandboxRequest, PrepareSandboxResponse, QuiesceRequest, QuiesceResponse, SharedMount,
+        ThawRequest, ThawResponse,
     },
     guest_ttrpc::Guest,
     version,
@@ -19,12 +20,12 @@ use cube_protocol::{
 use tokio::{sync::Mutex, task::spawn_blocking};
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{Refused, detached, error::Error, events::Events, tasks::Tasks};
+use super::{Refused, detached, error::Error, events::Events, rest, tasks::Tasks};
 use crate::{
     boot::process::{HostRun, fd_path},
     guest::{
-        identity::{self, Identity},
-        info, network, paths,
+        identity, info, network, paths,
+        quiesce::Quiescence,
         storage::{Mount, StorageError, check_shared_target},
     },
     stdio::Hub,
@@ -33,11 +34,12 @@ use crate::{
 /// What the service tells about.
 #[derive(Debug)]
 pub(super) struct Parts {
-    pub(super) identity: Identity,
+    pub(super) boot_id: u64,
     pub(super) ring_budget: u64,
     pub(super) tasks: Arc<Tasks>,
     pub(super) hub: Arc<Hub>,
     pub(super) events: Arc<Events>,
+    pub(super) quiescence: Arc<Quiescence>,
     pub(super) refused: Arc<Refused>,
     pub(super) host_run: Option<HostRun>,
 }
@@ -57,6 +59,16 @@ struct Sandbox {
     prepared: Option<PrepareSandboxRequest>,
     /// Mounts that are done, for a request that failed later and is repeated.
     mounted: Vec<PathBuf>,
+}
+
+impl Parts {
+    /// Refuses another timeline than the guest's; 0 is any.
+    fn check_timeline(&self, theirs: u64) -> Result<(), Error> {
+        match self.hub.timeline() {
+            ours if theirs != 0 && theirs != ours => Err(Error::Timeline { ours, theirs }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl GuestService {
@@ -132,9 +144,10 @@ impl Guest for GuestService {
         Ok(HelloResponse {
             protocol: Some(version::CURRENT.into()).into(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            boot_id: self.parts.identity.boot_id,
-            timeline: self.parts.identity.timeline,
+            boot_id: self.parts.boot_id,
+            timeline: self.parts.hub.timeline(),
             kernel_release: identity::kernel_release(),
+            quiesced: self.parts.quiescence.is_quiesced(),
             ..Default::default()
         })
     }
@@ -145,15 +158,14 @@ impl Guest for GuestService {
         request: PrepareSandboxRequest,
     ) -> ttrpc::Result<PrepareSandboxResponse> {
         let (parts, sandbox) = (self.parts.clone(), self.sandbox.clone());
-        detached(async move { sandbox.lock().await.prepare(&parts, request).await }).await?;
+        let pass = parts.quiescence.pass().ok_or(Error::Quiesced { call: "PrepareSandbox" })?;
+        detached(pass, async move { sandbox.lock().await.prepare(&parts, request).await }).await?;
         Ok(PrepareSandboxResponse::default())
     }
 
     async fn events(&self, _: &TtrpcContext, request: EventsRequest) -> ttrpc::Result<EventsResponse> {
-        let (ours, theirs) = (self.parts.identity.timeline, request.timeline);
-        if theirs != 0 && theirs != ours {
-            return Err(Error::Timeline { ours, theirs }.into());
-        }
+        let timeline = self.parts.hub.timeline();
+        self.parts.check_timeline(request.timeline)?;
         if request.after > self.parts.events.last() {
             let invalid = Error::Invalid {
                 field: "after",
@@ -164,6 +176,8 @@ impl Guest for GuestService {
         }
         let limit = Duration::from_millis(request.timeout_ms.into());
         let events = self.parts.events.after(request.after, limit).await;
+        // A Thaw may have begun another since.
+        self.parts.check_timeline(timeline)?;
         Ok(EventsResponse { events, ..Default::default() })
     }
 
@@ -177,8 +191,8 @@ impl Guest for GuestService {
         Ok(InfoResponse {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: identity::kernel_release(),
-            boot_id: parts.identity.boot_id,
-            timeline: parts.identity.timeline,
+            boot_id: parts.boot_id,
+            timeline: parts.hub.timeline(),
             agent_rss_bytes: memory.agent_rss,
             memory_total_bytes: memory.total,
             memory_available_bytes: memory.available,
@@ -188,7 +202,18 @@ impl Guest for GuestService {
             processes: u32::try_from(processes).unwrap_or(u32::MAX),
             streams: parts.hub.streams(),
             refused_connections: parts.refused.get() + totals.refused_connections,
+            quiesced: parts.quiescence.is_quiesced(),
             ..Default::default()
         })
+    }
+
+    async fn quiesce(&self, _: &TtrpcContext, request: QuiesceRequest) -> ttrpc::Result<QuiesceResponse> {
+        let parts = self.parts.clone();
+        Ok(detached((), async move { rest::quiesce(&parts, &request).await }).await?)
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, request: ThawRequest) -> ttrpc::Result<ThawResponse> {
+        let parts = self.parts.clone();
+        Ok(detached((), async move { rest::thaw(&parts, request).await }).await?)
     }
 }

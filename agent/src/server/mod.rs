@@ -7,6 +7,7 @@ pub mod events;
 mod guest;
 pub mod ids;
 pub mod listen;
+mod rest;
 mod task;
 pub mod tasks;
 
@@ -32,7 +33,12 @@ use ttrpc::asynchronous::{Server, transport};
 use self::{events::Events, guest::GuestService, listen::Listener, task::TaskService, tasks::Tasks};
 use crate::{
     boot::{process::HostRun, reaper::Reaper},
-    guest::{identity::Identity, info, network, paths},
+    container::Freezer,
+    guest::{
+        identity::Identity,
+        info, network, paths,
+        quiesce::{Kernel, Quiescence},
+    },
     stdio::{Hub, Limits},
 };
 
@@ -98,11 +104,16 @@ impl Refused {
 }
 
 /// Carries out `work` to its end, even if the caller goes away: ttrpc drops the future of a call when
-/// its connection ends or its deadline passes.
+/// its connection ends or its deadline passes. `pass` is held until then.
 async fn detached<T: Send + 'static>(
+    pass: impl Send + 'static,
     work: impl Future<Output = Result<T, error::Error>> + Send + 'static,
 ) -> Result<T, error::Error> {
-    tokio::spawn(work).await?
+    tokio::spawn(async move {
+        let _pass = pass;
+        work.await
+    })
+    .await?
 }
 
 /// Serves until a Shutdown or a SIGTERM or SIGINT, then ends all containers and returns.
@@ -114,6 +125,8 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let limits =
         Limits { ring_budget: usize::try_from(ring_budget).unwrap_or(usize::MAX), processes: PROCESSES };
     let hub = Hub::new(limits, identity.timeline);
+    let kernel = if config.host_run.is_some() { Kernel::Host } else { Kernel::Own };
+    let quiescence = Arc::new(Quiescence::new(Freezer::new(config.cgroup.clone()), hub.clone(), kernel));
     let events = Arc::new(Events::default());
     let tasks =
         Tasks::new(hub.clone(), reaper, events.clone(), config.cgroup, PathBuf::from(paths::CONTAINERS));
@@ -125,15 +138,16 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     }
 
     let guest = GuestService::new(guest::Parts {
-        identity,
+        boot_id: identity.boot_id,
         ring_budget,
+        quiescence: quiescence.clone(),
         tasks: tasks.clone(),
         hub: hub.clone(),
         events,
         refused: refused.clone(),
         host_run: config.host_run,
     });
-    let task = TaskService::new(tasks.clone(), hub.clone(), shutdown.clone());
+    let task = TaskService::new(tasks.clone(), hub.clone(), quiescence, shutdown.clone());
     let control = listen::start(config.listener, hub, refused).map_err(ServeError::system("listen"))?;
     let control =
         stream::unfold(control, async |mut control| control.recv().await.map(|next| (Ok(next), control)));

@@ -32,7 +32,7 @@ use super::{
 use crate::{
     boot::reaper::Exit,
     container,
-    guest::storage::Mount,
+    guest::{gate::Pass, quiesce::Quiescence, storage::Mount},
     stdio::{Hub, Policy},
 };
 
@@ -50,12 +50,23 @@ const STREAM: &str = "stream";
 pub(super) struct TaskService {
     tasks: Arc<Tasks>,
     hub: Arc<Hub>,
+    quiescence: Arc<Quiescence>,
     shutdown: Arc<Notify>,
 }
 
 impl TaskService {
-    pub(super) fn new(tasks: Arc<Tasks>, hub: Arc<Hub>, shutdown: Arc<Notify>) -> TaskService {
-        TaskService { tasks, hub, shutdown }
+    pub(super) fn new(
+        tasks: Arc<Tasks>,
+        hub: Arc<Hub>,
+        quiescence: Arc<Quiescence>,
+        shutdown: Arc<Notify>,
+    ) -> TaskService {
+        TaskService { tasks, hub, quiescence, shutdown }
+    }
+
+    /// To be held for as long as `call` changes anything.
+    fn pass(&self, call: &'static str) -> Result<Pass, Error> {
+        self.quiescence.pass().ok_or(Error::Quiesced { call })
     }
 }
 
@@ -67,14 +78,14 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let new = new_task(request)?;
-        let tasks = self.tasks.clone();
-        let pid = detached(async move { tasks.create(new).await }).await?;
+        let (pass, tasks) = (self.pass("Create")?, self.tasks.clone());
+        let pid = detached(pass, async move { tasks.create(new).await }).await?;
         Ok(CreateTaskResponse { pid: wire_pid(pid), ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let tasks = self.tasks.clone();
-        let pid = detached(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
+        let (pass, tasks) = (self.pass("Start")?, self.tasks.clone());
+        let pid = detached(pass, async move { tasks.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid: wire_pid(pid), ..Default::default() })
     }
 
@@ -102,8 +113,9 @@ impl Task for TaskService {
         let streams = streams(request.terminal, &request.stdin, &request.stdout, &request.stderr)?;
         let process: runtime::Process = json("spec", PROCESS, request.spec.into_option())?;
         check_terminal(&process, streams)?;
-        let tasks = self.tasks.clone();
-        detached(async move { tasks.exec(&request.id, &request.exec_id, process, streams).await }).await?;
+        let (pass, tasks) = (self.pass("Exec")?, self.tasks.clone());
+        let exec = async move { tasks.exec(&request.id, &request.exec_id, process, streams).await };
+        detached(pass, exec).await?;
         Ok(Empty::new())
     }
 
@@ -114,13 +126,17 @@ impl Task for TaskService {
             value: request.signal.to_string(),
             reason: "no such signal",
         })?;
+        // A frozen process dies of SIGKILL as any other. To be delivered later, another signal would have
+        // to be remembered, here and in every clone.
+        let _pass = if signal == libc::SIGKILL { None } else { Some(self.pass("Kill")?) };
         self.tasks.get(&request.id)?.kill(&request.exec_id, signal, request.all).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let tasks = self.tasks.clone();
-        let deleted = detached(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let (pass, tasks) = (self.pass("Delete")?, self.tasks.clone());
+        let deleted =
+            detached(pass, async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid: wire_pid(deleted.pid),
             exit_status: deleted.exit.map_or(0, |exit| exit.status.into()),
@@ -136,6 +152,7 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let _pass = self.pass("ResizePty")?;
         let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
         let (width, height) = (characters("width", request.width)?, characters("height", request.height)?);
         self.hub.resize(&process.id, width, height).map_err(Error::from)?;
@@ -144,8 +161,8 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources: LinuxResources = json("resources", RESOURCES, request.resources.into_option())?;
-        let task = self.tasks.get(&request.id)?;
-        detached(async move { task.update(&resources).await }).await?;
+        let (pass, task) = (self.pass("Update")?, self.tasks.get(&request.id)?);
+        detached(pass, async move { task.update(&resources).await }).await?;
         Ok(Empty::new())
     }
 

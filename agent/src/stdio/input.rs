@@ -73,6 +73,15 @@ enum Work {
     Finish,
 }
 
+/// Figures for `Guest.Info`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Figures {
+    pub(super) received: u64,
+    pub(super) consumed: u64,
+    pub(super) connections: u64,
+    pub(super) attempt: u64,
+}
+
 impl Input {
     /// On a `terminal`, EOF is acknowledged and does nothing else.
     pub(super) fn new(epoch: u64, terminal: bool) -> Arc<Input> {
@@ -100,14 +109,27 @@ impl Input {
         self.work.notify_one();
     }
 
+    /// Ends the connections for a reason that the stream survives, and forgets what they have brought
+    /// and the process has not got.
+    pub(super) fn end_connections(&self, refusal: &Refusal) {
+        let mut state = self.state();
+        state.sessions.end_all(refusal);
+        state.rewind();
+    }
+
     pub(super) fn epoch(&self) -> u64 {
         self.epoch
     }
 
-    /// Bytes received, bytes consumed, connections so far.
-    pub(super) fn figures(&self) -> (u64, u64, u64) {
+    /// Bytes received and consumed; connections so far.
+    pub(super) fn figures(&self) -> Figures {
         let state = self.state();
-        (state.received(), state.consumed, state.sessions.admitted())
+        Figures {
+            received: state.received(),
+            consumed: state.consumed,
+            connections: state.sessions.admitted(),
+            attempt: state.sessions.highest(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

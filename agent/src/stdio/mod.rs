@@ -48,6 +48,7 @@ use self::{
     process::{Endpoint, Process, Terminal},
     session::Refusal,
 };
+use crate::guest::active_clock::ActiveClock;
 
 /// How long a process that outlives the one that has exited may go on writing to its output.
 const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -133,7 +134,8 @@ pub enum StdioError {
 #[derive(Debug)]
 pub struct Hub {
     limits: Limits,
-    timeline: u64,
+    timeline: AtomicU64,
+    clock: Arc<ActiveClock>,
     pool: Arc<Pool>,
     processes: Mutex<HashMap<ProcessId, Process>>,
     /// Connections being served.
@@ -145,10 +147,12 @@ pub struct Hub {
 impl Hub {
     /// A hub without processes on `timeline`.
     pub fn new(limits: Limits, timeline: u64) -> Arc<Hub> {
+        let clock = ActiveClock::start();
         Arc::new(Hub {
             limits,
-            timeline,
-            pool: Pool::new(limits.ring_budget),
+            timeline: AtomicU64::new(timeline),
+            pool: Pool::new(limits.ring_budget, Arc::clone(&clock)),
+            clock,
             processes: Mutex::default(),
             connections: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
@@ -233,8 +237,9 @@ impl Hub {
             Some(streams) => streams.outputs().cloned().collect(),
             None => return,
         };
+        let clock = Arc::clone(&self.clock);
         tokio::spawn(async move {
-            tokio::time::sleep(LEFTOVER_TIMEOUT).await;
+            clock.sleep(LEFTOVER_TIMEOUT).await;
             for output in outputs {
                 output.expire();
             }
@@ -259,7 +264,48 @@ impl Hub {
         server::serve(self, connection).await;
     }
 
-    /// Every stream, for `Guest.Info`.
+    /// The clock of every timer that changes state.
+    pub fn clock(&self) -> &Arc<ActiveClock> {
+        &self.clock
+    }
+
+    /// Stops the clock, and the dropping of output: the writers stand still, and what they have
+    /// written can wait. Streams are served as ever. Can be repeated.
+    pub fn hold(&self) {
+        self.clock.hold();
+    }
+
+    /// Ends a [`Hub::hold`]. Can be repeated.
+    pub fn release(&self) {
+        self.clock.release();
+        for streams in locked(&self.processes).values() {
+            streams.outputs().for_each(|output| output.go_on());
+        }
+    }
+
+    /// The run that this guest is on.
+    pub fn timeline(&self) -> u64 {
+        self.timeline.load(Ordering::Relaxed)
+    }
+
+    /// Begins the run `timeline`. Connections that belong to the one before end with
+    /// `OTHER_TIMELINE`; input that they have brought and no process has got is forgotten. Nothing
+    /// else changes: a clone goes on with epochs, offsets and attempts.
+    pub fn begin_timeline(&self, timeline: u64) {
+        let old = self.timeline.swap(timeline, Ordering::Relaxed);
+        if old == timeline {
+            return;
+        }
+        let refusal = Refusal::other_timeline(timeline, old);
+        for streams in locked(&self.processes).values() {
+            streams.outputs().for_each(|output| output.end_connections(&refusal));
+            if let Some(stdin) = &streams.stdin {
+                stdin.end_connections(&refusal);
+            }
+        }
+    }
+
+    /// Every stream, for `Guest.Info` and `Guest.Quiesce`.
     pub fn streams(&self) -> Vec<StreamInfo> {
         let processes = locked(&self.processes);
         processes.iter().flat_map(|(process, streams)| streams.infos(process)).collect()
@@ -318,12 +364,12 @@ impl Hub {
     }
 
     fn new_output(&self, policy: Policy) -> Result<Arc<Output>, StdioError> {
-        Ok(Output::new(new_epoch()?, policy, Arc::clone(&self.pool)))
+        Ok(Output::new(new_epoch()?, policy, Arc::clone(&self.pool), Arc::clone(&self.clock)))
     }
 
     /// Drains a terminal whose output nobody wants: its programs would wait otherwise.
     fn discard(&self, master: Arc<AsyncFd<OwnedFd>>) {
-        let nowhere = Output::new(0, Policy::Block, Arc::clone(&self.pool));
+        let nowhere = Output::new(0, Policy::Block, Arc::clone(&self.pool), Arc::clone(&self.clock));
         nowhere.close();
         nowhere.attach(master);
     }

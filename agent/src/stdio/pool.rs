@@ -10,6 +10,7 @@ use memmap2::MmapMut;
 use tokio::sync::{Notify, futures::Notified};
 
 use super::locked;
+use crate::guest::active_clock::ActiveClock;
 
 /// Bytes in a chunk. Also the grain in which drop-oldest drops and an almost silent stream holds memory.
 pub(super) const CHUNK_LEN: usize = 16 * 1024;
@@ -33,6 +34,7 @@ const TRIM_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct Pool {
     /// Chunks that all rings together may hold beyond their floors.
     budget: usize,
+    clock: Arc<ActiveClock>,
     state: Mutex<State>,
     freed: Notify,
 }
@@ -50,9 +52,11 @@ struct State {
 }
 
 impl Pool {
-    /// A pool whose rings hold at most `budget` bytes beyond [`FLOOR_CHUNKS`] each.
-    pub(super) fn new(budget: usize) -> Arc<Pool> {
-        Arc::new(Pool { budget: budget / CHUNK_LEN, state: Mutex::default(), freed: Notify::new() })
+    /// A pool whose rings hold at most `budget` bytes beyond [`FLOOR_CHUNKS`] each, and which gives
+    /// memory back by `clock`.
+    pub(super) fn new(budget: usize, clock: Arc<ActiveClock>) -> Arc<Pool> {
+        let budget = budget / CHUNK_LEN;
+        Arc::new(Pool { budget, clock, state: Mutex::default(), freed: Notify::new() })
     }
 
     /// A chunk for a ring that holds `holds` already. `None` if the budget is used up.
@@ -115,10 +119,10 @@ impl Pool {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         state.trimming = true;
         state.spare_low_water = 0;
-        let pool = Arc::downgrade(self);
+        let (pool, clock) = (Arc::downgrade(self), Arc::clone(&self.clock));
         runtime.spawn(async move {
             loop {
-                tokio::time::sleep(TRIM_INTERVAL).await;
+                clock.sleep(TRIM_INTERVAL).await;
                 let Some(pool) = pool.upgrade() else { return };
                 if !pool.trim() {
                     return;
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_floor_is_given_whatever_the_budget_and_the_rest_is_not() {
-        let pool = Pool::new(CHUNK_LEN);
+        let pool = Pool::new(CHUNK_LEN, ActiveClock::start());
         let mut chunks: Vec<_> = (0..FLOOR_CHUNKS).map(|n| pool.take(n).unwrap().unwrap()).collect();
         chunks.push(pool.take(FLOOR_CHUNKS).unwrap().unwrap());
         assert!(pool.take(FLOOR_CHUNKS + 1).unwrap().is_none());
@@ -157,7 +161,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn spare_chunks_go_back_to_the_kernel_once_nobody_needs_them() {
-        let pool = Pool::new(0);
+        let pool = Pool::new(0, ActiveClock::start());
         let chunk = pool.take(0).unwrap().unwrap();
         pool.put(chunk, 0);
         assert_eq!(pool.state().spare.len(), 1);
@@ -168,7 +172,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_asked_before_a_release_is_told_of_it() {
-        let pool = Pool::new(CHUNK_LEN);
+        let pool = Pool::new(CHUNK_LEN, ActiveClock::start());
         let chunk = pool.take(FLOOR_CHUNKS).unwrap().unwrap();
         let freed = pool.freed();
         assert!(pool.take(FLOOR_CHUNKS).unwrap().is_none());

@@ -56,8 +56,15 @@ impl Process {
             ..Default::default()
         };
         let stdin = self.stdin.iter().map(|stdin| {
-            let (end_offset, acked_offset, connections) = stdin.figures();
-            StreamInfo { end_offset, acked_offset, connections, ..info("stdin") }
+            let figures = stdin.figures();
+            StreamInfo {
+                end_offset: figures.received,
+                acked_offset: figures.consumed,
+                connections: figures.connections,
+                epoch: stdin.epoch(),
+                attempt: figures.attempt,
+                ..info("stdin")
+            }
         });
         let stdout_name = if self.terminal.is_some() { "terminal" } else { "stdout" };
         let stdout = self.stdout.iter().map(|output| (stdout_name, output));
@@ -69,6 +76,8 @@ impl Process {
                 acked_offset: figures.acked,
                 lost_bytes: figures.lost,
                 connections: figures.connections,
+                epoch: output.epoch(),
+                attempt: figures.attempt,
                 ..info(name)
             }
         });

@@ -215,7 +215,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::stdio::pool::FLOOR_CHUNKS;
+    use crate::{guest::active_clock::ActiveClock, stdio::pool::FLOOR_CHUNKS};
 
     /// The byte at `offset` of the stream that the tests write.
     fn byte_at(offset: u64) -> u8 {
@@ -267,7 +267,7 @@ mod tests {
         /// Against the simplest model there is: two offsets, with bytes known by their offset.
         #[test]
         fn a_ring_holds_exactly_what_was_filled_and_not_released(steps in steps(), budget in 0..96usize) {
-            let pool = Pool::new(budget * CHUNK_LEN);
+            let pool = Pool::new(budget * CHUNK_LEN, ActiveClock::start());
             let mut ring = Ring::new(Arc::clone(&pool));
             let (mut tail, mut end) = (0u64, 0u64);
             for step in steps {
@@ -321,12 +321,12 @@ mod tests {
 
     #[test]
     fn a_ring_that_is_full_or_starved_does_not_read() {
-        let mut ring = Ring::new(Pool::new(RING_MAX));
+        let mut ring = Ring::new(Pool::new(RING_MAX, ActiveClock::start()));
         while matches!(write(&mut ring, FILL_MAX), Filled::Bytes(_)) {}
         assert_eq!(ring.end(), RING_MAX as u64);
         assert_eq!(write(&mut ring, 1), Filled::Full);
 
-        let mut ring = Ring::new(Pool::new(0));
+        let mut ring = Ring::new(Pool::new(0, ActiveClock::start()));
         while matches!(write(&mut ring, FILL_MAX), Filled::Bytes(_)) {}
         assert_eq!(ring.end() as usize, FLOOR_CHUNKS * CHUNK_LEN);
         assert_eq!(write(&mut ring, 1), Filled::Starved);
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_read_that_fails_or_ends_leaves_no_memory_behind() {
-        let pool = Pool::new(RING_MAX);
+        let pool = Pool::new(RING_MAX, ActiveClock::start());
         let mut ring = Ring::new(Arc::clone(&pool));
         let refused = ring.fill(10, |_| Err(io::ErrorKind::WouldBlock.into()));
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -134,9 +134,9 @@ fn malformed(error: &FrameError) -> Refusal {
 }
 
 fn find(hub: &Hub, open: &stream::Open) -> Result<Endpoint, Refusal> {
-    if open.timeline != hub.timeline {
-        let message = format!("the guest is on timeline {:#018x}, not {:#018x}", hub.timeline, open.timeline);
-        return Err(Refusal::new(ErrorCode::OTHER_TIMELINE, message));
+    let ours = hub.timeline();
+    if open.timeline != ours {
+        return Err(Refusal::other_timeline(ours, open.timeline));
     }
     let wanted = open
         .stream

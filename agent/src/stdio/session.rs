@@ -37,6 +37,11 @@ impl Refusal {
         Refusal::protocol(format!("a frame of kind {kind:?} may not come here"))
     }
 
+    pub(super) fn other_timeline(ours: u64, theirs: u64) -> Refusal {
+        let message = format!("the guest is on timeline {ours:#018x}, not {theirs:#018x}");
+        Refusal::new(ErrorCode::OTHER_TIMELINE, message)
+    }
+
     pub(super) fn lost(offset: u64, held_from: u64) -> Refusal {
         let message = format!("offset {offset} is gone, the stream goes on at {held_from}");
         Refusal { bytes: held_from - offset, ..Refusal::new(ErrorCode::OFFSET_LOST, message) }
@@ -192,6 +197,11 @@ impl<T> Sessions<T> {
     /// Connections so far.
     pub(super) fn admitted(&self) -> u64 {
         self.admitted
+    }
+
+    /// The highest attempt so far; 0 before the first.
+    pub(super) fn highest(&self) -> u64 {
+        self.highest.unwrap_or(0)
     }
 
     /// Refuses an attempt that is not above every earlier one.

@@ -22,7 +22,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// Ended, with everything that it made, when dropped.
 pub(crate) struct Agent {
     process: Child,
-    cgroup: PathBuf,
+    pub(crate) cgroup: PathBuf,
     /// Holds `agent.sock`, `state/` and whatever a test puts there.
     pub(crate) directory: tempfile::TempDir,
     pub(crate) guest: GuestClient,
@@ -162,6 +162,28 @@ impl Agent {
             directories.map(|entry| entry.path().display().to_string()).collect::<Vec<_>>()
         };
         [directories(&self.directory.path().join("state")), directories(&self.cgroup)].concat()
+    }
+
+    /// Gives the agent's network a device with `addresses`; its MAC address.
+    pub(crate) fn add_interface(&self, addresses: &[&str]) -> String {
+        self.in_network(&["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "peer0"]);
+        for address in addresses {
+            self.in_network(&["ip", "address", "add", address, "dev", "veth0"]);
+        }
+        for device in ["veth0", "peer0"] {
+            self.in_network(&["ip", "link", "set", device, "up"]);
+        }
+        let link = self.in_network(&["ip", "-o", "link", "show", "veth0"]);
+        link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap().to_owned()
+    }
+
+    /// The output of a command in the agent's network namespace.
+    pub(crate) fn in_network(&self, command: &[&str]) -> String {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.process.id())).unwrap();
+        let network = format!("--net=/proc/{}/ns/net", children.trim());
+        let output = Command::new("nsenter").arg(network).args(command).output().unwrap();
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Ends the agent as the shim does.

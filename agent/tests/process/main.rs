@@ -4,18 +4,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod quiesce;
+mod streams;
 
-use agent::{Agent, LIMIT, deadline};
-use bytes::BytesMut;
+use agent::{Agent, deadline};
 use containerd_shim_protos::{api::*, ttrpc::Code};
-use cube_protocol::{
-    frame::{Frame, Kind, read_frame, write_frame},
-    guest::*,
-    stream::{self, Open},
-    version,
-};
+use cube_protocol::{guest::*, stream::Stream, version};
 use protobuf::Message;
-use tokio::time::timeout;
+use streams::Host;
 
 const SLEEP: &[&str] = &["/bin/sleep", "1000"];
 
@@ -162,26 +158,8 @@ async fn output_and_its_end_arrive_on_the_stream_port() {
     let agent = Agent::start().await;
     agent.create("c1", &["/bin/sh", "-c", "echo hello; echo world"]).await.unwrap();
     agent.start_process("c1", "").await.unwrap();
-    let open = Open {
-        container_id: "c1".into(),
-        stream: stream::Stream::STDOUT.into(),
-        timeline: agent.timeline,
-        attempt: 1,
-        ..Default::default()
-    };
-    let mut connection = agent.stream().await;
-    write_frame(&mut connection, &Frame::with_message(Kind::Open, 0, &open).unwrap()).await.unwrap();
-    let (mut buffer, mut output) = (BytesMut::new(), Vec::new());
-    loop {
-        let frame = timeout(LIMIT, read_frame(&mut connection, &mut buffer)).await.unwrap().unwrap().unwrap();
-        match frame.header.kind {
-            Kind::Opened => {}
-            Kind::Data => output.extend_from_slice(&frame.body),
-            Kind::Eof => break,
-            kind => panic!("{kind:?}"),
-        }
-    }
-    assert_eq!(output, b"hello\nworld\n");
+    let mut host = Host::open(&agent, "c1", Stream::STDOUT, 1, 0).await;
+    assert_eq!(host.drain().await, b"hello\nworld\n");
 }
 
 #[tokio::test]

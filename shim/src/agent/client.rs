@@ -4,11 +4,18 @@
 //! the guest, and reconnects when the connection ends; since a call is always waiting there, the end
 //! is noticed at once. Everybody else takes the current clients from it and never connects.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use containerd_shim_protos::shim_async::TaskClient;
 use cube_protocol::{
-    guest::{EventsRequest, HelloRequest, HelloResponse, event},
+    guest::{Event, EventsRequest, HelloRequest, HelloResponse, event},
     guest_ttrpc::GuestClient,
     ports, version,
 };
@@ -23,20 +30,33 @@ use ttrpc::{
     context::{self, Context},
 };
 
-use super::{Dial, DialError};
-use crate::errors::chain;
+use super::{Dial, DialError, bounded::Bounded, pace::Pace, printable};
+use crate::{errors::chain, task::check_id};
 
 /// Time for one attempt to connect. A guest whose agent does not listen yet may not answer at all.
 const DIAL_ATTEMPT: Duration = Duration::from_secs(2);
 
-/// Pauses between attempts grow from the first to the second.
+/// Shortest and longest pause between two attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
+
+/// A pause is this part of the time that has been waited already: no guest is found later than it has to
+/// be by more than that. Pauses that double would find some after twice the time.
+const BACKOFF_SHARE: u32 = 8;
 
 /// Time for Hello; an emulated guest is slow right after boot.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long after the loss of its connection a request is made again: a guest that lives is back at
+/// once, and a caller should hear soon of one that does not.
+const REPEAT: Duration = Duration::from_secs(5);
+
 /// How long an Events call waits in the guest, and how much longer we wait for its answer.
 const POLL: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+
+/// What an honest agent never does costs it as much as this many events: an answer before its time
+/// without anything new, and the end of a connection.
+const WASTE: u32 = 32;
+const RECONNECT: u32 = 100;
 
 /// The services behind one connection.
 #[derive(Clone)]
@@ -79,6 +99,9 @@ pub enum AgentError {
         call: &'static str,
         /// What the agent answered.
         status: ttrpc::Status,
+        /// Whether an earlier request of the same call was lost with its connection: the refusal may
+        /// be for what that one did.
+        repeated: bool,
     },
     /// The guest did not answer a call in time.
     #[error("the guest did not answer {call} within {limit:?}")]
@@ -110,6 +133,25 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// Whether the agent refused with `code` what it may have done for an earlier request of the same
+    /// call, whose answer was lost.
+    pub fn may_be_done(&self, code: ttrpc::Code) -> bool {
+        matches!(self, AgentError::Refused { status, repeated: true, .. } if status.code() == code)
+    }
+
+    /// The agent's text goes to logs and terminals: not at any length, and not with control characters.
+    fn refused(call: &'static str, mut status: ttrpc::Status) -> AgentError {
+        status.set_message(printable(status.message()));
+        // Nobody decodes them, and they may be anything.
+        status.details.clear();
+        AgentError::Refused { call, status, repeated: false }
+    }
+
+    /// Whether the agent says that there is no such process.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, AgentError::Refused { status, .. } if status.code() == ttrpc::Code::NOT_FOUND)
+    }
+
     /// Whether trying again cannot help.
     fn is_final(&self) -> bool {
         match self {
@@ -124,6 +166,24 @@ impl AgentError {
 #[derive(Clone)]
 pub struct Agent {
     clients: watch::Receiver<Option<Clients>>,
+    counters: Arc<Counters>,
+}
+
+/// How the control connection has fared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// Whether there is one at the moment.
+    pub connected: bool,
+    /// Connections after the first.
+    pub reconnects: u64,
+    /// Number of the last event that came from the guest.
+    pub last_event: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    reconnects: AtomicU64,
+    last_event: AtomicU64,
 }
 
 impl std::fmt::Debug for Agent {
@@ -136,6 +196,7 @@ impl std::fmt::Debug for Agent {
 pub struct Link {
     dial: Arc<dyn Dial>,
     clients: watch::Sender<Option<Clients>>,
+    counters: Arc<Counters>,
     boot_id: u64,
     timeline: u64,
 }
@@ -152,32 +213,118 @@ impl Agent {
     ) -> Result<(Agent, Link, HelloResponse), AgentError> {
         let (clients, hello) = connect(&*dial, limit).await?;
         let (sender, receiver) = watch::channel(Some(clients));
-        let link = Link { dial, clients: sender, boot_id: hello.boot_id, timeline: hello.timeline };
-        Ok((Agent { clients: receiver }, link, hello))
+        let counters = Arc::<Counters>::default();
+        let link = Link {
+            dial,
+            clients: sender,
+            counters: counters.clone(),
+            boot_id: hello.boot_id,
+            timeline: hello.timeline,
+        };
+        Ok((Agent { clients: receiver, counters }, link, hello))
     }
 
-    /// Makes one call with a deadline of `limit`, waiting within it for a connection if there is none.
+    /// How the connection has fared, from memory.
+    pub fn link(&self) -> LinkStatus {
+        LinkStatus {
+            // A task that is gone keeps no connection up.
+            connected: self.clients.has_changed().is_ok() && self.clients.borrow().is_some(),
+            reconnects: self.counters.reconnects.load(Ordering::Relaxed),
+            last_event: self.counters.last_event.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Makes a call with a deadline of `limit`, waiting within it for a connection if there is none.
+    /// `send` makes the request on the clients that it is given.
     ///
-    /// The call runs in a task of its own: ttrpc closes the whole connection when a request is
-    /// dropped while it is being written, and our caller may go away at any time.
-    pub async fn call<F, R, T>(
+    /// A request whose connection is lost is made again on the next one. For calls that may be made
+    /// twice; what the agent then refuses because the first has done it
+    /// ([`AgentError::may_be_done`]) is for the caller to tell.
+    pub async fn call<Q, F, R, T>(
         &self,
         call: &'static str,
         limit: Duration,
-        request: F,
+        request: Q,
+        send: F,
     ) -> Result<T, AgentError>
     where
-        F: FnOnce(Clients, Context) -> R + Send + 'static,
+        Q: Clone,
+        F: Fn(Clients, Context, Q) -> R,
         R: Future<Output = ttrpc::Result<T>> + Send + 'static,
         T: Send + 'static,
     {
         let deadline = Instant::now() + limit;
-        let clients = self.connected(deadline).await.ok_or(AgentError::Deadline { call, limit })?;
-        let context = context::with_duration(limit);
-        let answer = tokio::spawn(request(clients, context));
-        match timeout_at(deadline, answer).await {
+        let mut lost: Option<(Instant, AgentError)> = None;
+        loop {
+            let until = lost.as_ref().map_or(deadline, |(give_up, _)| *give_up);
+            let attempt = |clients, context| send(clients, context, request.clone());
+            match self.attempt(call, limit, until, deadline, attempt).await {
+                Err(AgentError::Deadline { .. }) if until < deadline && Instant::now() < deadline => {
+                    let unanswered = AgentError::Deadline { call, limit };
+                    return Err(lost.map_or(unanswered, |(_, error)| error));
+                }
+                Err(error @ AgentError::Transport { .. }) if Instant::now() < until && self.may_return() => {
+                    debug!("making {call} again: {}", chain(&error));
+                    let give_up = lost.map_or(deadline.min(Instant::now() + REPEAT), |(give_up, _)| give_up);
+                    lost = Some((give_up, error));
+                    // The owner of the connection notices its end by itself, a little later.
+                    sleep(BACKOFF.0).await;
+                }
+                Err(AgentError::Refused { call, status, .. }) => {
+                    return Err(AgentError::Refused { call, status, repeated: lost.is_some() });
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Like [`call`](Agent::call), for a request that must not be made twice: its effect is unknown if
+    /// the connection is lost.
+    pub async fn call_once<F, R, T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        send: F,
+    ) -> Result<T, AgentError>
+    where
+        F: FnOnce(Clients, Context) -> R,
+        R: Future<Output = ttrpc::Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let deadline = Instant::now() + limit;
+        self.attempt(call, limit, deadline, deadline, send).await
+    }
+
+    /// Waits for a connection until `connected`, and for the answer until `deadline`.
+    ///
+    /// The request runs in a task of its own: ttrpc closes the whole connection when one is dropped
+    /// while it is being written, and our caller may go away at any time.
+    async fn attempt<F, R, T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        connected: Instant,
+        deadline: Instant,
+        send: F,
+    ) -> Result<T, AgentError>
+    where
+        F: FnOnce(Clients, Context) -> R,
+        R: Future<Output = ttrpc::Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let clients = self.connected(connected).await.ok_or(AgentError::Deadline { call, limit })?;
+        let context = context::with_duration(deadline.saturating_duration_since(Instant::now()));
+        let answer = tokio::spawn(send(clients, context));
+        let answer = tokio::select! {
+            answer = timeout_at(deadline, answer) => answer,
+            // Whatever becomes of the connection.
+            () = self.ended() => {
+                return Err(AgentError::Transport { call, source: ttrpc::Error::RemoteClosed });
+            }
+        };
+        match answer {
             Ok(Ok(Ok(answer))) => Ok(answer),
-            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => Err(AgentError::Refused { call, status }),
+            Ok(Ok(Err(ttrpc::Error::RpcStatus(status)))) => Err(AgentError::refused(call, status)),
             // ttrpc's own deadline races with ours, and has no code of its own.
             Ok(Ok(Err(_))) if Instant::now() >= deadline => Err(AgentError::Deadline { call, limit }),
             Ok(Ok(Err(source))) => Err(AgentError::Transport { call, source }),
@@ -187,6 +334,17 @@ impl Agent {
             }
             Err(_) => Err(AgentError::Deadline { call, limit }),
         }
+    }
+
+    /// Whether somebody connects again: nobody does once the VM has ended.
+    fn may_return(&self) -> bool {
+        self.clients.has_changed().is_ok()
+    }
+
+    /// Resolves when nobody connects again.
+    async fn ended(&self) {
+        let mut clients = self.clients.clone();
+        while clients.changed().await.is_ok() {}
     }
 
     async fn connected(&self, deadline: Instant) -> Option<Clients> {
@@ -209,7 +367,8 @@ impl Link {
     }
 
     async fn follow(&self, events: &mpsc::Sender<GuestEvent>) -> Result<(), AgentError> {
-        let mut after = 0;
+        let (mut after, mut refused) = (0, 0_u64);
+        let mut pace = Pace::new();
         loop {
             let clients = self.clients.borrow().clone();
             let clients = match clients {
@@ -222,25 +381,34 @@ impl Link {
                 timeline: self.timeline,
                 ..Default::default()
             };
+            let begun = Instant::now();
             match clients.guest.events(context::with_duration(POLL.0 + POLL.1), &request).await {
                 Ok(answer) => {
+                    // The guest may round its time differently.
+                    let hasty = answer.events.is_empty() && begun.elapsed() < POLL.0 / 2;
+                    let mut units = if hasty { WASTE } else { 1 };
                     for event in answer.events {
-                        after = after.max(event.sequence);
-                        let event = match event.kind {
-                            Some(event::Kind::Exit(exit)) => GuestEvent::Exit(exit),
-                            Some(event::Kind::Oom(oom)) => GuestEvent::Oom(oom),
-                            _ => continue,
+                        units += 1;
+                        let Some(event) = checked(event, &mut after) else {
+                            refused += 1;
+                            // A line for each would be the guest's to write.
+                            if refused.is_power_of_two() {
+                                warn!(refused, "the guest tells events that cannot be, they are ignored");
+                            }
+                            continue;
                         };
+                        self.counters.last_event.store(after, Ordering::Relaxed);
                         if events.send(event).await.is_err() {
                             return Ok(());
                         }
                     }
+                    pace.charge(units).await;
                 }
                 Err(e) => {
                     debug!("the connection to the agent ended: {}", chain(&e));
-                    // An agent that answers with an error at once must not make us spin.
-                    sleep(BACKOFF.0).await;
                     self.clients.send_replace(None);
+                    // An agent that answers with an error at once must not make us spin.
+                    pace.charge(RECONNECT).await;
                 }
             }
         }
@@ -254,6 +422,7 @@ impl Link {
                     return Err(AgentError::OtherGuest { expected: self.boot_id, found: hello.boot_id });
                 }
                 Ok((clients, _)) => {
+                    self.counters.reconnects.fetch_add(1, Ordering::Relaxed);
                     self.clients.send_replace(Some(clients.clone()));
                     return Ok(clients);
                 }
@@ -264,9 +433,25 @@ impl Link {
     }
 }
 
+/// An event that is new, and names what may exist.
+fn checked(event: Event, after: &mut u64) -> Option<GuestEvent> {
+    if event.sequence <= *after {
+        return None;
+    }
+    *after = event.sequence;
+    let valid = |container: &str, exec: &str| {
+        check_id("container id", container).is_ok() && (exec.is_empty() || check_id("exec id", exec).is_ok())
+    };
+    match event.kind? {
+        event::Kind::Exit(exit) if valid(&exit.container_id, &exit.exec_id) => Some(GuestEvent::Exit(exit)),
+        event::Kind::Oom(oom) if valid(&oom.container_id, "") => Some(GuestEvent::Oom(oom)),
+        _ => None,
+    }
+}
+
 async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResponse), AgentError> {
-    let deadline = Instant::now() + limit;
-    let mut pause = BACKOFF.0;
+    let begin = Instant::now();
+    let deadline = begin + limit;
     let mut last = None;
     loop {
         match timeout_at(deadline, attempt(dial)).await {
@@ -275,8 +460,7 @@ async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResp
             Ok(Err(e)) => last = Some(Box::new(e)),
             Err(_) => return Err(AgentError::Unreachable { limit, source: last }),
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(BACKOFF.1);
+        sleep((begin.elapsed() / BACKOFF_SHARE).clamp(BACKOFF.0, BACKOFF.1)).await;
     }
 }
 
@@ -285,7 +469,7 @@ async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError
     let stream = timeout(limit, dial.dial(ports::CONTROL))
         .await
         .map_err(|_| AgentError::Deadline { call: "CONNECT", limit })??;
-    let client = Client::new(Socket::new(stream));
+    let client = Client::new(Socket::new(Bounded::new(stream)));
     let clients = Clients { task: TaskClient::new(client.clone()), guest: GuestClient::new(client) };
     let request = HelloRequest {
         protocol: Some(version::CURRENT.into()).into(),
@@ -295,7 +479,7 @@ async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError
     let call = "Hello";
     let hello =
         clients.guest.hello(context::with_duration(HELLO_LIMIT), &request).await.map_err(|e| match e {
-            ttrpc::Error::RpcStatus(status) => AgentError::Refused { call, status },
+            ttrpc::Error::RpcStatus(status) => AgentError::refused(call, status),
             source => AgentError::Transport { call, source },
         })?;
     version::Version::from(hello.protocol.get_or_default()).check()?;

@@ -25,7 +25,7 @@ use super::{ADDRESS_FILE, BootstrapError, Flags, drain, io_error, load_config, t
 use crate::{
     events::timestamp,
     sandbox::{Exit, Host, LinuxHost, spec},
-    state::RunDir,
+    state::{RunDir, RunDirLock, StateError},
 };
 
 /// How long another `delete` of the same sandbox is waited for.
@@ -70,7 +70,9 @@ fn clean(flags: &Flags, host: &dyn Host) -> Result<u32, BootstrapError> {
     if run_dir.load()?.is_some() {
         // Without a readable configuration the defaults say how logs rotate.
         let config = load_config(None).unwrap_or_default();
+        cube_fault::point("cleanup.begun");
         runtime.block_on(drain::drain(&run_dir, &state, &config.log));
+        cube_fault::point("cleanup.drained");
         host.destroy(&run_dir, &state.cgroup)?;
     }
     Ok(state.vmm_pid)
@@ -96,7 +98,12 @@ fn named_by(address: &Path) -> Option<RunDir> {
 
 /// Removes what a shim left that never got a Create.
 fn remove_unused(run_dir: &RunDir) -> Result<(), BootstrapError> {
-    let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(()) };
+    let Some(lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(()) };
+    Ok(remove_if_unused(run_dir, &lock)?)
+}
+
+/// Removes a run directory that has no state and no shim.
+pub(super) fn remove_if_unused(run_dir: &RunDir, _: &RunDirLock) -> Result<(), StateError> {
     let lives = std::os::unix::net::UnixStream::connect(run_dir.path().join("shim.sock")).is_ok();
     if !lives && run_dir.load()?.is_none() {
         run_dir.remove()?;

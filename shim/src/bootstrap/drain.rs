@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use crate::{
     agent::{Agent, Dial, dial::HybridVsock},
     config,
-    state::{RunDir, State},
+    state::{ContainerState, RunDir, State},
     stdio::{LogConfig, ProcessIo, StdioConfig},
     vmm::VSOCK_SOCKET,
 };
@@ -17,8 +17,11 @@ use crate::{
 /// Time for all of it: containerd kills `delete` after 5 s, and the clean-up comes after this.
 const LIMIT: Duration = Duration::from_millis(2500);
 
-/// Time to reach the agent, and for each call. A guest that lives answers in milliseconds, but not
-/// where every CPU is busy; one that hangs holds the clean-up no longer than this.
+/// Time to reach the agent. A guest that lives answers in milliseconds, but not where every CPU is busy,
+/// and without an answer all that it holds is lost; one that hangs holds the clean-up no longer than this.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Time for each call.
 const CALL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Ends every container of the sandbox, so that its streams end, and writes what the guest holds of
@@ -29,41 +32,51 @@ pub(super) async fn drain(run_dir: &RunDir, state: &State, log: &config::Log) {
 
 async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     let begun = Instant::now();
+    // Whatever becomes of the guest, the writer died in the middle of its work.
+    let logs =
+        join_all(state.containers.iter().map(|(id, container)| recover(state, id, container, log))).await;
+    cube_fault::point("cleanup.log_recovered");
     let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
-    let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CALL_LIMIT).await else { return };
+    let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CONNECT_LIMIT).await else { return };
     join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
-    let drains = state.containers.iter().filter_map(|(id, container)| {
-        let log = LogConfig {
-            dir: container.log_dir.clone()?,
-            segment_bytes: log.segment_bytes,
-            segments: log.segments,
-        };
-        let config = StdioConfig {
-            namespace: state.namespace.clone(),
-            container_id: id.clone(),
-            exec_id: String::new(),
-            terminal: false,
-            stdin: String::new(),
-            stdout: String::new(),
-            stderr: String::new(),
-            log: Some(log),
-        };
-        let (dial, timeline) = (dial.clone(), state.timeline);
-        Some(async move {
-            let Ok(mut io) = ProcessIo::recover(config).await else { return };
-            io.start(dial, timeline);
-            io.process_exited();
-            // It must be over before the time limit cuts it off.
-            let left = (LIMIT * 9 / 10).saturating_sub(begun.elapsed());
-            io.finish(left).await;
-        })
+    cube_fault::point("cleanup.containers_killed");
+    let drains = logs.into_iter().flatten().map(|mut io| {
+        io.start(dial.clone(), state.timeline);
+        io.process_exited();
+        // It must be over before the time limit cuts it off.
+        io.finish((LIMIT * 9 / 10).saturating_sub(begun.elapsed()))
     });
     join_all(drains).await;
+}
+
+/// Completes what the writer of a container's log was doing, and takes the log over. `None` if it has none.
+async fn recover(
+    state: &State,
+    id: &str,
+    container: &ContainerState,
+    log: &config::Log,
+) -> Option<ProcessIo> {
+    let log = LogConfig {
+        dir: container.log_dir.clone()?,
+        segment_bytes: log.segment_bytes,
+        segments: log.segments,
+    };
+    let config = StdioConfig {
+        namespace: state.namespace.clone(),
+        container_id: id.into(),
+        exec_id: String::new(),
+        terminal: false,
+        stdin: String::new(),
+        stdout: String::new(),
+        stderr: String::new(),
+        log: Some(log),
+    };
+    ProcessIo::recover(config).await.ok()
 }
 
 async fn kill(agent: &Agent, id: &str) {
     let call =
         api::KillRequest { id: id.into(), signal: libc::SIGKILL as u32, all: true, ..Default::default() };
     // What has exited already has ended its streams as well.
-    let _ = agent.call("Kill", CALL_LIMIT, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
+    let _ = agent.call_once("Kill", CALL_LIMIT, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
 }

@@ -1,6 +1,10 @@
-//! Logs whose retention is over, removed by the next shim that starts.
+//! What nobody else removes, removed by the next shim that starts: logs whose retention is over, and run
+//! directories of shims that died before containerd knew of them.
 
-use std::time::Duration;
+use std::{
+    fs,
+    time::{Duration, SystemTime},
+};
 
 use tracing::{debug, info, warn};
 
@@ -13,6 +17,34 @@ use crate::{
     },
     state::{RunDir, State, StateError},
 };
+
+/// A run directory without a state file may be one that a shim is just making.
+const STATELESS_AGE: Duration = Duration::from_secs(60);
+
+/// Removes run directories that a `start` has left which was killed: containerd runs no `delete` for it.
+pub(super) fn remove_run_dirs(config: &Config) {
+    let dirs = RunDir::all(&config.run_dir).unwrap_or_else(|e| {
+        debug!("cannot look for abandoned run directories: {}", chain(&e));
+        Vec::new()
+    });
+    for dir in dirs.iter().filter(|dir| is_stateless(dir)) {
+        // Whoever holds the lock is using it.
+        let removed = match dir.lock(Duration::ZERO) {
+            Ok(Some(lock)) => super::delete::remove_if_unused(dir, &lock),
+            Ok(None) | Err(StateError::Locked { .. }) => Ok(()),
+            Err(e) => Err(e),
+        };
+        if let Err(e) = removed {
+            warn!("cannot remove an abandoned run directory: {}", chain(&e));
+        }
+    }
+}
+
+fn is_stateless(dir: &RunDir) -> bool {
+    let modified = fs::metadata(dir.path()).and_then(|metadata| metadata.modified());
+    let age = modified.ok().and_then(|time| SystemTime::now().duration_since(time).ok());
+    age.is_some_and(|age| age >= STATELESS_AGE) && matches!(dir.load(), Ok(None))
+}
 
 /// Removes the logs of deleted containers whose time is over. Every shim does it, so that no timer is
 /// needed where containers come and go.
@@ -52,10 +84,35 @@ pub(super) fn remove_logs(config: &Config) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::net::UnixListener;
 
     use super::*;
     use crate::state::{ContainerState, FORMAT};
+
+    #[test]
+    fn a_run_directory_goes_if_it_is_old_and_has_neither_state_nor_shim() {
+        let root = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: root.path().join("run"), ..Config::default() };
+        let make = |id: &str| {
+            let dir = RunDir::of(&config.run_dir, "address", "default", id);
+            dir.create().unwrap();
+            let socket = UnixListener::bind(dir.socket().unwrap()).unwrap();
+            (dir, socket)
+        };
+        let age = |dir: &RunDir| {
+            fs::File::open(dir.path()).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        };
+        let (abandoned, socket) = make("abandoned");
+        drop(socket);
+        let (young, socket) = make("young");
+        drop(socket);
+        let (served, _socket) = make("served");
+        age(&abandoned);
+        age(&served);
+        remove_run_dirs(&config);
+        let left = [&abandoned, &young, &served].map(|dir| dir.path().exists());
+        assert_eq!(left, [false, true, true]);
+    }
 
     #[test]
     fn the_logs_of_the_deleted_go_and_those_of_the_living_stay() {

@@ -15,6 +15,7 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::socket::{Backlog, listen},
     unistd::{dup2_stdout, setsid},
 };
 use tracing::{info, warn};
@@ -22,6 +23,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 
 use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
+    control::SandboxService,
     events::Publisher,
     logging,
     sandbox::{Identity, LinuxHost, Sandbox},
@@ -96,6 +98,9 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     let inherited = |e: nix::Error| io_error("cannot inherit", "the listening socket")(e.into());
     fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(inherited)?;
+    // Once more, for it is whoever called it last that SO_PEERCRED of unix(7) names to clients: cubecli
+    // learns in this way which process does not answer.
+    listen(&fd, Backlog::MAXCONN).map_err(inherited)?;
     let listener = UnixListener::from(fd);
     listener.set_nonblocking(true).map_err(io_error("cannot inherit", "the listening socket"))?;
     Ok(listener)
@@ -103,17 +108,23 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
 
 impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
+        survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);
         let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
             Sandbox::spawn(self.identity, self.config, Arc::new(LinuxHost), publisher.clone());
-        let mut server =
-            Server::new().add_listener(listener).register_service(TaskService::services(sandbox));
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(TaskService::services(sandbox.clone()))
+            .register_service(SandboxService::services(sandbox));
         server.start().await?;
         say_ready()?;
         info!(id, version = env!("CARGO_PKG_VERSION"), "shim started");
-        tokio::task::spawn_blocking(move || expired::remove_logs(&config));
+        tokio::task::spawn_blocking(move || {
+            expired::remove_run_dirs(&config);
+            expired::remove_logs(&config);
+        });
 
         // A panic in the owner ends the sandbox as well; `shim delete` cleans up then.
         let _ = over.await;
@@ -125,6 +136,15 @@ impl Daemon {
         let _ = server.shutdown().await;
         Ok(())
     }
+}
+
+/// Writing beyond RLIMIT_FSIZE, which containerd's unit may have set, ends a process by SIGXFSZ, unless
+/// it is caught: then the write fails with EFBIG. Caught and not ignored, for what is ignored stays so in
+/// the programs that are started.
+fn survive_file_size_limit() -> Result<(), BootstrapError> {
+    let sigxfsz = tokio::signal::unix::SignalKind::from_raw(libc::SIGXFSZ);
+    // The handler stays when nobody listens to it any more.
+    tokio::signal::unix::signal(sigxfsz).map(drop).map_err(io_error("cannot catch", "SIGXFSZ"))
 }
 
 /// Tells `start`, and lets go of the pipe: it reads until the end.

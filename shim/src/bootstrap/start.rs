@@ -19,7 +19,8 @@ use std::{
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::{
-    ADDRESS_FILE, BootstrapError, Flags, TTRPC_ADDRESS, io_error, load_config, reply, serve, ttrpc_address,
+    ADDRESS_FILE, BootstrapError, Flags, TTRPC_ADDRESS, delete, io_error, load_config, reply, serve,
+    ttrpc_address,
 };
 use crate::{
     config::PATH_VARIABLE,
@@ -49,14 +50,20 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
 
     let run_dir = RunDir::of(&config.run_dir, &events, &flags.namespace, &sandbox_id);
     let socket = run_dir.socket()?;
-    let _lock = lock(&run_dir)?;
+    let lock = lock(&run_dir)?;
     let address = format!("unix://{}", socket.display());
     if sandbox_id == flags.id || UnixStream::connect(&socket).is_err() {
         let daemon = Daemon { flags, sandbox_id: &sandbox_id, events: &events, config_path, socket: &socket };
-        daemon.spawn()?;
+        if let Err(e) = daemon.spawn() {
+            // containerd runs no `delete` after a `start` that failed.
+            let _ = delete::remove_if_unused(&run_dir, &lock);
+            return Err(e);
+        }
+        cube_fault::point("start.daemon_ready");
     }
     let file = bundle.join(ADDRESS_FILE);
     write_address(&file, &address).map_err(io_error("cannot write", file))?;
+    cube_fault::point("start.address_written");
     request.protocol.encode(&address)
 }
 
@@ -113,6 +120,7 @@ impl Daemon<'_> {
     /// containerd's ends is inherited, for it waits for the end of our output.
     fn spawn(&self) -> Result<(), BootstrapError> {
         let listener = self.bind()?;
+        cube_fault::point("start.socket_bound");
         keep_on_exec(&listener).map_err(io_error("cannot hand over", self.socket))?;
         let mut command = Command::new("/proc/self/exe");
         command

@@ -15,7 +15,7 @@ use super::{
     dir::{LogDir, LogError},
     format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
     segment::{Segment, closed_name, index_name},
-    writer::{Identity, Limits, LogWriter},
+    writer::{Identity, Limits, LogWriter, makes_room},
 };
 
 /// Bytes beyond the last record that it may stand for; what follows is indexed anew.
@@ -57,7 +57,12 @@ impl LogWriter {
             current: None,
         };
         writer.reopen_closed()?;
-        writer.reopen_current()?;
+        // On a disk that is full, what is closed makes room for the index of what is not.
+        while let Err(e) = writer.reopen_current() {
+            if !(makes_room(&e.source) && writer.drop_closed()?) {
+                return Err(e);
+            }
+        }
         while writer.retained.count() > limits.segments.max(2) as usize && writer.drop_closed()? {}
         Ok(writer)
     }
@@ -95,7 +100,6 @@ impl LogWriter {
             epoch: self.identity.epoch,
             created_ns: modified_ns(&data),
         });
-        self.adopt(&index, data_len);
         let mut segment = Segment {
             header,
             data: Arc::new(data),
@@ -107,6 +111,7 @@ impl LogWriter {
         };
         mend(&mut segment, index.header.is_none())
             .map_err(|e| self.dir.error("cannot write the log index", &index_name(self.stream), e))?;
+        self.adopt(&index, data_len);
         self.next_number = header.number.saturating_add(1);
         self.retained.push(header.number, segment.data.clone(), data_len);
         self.current = Some(segment);
@@ -127,12 +132,16 @@ fn mend(segment: &mut Segment, without_header: bool) -> io::Result<()> {
     if without_header {
         segment.rewrite_header(segment.header)?;
     }
-    let (covered, offset) = match segment.last {
-        Some(last) => (last.file_offset.saturating_add(RECORD_SPAN), last.stream_offset + RECORD_SPAN),
-        None => (0, segment.header.first_offset),
+    let (covered, offset, since) = match segment.last {
+        Some(last) => {
+            (last.file_offset.saturating_add(RECORD_SPAN), last.stream_offset + RECORD_SPAN, last.time_ns)
+        }
+        None => (0, segment.header.first_offset, segment.header.created_ns),
     };
     if covered < segment.data_len {
-        let time_ns = modified_ns(&segment.data);
+        // File times are those of the last tick, milliseconds behind the clock that records are made with;
+        // but times in an index never go back.
+        let time_ns = modified_ns(&segment.data).max(since);
         segment.owe(Record { kind: RecordKind::Write, stream_offset: offset, file_offset: covered, time_ns });
         segment.settle()?;
     }

@@ -8,17 +8,19 @@ use std::{
     collections::VecDeque,
     fs::File,
     io,
-    os::unix::fs::FileExt,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use tokio::{sync::Notify, time::timeout};
 
 /// The retained segments of one stream, shared by its writer and a reader in this process.
 #[derive(Debug, Default)]
 pub struct Retained {
     state: Mutex<State>,
     /// Notified when the reader needs less than before.
-    released: Condvar,
+    released: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -74,6 +76,24 @@ impl Extent {
     }
 }
 
+/// How much of a log is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Segments retained, the one being written included.
+    pub segments: usize,
+    /// Bytes of data in them.
+    pub bytes: u64,
+    /// Bytes of data in those that were removed since the log was opened.
+    pub rotated_away: u64,
+}
+
+impl Usage {
+    /// Position after the last byte.
+    pub fn end(&self) -> u64 {
+        self.rotated_away.saturating_add(self.bytes)
+    }
+}
+
 /// What [`Retained::read_at`] found.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
@@ -88,6 +108,25 @@ pub enum Found {
 impl Retained {
     /// Reads what is at `position` into `buffer`. Blocks on the disk.
     pub fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<Found> {
+        self.read_with(position, buffer, |file, buffer, at| file.read_at(buffer, at))
+    }
+
+    /// Like [`read_at`](Self::read_at), but never waits for the disk: `None` if the page cache has not
+    /// what is there, or the file system cannot tell.
+    pub fn read_cached(&self, position: u64, buffer: &mut [u8]) -> io::Result<Option<Found>> {
+        match self.read_with(position, buffer, read_without_waiting) {
+            Ok(found) => Ok(Some(found)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP)) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn read_with(
+        &self,
+        position: u64,
+        buffer: &mut [u8],
+        read: impl FnOnce(&File, &mut [u8], u64) -> io::Result<usize>,
+    ) -> io::Result<Found> {
         let (data, at, len) = {
             let state = self.lock();
             let Some(oldest) = state.segments.front() else { return Ok(Found::End) };
@@ -100,7 +139,7 @@ impl Retained {
             (extent.data.clone(), position - extent.start, extent.end() - position)
         };
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len());
-        match data.read_at(&mut buffer[..len], at)? {
+        match read(&data, &mut buffer[..len], at)? {
             0 => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 "the log file was truncated by someone else",
@@ -114,6 +153,13 @@ impl Retained {
         self.lock().end()
     }
 
+    /// How much is kept at the moment.
+    pub fn usage(&self) -> Usage {
+        let state = self.lock();
+        let (start, end) = (state.segments.front().map_or(0, |oldest| oldest.start), state.end());
+        Usage { segments: state.segments.len(), bytes: end.saturating_sub(start), rotated_away: start }
+    }
+
     /// A reader is attached and has taken everything below `position`: the writer keeps the rest.
     pub fn hold(&self, position: u64) {
         let mut state = self.lock();
@@ -121,41 +167,46 @@ impl Retained {
             state.reader = Some(Reader { position, moved: Instant::now() });
         }
         drop(state);
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Nobody reads: the writer may drop any closed segment.
     pub fn release(&self) {
         self.lock().reader = None;
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Ends every wait of the writer, now and later.
     pub fn abandon(&self) {
         self.lock().abandoned = true;
-        self.released.notify_all();
+        self.released.notify_waiters();
     }
 
     /// Waits as long as an attached reader is more than `lead` bytes behind and takes something at least
     /// every `patience`.
-    pub(crate) fn pace(&self, lead: u64, patience: Duration) {
-        let mut state = self.lock();
-        while state.ahead(lead, patience) {
-            let waited = self.released.wait_timeout(state, patience);
-            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    pub(crate) async fn pace(&self, lead: u64, patience: Duration) {
+        while self.lock().ahead(lead, patience) {
+            let _ = timeout(patience, self.until(|state| !state.ahead(lead, patience))).await;
         }
     }
 
     /// Waits at most for `limit`, or until the reader no longer needs the oldest segment; if only
     /// `for_reader`, returns at once when it does not. Whether the writer should go on trying.
-    pub(crate) fn wait(&self, limit: Duration, for_reader: bool) -> bool {
-        let state = self.lock();
-        let blocked = for_reader || state.reader_blocks();
-        let (state, _) = self
-            .released
-            .wait_timeout_while(state, limit, |s| !s.abandoned && (!blocked || s.reader_blocks()))
-            .unwrap_or_else(PoisonError::into_inner);
-        !state.abandoned
+    pub(crate) async fn wait(&self, limit: Duration, for_reader: bool) -> bool {
+        let blocked = for_reader || self.lock().reader_blocks();
+        let _ = timeout(limit, self.until(|s| s.abandoned || (blocked && !s.reader_blocks()))).await;
+        !self.lock().abandoned
+    }
+
+    async fn until(&self, condition: impl Fn(&State) -> bool) {
+        loop {
+            // Made before the look at the state, so that it resolves for any change after it.
+            let released = self.released.notified();
+            if condition(&self.lock()) {
+                return;
+            }
+            released.await;
+        }
     }
 
     /// Appends a segment that holds `len` bytes already.
@@ -202,4 +253,13 @@ impl Retained {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// preadv2(2) with RWF_NOWAIT: EAGAIN where it would wait, EOPNOTSUPP where it cannot know.
+fn read_without_waiting(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let at = libc::off_t::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let into = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: the iovec is that of a buffer that lives and that nobody else uses meanwhile.
+    let read = unsafe { libc::preadv2(file.as_raw_fd(), &raw const into, 1, at, libc::RWF_NOWAIT) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }

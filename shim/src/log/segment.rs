@@ -51,11 +51,14 @@ impl Segment {
     pub(super) fn begin(dir: &LogDir, stream: &str, header: SegmentHeader) -> Result<Segment, LogError> {
         let index_name = index_name(stream);
         let index = dir.create_file(&index_name)?;
+        cube_fault::point("segment.index_created");
         index
             .set_len(0)
             .and_then(|()| index.write_all_at(&header.encode(), 0))
             .map_err(|e| dir.error("cannot write the log index", &index_name, e))?;
+        cube_fault::point("segment.header_written");
         let data = dir.create_file(stream)?;
+        cube_fault::point("segment.data_created");
         data.set_len(0).map_err(|e| dir.error("cannot truncate the log file", stream, e))?;
         let index_len = HEADER_LEN as u64;
         Ok(Segment { header, data: Arc::new(data), index, data_len: 0, index_len, last: None, owed: None })
@@ -99,6 +102,7 @@ impl Segment {
             });
         }
         self.data_len += written;
+        cube_fault::point("log.data_written");
         Ok(written)
     }
 
@@ -121,6 +125,7 @@ impl Segment {
             self.index.write_all_at(&record.encode(), self.index_len)?;
             self.index_len += RECORD_LEN as u64;
             self.owed = None;
+            cube_fault::point("log.index_written");
         }
         Ok(())
     }

@@ -233,7 +233,9 @@ impl LogWriter {
         if let Some(segment) = &self.current {
             let closed = closed_name(self.stream, segment.header.number);
             rename_once(&self.dir, &index_name(self.stream), &index_name(&closed))?;
+            cube_fault::point("rotation.index_renamed");
             rename_once(&self.dir, self.stream, &closed)?;
+            cube_fault::point("rotation.data_renamed");
             self.current = None;
         }
         Ok(self.begin_segment()?)
@@ -262,7 +264,9 @@ impl LogWriter {
         }
         let name = closed_name(self.stream, number);
         self.dir.remove(&name)?;
+        cube_fault::point("rotation.oldest_data_removed");
         self.dir.remove(&index_name(&name))?;
+        cube_fault::point("rotation.oldest_index_removed");
         self.retained.pop();
         Ok(true)
     }
@@ -277,7 +281,7 @@ fn rename_once(dir: &LogDir, from: &str, to: &str) -> Result<(), LogError> {
 }
 
 /// Errors against which dropping old segments helps, or at least may.
-fn makes_room(e: &io::Error) -> bool {
+pub(super) fn makes_room(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EIO))
 }
 

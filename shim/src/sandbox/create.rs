@@ -1,24 +1,26 @@
 //! Create: from a bundle to a created container, booting the VM on the way if it is the first.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::{
     api,
     protobuf::{Message as _, MessageField, well_known_types::any::Any},
 };
-use cube_protocol::guest::{CreateOptions, PrepareSandboxRequest, SharedMount};
+use cube_protocol::guest::{CreateOptions, HelloResponse, PrepareSandboxRequest, SharedMount};
 use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
-    job::{CREATE_LIMIT, Guest, stdio_config, stream},
+    job::{self, Guest, stdio_config, stream},
     machine::Machine,
-    process::Exit,
     size, spec,
 };
 use crate::{
@@ -39,6 +41,23 @@ const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Type of the options that the agent takes.
 const OPTIONS_TYPE: &str = "cube.agent.v1.CreateOptions";
+
+/// Says in the log how long each step took.
+struct Steps(Instant);
+
+impl Steps {
+    fn begin() -> Steps {
+        Steps(Instant::now())
+    }
+
+    /// `step` has been done since the last.
+    fn done(&mut self, step: &str) {
+        let now = Instant::now();
+        let took_us = (now - self.0).as_micros();
+        debug!(took_us, "{step}");
+        self.0 = now;
+    }
+}
 
 /// A job that creates one container.
 pub(super) struct Creation {
@@ -70,6 +89,10 @@ pub(super) struct Booted {
     /// Pid of the VMM on the host.
     pub(super) pid: u32,
     pub(super) backend: String,
+    /// Why this one.
+    pub(super) reason: String,
+    /// Who answered.
+    pub(super) hello: HelloResponse,
     /// The task that follows the guest's events; to be aborted when the VM has ended.
     pub(super) link: JoinHandle<()>,
 }
@@ -95,6 +118,7 @@ impl Creation {
     /// What happens on the host alone. Not interrupted: it does not take long, and a mount that is
     /// made while the clean-up runs would stay.
     async fn prepare(&mut self) -> Result<(Rootfs, ProcessIo), Error> {
+        let mut steps = Steps::begin();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
         let (id, mounts) = (self.plan.request.id.clone(), self.plan.request.rootfs.clone());
         let mut spec = std::mem::take(&mut self.plan.spec);
@@ -105,16 +129,21 @@ impl Creation {
             spec::rewrite(&mut spec, pod)?;
             if let Some(cgroup) = cgroup {
                 host.create_cgroup(&cgroup)?;
+                cube_fault::point("create.cgroup_made");
             }
             let rootfs = host.prepare_rootfs(&run_dir, &id, &bundle, &mounts, &mut spec)?;
             Ok((spec, rootfs))
         });
         let (spec, rootfs) = prepared.await??;
+        steps.done("spec checked, cgroup and rootfs made");
         self.plan.spec = spec;
         let process = self.process();
         let stdio =
             stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
-        Ok((rootfs, ProcessIo::prepare(stdio).await?))
+        let io = ProcessIo::prepare(stdio).await?;
+        cube_fault::point("create.stdio_prepared");
+        steps.done("stdio prepared");
+        Ok((rootfs, io))
     }
 
     async fn create(&self, rootfs: Rootfs, mut io: ProcessIo) -> Result<Created, Error> {
@@ -131,6 +160,7 @@ impl Creation {
                 (booted.guest.clone(), Some(booted))
             }
         };
+        let mut steps = Steps::begin();
         let wanted = io.wanted();
         let options = CreateOptions {
             spec: self.plan.spec.to_string().into_bytes(),
@@ -153,15 +183,15 @@ impl Creation {
             options: MessageField::some(options),
             ..Default::default()
         };
-        let created = guest
-            .agent
-            .call("Create", CREATE_LIMIT, |c, ctx| async move { c.task.create(ctx, &call).await })
-            .await?;
+        let guest_pid = job::create(&guest.agent, call).await?;
+        cube_fault::point("create.container_made");
+        steps.done("container created in the guest");
         io.start(guest.dial.clone(), guest.timeline);
-        Ok(Created { io, guest_pid: created.pid, booted })
+        Ok(Created { io, guest_pid, booted })
     }
 
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
+        let mut steps = Steps::begin();
         let run_dir = &self.identity.run_dir;
         let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
         // The members of a pod come later, with whatever rootfs the snapshotter gives them.
@@ -179,9 +209,12 @@ impl Creation {
         let (host, config) = (self.host.clone(), self.config.clone());
         // It may run programs to find out what works here.
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
-        let (backend, mut vmm) = (selected.backend, selected.vmm);
-        info!(backend, reason = selected.reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        let (backend, reason, mut vmm) = (selected.backend, selected.reason, selected.vmm);
+        info!(backend, reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        steps.done("VMM chosen");
         vmm.boot().await?;
+        cube_fault::point("create.vmm_spawned");
+        steps.done("VMM started");
 
         let dial: Arc<dyn Dial> = Arc::new(vmm.vsock());
         let (agent, link, hello) = tokio::select! {
@@ -191,15 +224,20 @@ impl Creation {
                 return Err(Error::VmmEnded { id, description: exit.description });
             }
         };
+        steps.done("agent reached");
         let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
-        prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await?;
+        // From now on it is the link that connects again.
+        let link = link.run(self.events.clone());
+        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
+        prepared.inspect_err(|_| link.abort())?;
+        cube_fault::point("create.guest_ready");
+        steps.done("guest prepared");
         info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
 
-        let link = link.run(self.events.clone());
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
         let guest = Guest { agent, machine, dial, timeline: hello.timeline };
-        Ok(Booted { guest, pid, backend, link })
+        Ok(Booted { guest, pid, backend, reason, hello, link })
     }
 
     async fn roll_back(&self) {
@@ -224,17 +262,9 @@ impl Creation {
 async fn prepare_guest(agent: &Agent, hostname: &str, shared_mounts: Vec<SharedMount>) -> Result<(), Error> {
     let call = PrepareSandboxRequest { hostname: hostname.into(), shared_mounts, ..Default::default() };
     agent
-        .call(
-            "PrepareSandbox",
-            PREPARE_LIMIT,
-            |c, ctx| async move { c.guest.prepare_sandbox(ctx, &call).await },
-        )
+        .call("PrepareSandbox", PREPARE_LIMIT, call, |c, ctx, call| async move {
+            c.guest.prepare_sandbox(ctx, &call).await
+        })
         .await?;
     Ok(())
-}
-
-impl From<&cube_protocol::guest::TaskExit> for Exit {
-    fn from(exit: &cube_protocol::guest::TaskExit) -> Exit {
-        Exit { status: exit.exit_status, at_ns: exit.exited_at_ns }
-    }
 }

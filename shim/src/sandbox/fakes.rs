@@ -26,7 +26,7 @@ use crate::{
     agent::dial::HybridVsock,
     config::Config,
     errors::Error,
-    state::RunDir,
+    state::{RunDir, now_ns},
     vmm::{VmSpec, Vmm, VmmError, VmmExit},
 };
 
@@ -83,7 +83,7 @@ impl Guest {
             container_id: container.into(),
             exec_id: exec.into(),
             exit_status: status,
-            exited_at_ns: 1_000_000_000,
+            exited_at_ns: now_ns(),
             ..Default::default()
         }));
     }
@@ -225,6 +225,11 @@ impl guest_ttrpc::Guest for Service {
     ) -> ttrpc::Result<guest::PrepareSandboxResponse> {
         self.0.called("PrepareSandbox", &request.hostname, "").await?;
         Ok(guest::PrepareSandboxResponse::new())
+    }
+
+    async fn info(&self, _: &TtrpcContext, _: guest::InfoRequest) -> ttrpc::Result<guest::InfoResponse> {
+        self.0.called("Info", "", "").await?;
+        Ok(guest::InfoResponse { memory_total_bytes: 256 << 20, ..Default::default() })
     }
 
     async fn events(

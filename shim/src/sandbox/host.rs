@@ -97,7 +97,9 @@ impl Host for LinuxHost {
         let plan = Plan::new(id, bundle, mounts, spec)?;
         let share = Share::of(run_dir.path());
         share.prepare()?;
+        cube_fault::point("create.share_prepared");
         plan.mount(&share)?;
+        cube_fault::point("create.rootfs_mounted");
         plan.rewrite_spec(spec);
         let disks = plan.disk().into_iter().collect();
         Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks, share: plan.needs_share() })
@@ -119,7 +121,11 @@ impl Host for LinuxHost {
         if !cgroup.as_os_str().is_empty() {
             SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
         }
+        cube_fault::point("destroy.cgroup_removed");
         Share::of(run_dir.path()).remove()?;
-        Ok(run_dir.remove()?)
+        cube_fault::point("destroy.share_removed");
+        run_dir.remove()?;
+        cube_fault::point("destroy.run_dir_removed");
+        Ok(())
     }
 }

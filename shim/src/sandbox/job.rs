@@ -4,30 +4,36 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
-    api,
+    api::{self, Status},
     protobuf::{MessageField, well_known_types::any::Any},
 };
 use futures::future::join_all;
-use tokio::task::spawn_blocking;
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
 use tracing::warn;
+use ttrpc::Code;
 
 use super::{
     Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine,
     process::Stdio,
 };
 use crate::{
-    agent::{Agent, AgentError, Dial},
+    agent::{Agent, AgentError, Clients, Dial},
     errors::{Error, chain},
     state::RunDir,
     stdio::{LogConfig, ProcessIo, StdioConfig},
 };
 
 /// Deadlines of calls to the guest. An emulated guest takes its time to set a container up.
-pub(super) const CREATE_LIMIT: Duration = Duration::from_secs(60);
+const CREATE_LIMIT: Duration = Duration::from_secs(60);
 const START_LIMIT: Duration = Duration::from_secs(30);
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// SIGKILL must work on a hung guest as well, and containerd waits for it.
 const SIGKILL_LIMIT: Duration = Duration::from_secs(3);
+/// How often a call whose answer was lost is looked after.
+const LOOK: Duration = Duration::from_millis(20);
 const STATS_LIMIT: Duration = Duration::from_secs(1);
 const DELETE_LIMIT: Duration = Duration::from_secs(2);
 /// How long output that still flows may hold Delete up; what is stuck is given up earlier. Clients
@@ -45,7 +51,7 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(6);
 pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
-    Started { process: ProcessId, result: Result<(), Error>, reply: Reply<u32> },
+    Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
 }
@@ -92,20 +98,85 @@ pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) 
         spec: MessageField::some(spec),
         ..Default::default()
     };
-    guest.agent.call("Exec", CALL_LIMIT, |c, ctx| async move { c.task.exec(ctx, &call).await }).await?;
+    let made = guest
+        .agent
+        .call("Exec", CALL_LIMIT, call, |c, ctx, call| async move { c.task.exec(ctx, &call).await });
+    match made.await {
+        // The owner has checked that the id is new.
+        Err(e) if e.may_be_done(Code::ALREADY_EXISTS) => {}
+        made => drop(made?),
+    }
     io.start(guest.dial, guest.timeline);
     Ok(io)
 }
 
-/// Lets a created process run.
-pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<(), Error> {
+/// Lets a created process run. Gives its pid in the guest.
+pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error> {
     let ProcessId { container, exec } = process;
     let call = api::StartRequest { id: container, exec_id: exec, ..Default::default() };
-    guest.agent.call("Start", START_LIMIT, |c, ctx| async move { c.task.start(ctx, &call).await }).await?;
-    Ok(())
+    cube_fault::point("run.before_start");
+    let deadline = Instant::now() + START_LIMIT;
+    let mut lost = false;
+    loop {
+        let request = call.clone();
+        let started = guest.agent.call("Start", START_LIMIT, request, |c, ctx, call| async move {
+            c.task.start(ctx, &call).await
+        });
+        let error = match started.await {
+            Ok(started) => {
+                cube_fault::point("run.process_started");
+                return Ok(started.pid);
+            }
+            Err(error) => error,
+        };
+        lost |= error.may_be_done(Code::FAILED_PRECONDITION);
+        let AgentError::Refused { status, .. } = &error else { return Err(error.into()) };
+        if !lost || status.code() != Code::FAILED_PRECONDITION || Instant::now() >= deadline {
+            return Err(error.into());
+        }
+        // What the lost request began may still be under way, and may yet fail.
+        let state = state(&guest.agent, &call.id, &call.exec_id).await?;
+        if state.status.enum_value() != Ok(Status::CREATED) {
+            return Ok(state.pid);
+        }
+        sleep(LOOK).await;
+    }
 }
 
-/// Sends a signal. If the guest does not answer and `last_resort` is set, SIGKILL ends the VM.
+/// Makes a container with an init process that does not run yet; gives its pid in the guest.
+pub(super) async fn create(agent: &Agent, call: api::CreateTaskRequest) -> Result<u32, AgentError> {
+    let deadline = Instant::now() + CREATE_LIMIT;
+    let mut lost = false;
+    loop {
+        let request = call.clone();
+        let created = agent.call("Create", CREATE_LIMIT, request, |c, ctx, call| async move {
+            c.task.create(ctx, &call).await
+        });
+        let error = match created.await {
+            Ok(created) => return Ok(created.pid),
+            Err(error) => error,
+        };
+        lost |= error.may_be_done(Code::ALREADY_EXISTS);
+        let AgentError::Refused { status, .. } = &error else { return Err(error) };
+        if !lost || status.code() != Code::ALREADY_EXISTS || Instant::now() >= deadline {
+            return Err(error);
+        }
+        // What the lost request began does not exist before it is complete, and may yet fail.
+        match state(agent, &call.id, "").await {
+            Ok(state) => return Ok(state.pid),
+            Err(AgentError::Refused { status, .. }) if status.code() == Code::NOT_FOUND => {}
+            Err(error) => return Err(error),
+        }
+        sleep(LOOK).await;
+    }
+}
+
+async fn state(agent: &Agent, container: &str, exec: &str) -> Result<api::StateResponse, AgentError> {
+    let call = api::StateRequest { id: container.into(), exec_id: exec.into(), ..Default::default() };
+    agent.call("State", CALL_LIMIT, call, |c, ctx, call| async move { c.task.state(ctx, &call).await }).await
+}
+
+/// Sends a signal. If the guest does not take it and `last_resort` is set, SIGKILL ends the VM.
 pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) -> Result<(), Error> {
     let sigkill = request.signal == libc::SIGKILL as u32;
     let limit = if sigkill { SIGKILL_LIMIT } else { CALL_LIMIT };
@@ -117,10 +188,17 @@ pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) 
         all: request.all,
         ..Default::default()
     };
-    let answer = guest.agent.call("Kill", limit, |c, ctx| async move { c.task.kill(ctx, &call).await }).await;
+    let answer = if sigkill {
+        let send = |c: Clients, ctx, call| async move { c.task.kill(ctx, &call).await };
+        guest.agent.call("Kill", limit, call, send).await
+    } else {
+        guest.agent.call_once("Kill", limit, |c, ctx| async move { c.task.kill(ctx, &call).await }).await
+    };
     match answer {
         Ok(_) => Ok(()),
-        Err(AgentError::Refused { call, status }) => Err(AgentError::Refused { call, status }.into()),
+        Err(e) if e.may_be_done(Code::NOT_FOUND) => Ok(()),
+        // It may have exited a moment ago; the owner waits for it to be told.
+        Err(e) if e.is_not_found() => Err(e.into()),
         Err(e) if sigkill && last_resort => {
             warn!("the guest did not take SIGKILL, killing its VM: {}", chain(&e));
             guest.machine.kill().await;
@@ -135,7 +213,7 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
     let call = api::StatsRequest { id, ..Default::default() };
     let answer = guest
         .agent
-        .call("Stats", STATS_LIMIT, |c, ctx| async move { c.task.stats(ctx, &call).await })
+        .call("Stats", STATS_LIMIT, call, |c, ctx, call| async move { c.task.stats(ctx, &call).await })
         .await?;
     Ok(answer.stats.unwrap_or_default())
 }
@@ -143,7 +221,8 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
 /// Changes limits.
 pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(), Error> {
     let call = api::UpdateTaskRequest { id, resources: MessageField::some(resources), ..Default::default() };
-    guest.agent.call("Update", CALL_LIMIT, |c, ctx| async move { c.task.update(ctx, &call).await }).await?;
+    let send = |c: Clients, ctx, call| async move { c.task.update(ctx, &call).await };
+    guest.agent.call("Update", CALL_LIMIT, call, send).await?;
     Ok(())
 }
 
@@ -151,10 +230,8 @@ pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(
 pub(super) async fn resize(guest: Guest, process: ProcessId, width: u32, height: u32) -> Result<(), Error> {
     let ProcessId { container, exec } = process;
     let call = api::ResizePtyRequest { id: container, exec_id: exec, width, height, ..Default::default() };
-    guest
-        .agent
-        .call("ResizePty", CALL_LIMIT, |c, ctx| async move { c.task.resize_pty(ctx, &call).await })
-        .await?;
+    let send = |c: Clients, ctx, call| async move { c.task.resize_pty(ctx, &call).await };
+    guest.agent.call("ResizePty", CALL_LIMIT, call, send).await?;
     Ok(())
 }
 
@@ -177,18 +254,21 @@ pub(super) async fn remove(removal: Removal, host: Arc<dyn Host>, run_dir: RunDi
     let (ids, ios): (Vec<_>, Vec<_>) = processes.into_iter().unzip();
     let limit = if guest.is_some() { DRAIN_LIMIT } else { ORPHAN_DRAIN_LIMIT };
     join_all(ids.iter().zip(ios).filter_map(|(id, io)| Some(finish(id, io?, limit)))).await;
+    cube_fault::point("delete.drained");
 
     match (&guest, &sandbox) {
         (Some(guest), Some(_)) => power_off(guest).await,
         (Some(guest), None) => forget(guest, &ids, &containers).await,
         (None, _) => {}
     }
+    cube_fault::point("delete.guest_ended");
     let released = spawn_blocking(move || {
         for id in &containers {
             if let Err(e) = host.release_rootfs(&run_dir, id) {
                 warn!("cannot release the rootfs of {id:?}: {}", chain(&e));
             }
         }
+        cube_fault::point("delete.rootfs_released");
         match sandbox {
             Some(cgroup) => host.destroy(&run_dir, &cgroup),
             None => Ok(()),
@@ -213,7 +293,7 @@ async fn power_off(guest: &Guest) {
     let call = api::ShutdownRequest { now: true, ..Default::default() };
     let told = guest
         .agent
-        .call("Shutdown", SHUTDOWN_LIMIT, |c, ctx| async move { c.task.shutdown(ctx, &call).await })
+        .call_once("Shutdown", SHUTDOWN_LIMIT, |c, ctx| async move { c.task.shutdown(ctx, &call).await })
         .await;
     match told {
         Ok(_) => guest.machine.shutdown(POWER_OFF_LIMIT).await,
@@ -240,10 +320,10 @@ async fn forget(guest: &Guest, processes: &[ProcessId], containers: &[String]) {
         let call = api::DeleteRequest { id: container, exec_id: exec, ..Default::default() };
         let answer = guest
             .agent
-            .call("Delete", DELETE_LIMIT, |c, ctx| async move { c.task.delete(ctx, &call).await })
+            .call("Delete", DELETE_LIMIT, call, |c, ctx, call| async move { c.task.delete(ctx, &call).await })
             .await;
         match answer {
-            Err(AgentError::Refused { status, .. }) if status.code() == ttrpc::Code::NOT_FOUND => {}
+            Err(AgentError::Refused { status, .. }) if status.code() == Code::NOT_FOUND => {}
             Err(e) => warn!("the guest cannot delete: {}", chain(&e)),
             Ok(_) => {}
         }

@@ -15,6 +15,7 @@ mod owner;
 mod process;
 pub mod size;
 pub mod spec;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use tokio::{
 
 pub use host::{Host, LinuxHost, Rootfs, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
+pub use status::{ProcessStatus, SandboxStatus, VmStatus};
 
 use crate::{
     annotations::{self, Annotations},
@@ -137,6 +139,7 @@ enum Request {
     Resize(ProcessId, u32, u32, Reply<()>),
     CloseIo(ProcessId, Reply<()>),
     Shutdown(Reply<()>),
+    Status(Reply<SandboxStatus>),
 }
 
 /// Everything that the owner reacts to.
@@ -146,6 +149,8 @@ enum Message {
     VmmExited(crate::vmm::VmmExit),
     /// What [`process::Process::exiting`] asked to be awaited is over.
     ProcessExited(ProcessId, Exit),
+    /// A SIGKILL was asked for a while ago.
+    KillOverdue(ProcessId),
 }
 
 /// Handle of a sandbox. Clones mean the same sandbox.
@@ -240,6 +245,11 @@ impl Sandbox {
     /// Ends a process's stdin once its FIFO is drained.
     pub async fn close_stdin(&self, process: ProcessId) -> Result<(), Error> {
         self.ask(|reply| Request::CloseIo(process, reply)).await
+    }
+
+    /// Everything that is known of the sandbox, from memory, in every state.
+    pub async fn status(&self) -> Result<SandboxStatus, Error> {
+        self.ask(Request::Status).await
     }
 
     /// Ends the shim, if no container is left.

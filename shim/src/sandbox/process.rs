@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use cube_protocol::guest::TaskExit;
+
 use super::Reply;
 use crate::{state::now_ns, stdio::ProcessIo};
 
@@ -18,6 +20,14 @@ impl Exit {
     /// Death by SIGKILL, now: of a process whose own end nobody saw.
     pub fn killed() -> Exit {
         Exit { status: 128 + libc::SIGKILL as u32, at_ns: now_ns() }
+    }
+
+    /// What the guest tells of a process that was created at `created_ns`, as far as it can be true: a
+    /// status of 256 would be success to a shell, and the guest's clock is not ours.
+    pub(super) fn told(exit: &TaskExit, created_ns: u64) -> Exit {
+        let now = now_ns();
+        let at_ns = exit.exited_at_ns.min(now).max(created_ns.min(now));
+        Exit { status: exit.exit_status.min(255), at_ns }
     }
 }
 
@@ -78,6 +88,19 @@ pub(super) enum Phase {
 }
 
 impl Phase {
+    /// For programs.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Phase::Creating => "creating",
+            Phase::Created => "created",
+            Phase::Starting => "starting",
+            Phase::Running => "running",
+            Phase::Stopped(_) => "stopped",
+            Phase::Deleting(_) => "deleting",
+        }
+    }
+
+    /// For sentences.
     pub(super) fn name(self) -> &'static str {
         match self {
             Phase::Creating => "being created",
@@ -95,6 +118,8 @@ impl Phase {
 pub(super) struct Process {
     pub(super) phase: Phase,
     pub(super) stdio: Stdio,
+    /// Pid in the guest; 0 before the guest has told.
+    pub(super) guest_pid: u32,
     /// From the end of [`Phase::Creating`] to the begin of [`Phase::Deleting`].
     pub(super) io: Option<ProcessIo>,
     /// An exit that came before containerd may hear of it: TaskExit follows TaskStart, and what its
@@ -105,7 +130,14 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn new(stdio: Stdio) -> Process {
-        Process { phase: Phase::Creating, stdio, io: None, early_exit: None, waiters: Vec::new() }
+        Process {
+            phase: Phase::Creating,
+            stdio,
+            guest_pid: 0,
+            io: None,
+            early_exit: None,
+            waiters: Vec::new(),
+        }
     }
 
     /// How it ended, if it has.
@@ -131,6 +163,11 @@ impl Process {
             Some(exit) => drop(reply.send(Ok(exit))),
             None => self.waiters.push(reply),
         }
+    }
+
+    /// Whether the guest has told the exit, also if containerd does not know it yet.
+    pub(super) fn is_over(&self) -> bool {
+        self.exit().is_some() || self.early_exit.is_some()
     }
 
     /// Notes that the process has exited, and gives what to await before [`exited`](Process::exited):
@@ -190,5 +227,22 @@ impl Process {
         for waiter in self.waiters.drain(..) {
             let _ = waiter.send(Ok(exit));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_is_told_as_it_was_unless_it_cannot_be() {
+        let created = now_ns() - 1_000_000;
+        let told = |exit_status, exited_at_ns| {
+            Exit::told(&TaskExit { exit_status, exited_at_ns, ..Default::default() }, created)
+        };
+        assert_eq!(told(143, created + 5), Exit { status: 143, at_ns: created + 5 });
+        assert_eq!(told(256, 0), Exit { status: 255, at_ns: created });
+        let future = told(u32::MAX, u64::MAX);
+        assert!(future.status == 255 && (created..=now_ns()).contains(&future.at_ns), "{future:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
-use cube_protocol::version::Version;
+use cube_protocol::version::{self, Version};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
@@ -118,7 +118,7 @@ async fn a_container_goes_through_its_life_and_leaves_nothing() {
     lab.guest().exit("c1", "", 3);
     assert_eq!(lab.wait(init("c1")).await, 3);
     let deleted = within(lab.sandbox.delete(init("c1"))).await.unwrap();
-    assert_eq!((deleted.pid, deleted.exit.status, deleted.exit.at_ns), (PID, 3, 1_000_000_000));
+    assert_eq!((deleted.pid, deleted.exit.status), (PID, 3));
     assert!(!lab.run_dir.path().exists() && !lab.host.vmm.is_alive());
     assert_eq!(lab.events().await, ["create", "start", "exit", "delete"]);
     assert!(matches!(lab.sandbox.pid("c1".into()).await, Err(Error::NotFound { .. })));
@@ -191,7 +191,7 @@ async fn an_agent_of_another_protocol_is_refused_and_both_versions_are_named() {
     let guest = Guest::speaking(Version { major: 9, minor: 1 });
     let lab = Lab::with(guest, true).await;
     let text = chain(&within(lab.create("c1")).await.unwrap_err());
-    assert!(text.contains("9.1") && text.contains("1.0"), "{text}");
+    assert!(text.contains("9.1") && text.contains(&version::CURRENT.to_string()), "{text}");
 }
 
 #[tokio::test]
@@ -297,9 +297,16 @@ async fn kill_of_a_created_container_releases_who_waits_for_it() {
 async fn events_go_on_after_the_connection_to_the_guest_was_cut() {
     let lab = Lab::new().await;
     lab.run("c1").await;
-    for round in 0..3 {
+    let ids = ["e1", "e2", "e3"].map(|id| exec("c1", id));
+    for process in ids.clone() {
+        let request =
+            ExecRequest { process: process.clone(), spec: Default::default(), stdio: Stdio::default() };
+        lab.sandbox.exec(request).await.unwrap();
+        lab.sandbox.start(process).await.unwrap();
+    }
+    for (round, process) in ids.iter().enumerate() {
         lab.guest().cut_connections();
-        lab.guest().oom("c1");
+        lab.guest().exit("c1", &process.exec, 0);
         if round == 1 {
             lab.guest().cut_connections();
         }
@@ -307,7 +314,31 @@ async fn events_go_on_after_the_connection_to_the_guest_was_cut() {
     lab.guest().exit("c1", "", 1);
     assert_eq!(lab.wait(init("c1")).await, 1);
     // Each once, though every cut made us ask again.
-    assert_eq!(lab.events().await, ["create", "start", "oom", "oom", "oom", "exit"]);
+    let exits = lab.events().await.iter().filter(|event| *event == "exit").count();
+    assert_eq!(exits, 4);
+}
+
+#[tokio::test]
+async fn out_of_memory_again_and_again_is_told_once_in_a_while() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    for _ in 0..200 {
+        lab.guest().oom("c1");
+    }
+    lab.guest().exit("c1", "", 137);
+    assert_eq!(lab.wait(init("c1")).await, 137);
+    let told = lab.events().await.iter().filter(|event| *event == "oom").count();
+    assert!((1..=5).contains(&told), "{told} events");
+}
+
+#[tokio::test]
+async fn a_guest_that_refuses_sigkill_is_killed() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.guest().fault("Kill", Fault::Refuse(ttrpc::get_status(Code::INTERNAL, "I will not")));
+    assert_eq!(lab.kill(init("c1"), 15).await.unwrap_err().code(), Code::INTERNAL);
+    lab.kill(init("c1"), 9).await.unwrap();
+    assert_eq!(lab.wait(init("c1")).await, 137);
 }
 
 #[tokio::test]
@@ -386,4 +417,50 @@ async fn a_bundle_that_cannot_be_read_is_an_error_with_its_path() {
     assert!(matches!(error, Error::Annotation(_)), "{error}");
     // Neither took the id.
     lab.run("c1").await;
+}
+
+#[tokio::test]
+async fn a_status_is_told_in_every_state_from_memory() {
+    let lab = Lab::new().await;
+    let status = || async { within(lab.sandbox.status()).await.unwrap() };
+    let new = status().await;
+    assert_eq!((new.state, new.vm.is_none(), new.processes.len()), ("creating", true, 0));
+
+    lab.create("c1").await.unwrap();
+    lab.guest().fault("Start", Fault::Hang);
+    let hanging = tokio::spawn({
+        let sandbox = lab.sandbox.clone();
+        async move { sandbox.start(init("c1")).await }
+    });
+    while status().await.processes[0].state != "starting" {
+        tokio::task::yield_now().await;
+    }
+    let booted = status().await;
+    let vm = booted.vm.unwrap();
+    assert_eq!((booted.state, vm.pid, vm.backend.as_str(), vm.timeline), ("running", PID, "fake", 2));
+    assert!(vm.link.connected && vm.link.reconnects == 0 && booted.agent.is_some());
+
+    lab.host.vmm.die();
+    assert_eq!(lab.wait(init("c1")).await, 137);
+    let ended = status().await;
+    let (process, vm) = (&ended.processes[0], ended.vm.unwrap());
+    assert_eq!((ended.state, process.state, process.guest_pid), ("stopped", "stopped", 17));
+    assert_eq!(process.exit.map(|exit| exit.status), Some(137));
+    assert!(!vm.link.connected && vm.pid == PID && ended.agent.is_none());
+    assert_eq!(vm.uptime(), vm.uptime(), "it stands still");
+    assert!(within(hanging).await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_status_counts_events_and_what_became_of_the_control_connection() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.guest().cut_connections();
+    lab.guest().exit("c1", "", 7);
+    assert_eq!(lab.wait(init("c1")).await, 7);
+    assert!(lab.publisher.flush(LIMIT).await);
+    let status = lab.sandbox.status().await.unwrap();
+    let link = status.vm.unwrap().link;
+    assert_eq!((link.connected, link.reconnects, link.last_event), (true, 1, 1));
+    assert_eq!((status.events.waiting, status.events.lost), (0, 0));
 }

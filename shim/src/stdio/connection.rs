@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::status::Counters;
-use crate::agent::{Dial, DialError};
+use crate::agent::{Dial, DialError, printable};
 
 /// Time for one dial, and for the handshake after it.
 pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(2);
@@ -112,9 +112,7 @@ pub(super) fn refusal(frame: &Frame) -> Broken {
     match frame.message::<stream::Error>() {
         Ok(error) => {
             let code = error.code.enum_value_or_default();
-            // The guest's text goes to a log: not at any length, and not with control characters.
-            let message = error.message.chars().take(200).flat_map(char::escape_debug).collect();
-            Broken::Refused { code, bytes: error.bytes, message }
+            Broken::Refused { code, bytes: error.bytes, message: printable(&error.message) }
         }
         Err(e) => Broken::Body(e),
     }
@@ -152,6 +150,7 @@ impl Connections {
             match self.try_open(offset, epoch).await {
                 Ok(connected) => {
                     self.counters.connections.add(1);
+                    self.counters.connected.set(1);
                     self.connected = Some(Instant::now());
                     return Ok(connected);
                 }
@@ -163,6 +162,7 @@ impl Connections {
     /// Takes note of why a connection ended, and waits as long as the next should wait. An error is
     /// final.
     pub(super) async fn failed(&mut self, broken: Broken) -> Result<(), Broken> {
+        self.closed();
         if broken.is_misbehaviour() {
             self.counters.refused.add(1);
             tracing::warn!(
@@ -184,6 +184,11 @@ impl Connections {
         tokio::time::sleep(wait).await;
         self.backoff = (wait * 2).min(BACKOFF_MAX);
         Ok(())
+    }
+
+    /// The last connection has ended.
+    pub(super) fn closed(&self) {
+        self.counters.connected.set(0);
     }
 
     /// Data has come through: a failure after that is a new one.
@@ -214,6 +219,10 @@ impl Connections {
         match answer.header.kind {
             Kind::Opened => {
                 let opened = answer.message::<Opened>()?;
+                if opened.epoch == 0 {
+                    // It stands for "not known yet": the next connection could bring another one.
+                    return Err(Broken::Protocol("opened epoch 0".into()));
+                }
                 if epoch != 0 && opened.epoch != epoch {
                     let text = format!("opened epoch {:#x} instead of {epoch:#x}", opened.epoch);
                     return Err(Broken::Protocol(text));

@@ -20,6 +20,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    runtime::Handle,
     sync::watch,
 };
 
@@ -68,6 +69,32 @@ struct Output {
     last_acked: bool,
 }
 
+/// What the guest sends next.
+enum Step {
+    /// Nothing up to this offset.
+    Gap(u64),
+    Data(Vec<u8>),
+    End(Flags),
+    Wait,
+}
+
+impl Output {
+    /// What follows offset `at`, at most `size` bytes of it.
+    fn step(&self, at: u64, size: usize) -> Step {
+        let end = self.data.len() as u64;
+        if let Some((from, to)) = self.gaps.iter().find(|(from, to)| (*from..*to).contains(&at)) {
+            assert_eq!(*from, at);
+            Step::Gap(*to)
+        } else if at < end {
+            let limit = self.gaps.iter().map(|gap| gap.0).find(|gap| *gap > at).unwrap_or(end);
+            let to = limit.min(at + size as u64);
+            Step::Data(self.data[at as usize..to as usize].to_vec())
+        } else {
+            self.eof.map_or(Step::Wait, Step::End)
+        }
+    }
+}
+
 /// What the process has been given.
 #[derive(Default, Clone)]
 pub(super) struct Stdin {
@@ -81,12 +108,14 @@ pub(super) struct FakeAgent {
     changed: watch::Sender<()>,
     /// Bytes of one DATA frame at most.
     frame: usize,
+    /// The test's: a stream with a log has a runtime of its own, which ends with it.
+    runtime: Handle,
 }
 
 impl FakeAgent {
     pub(super) fn new(frame: usize) -> Arc<FakeAgent> {
         let (changed, _) = watch::channel(());
-        Arc::new(FakeAgent { state: Mutex::default(), changed, frame })
+        Arc::new(FakeAgent { state: Mutex::default(), changed, frame, runtime: Handle::current() })
     }
 
     pub(super) fn with_faults(frame: usize, faults: impl IntoIterator<Item = Fault>) -> Arc<FakeAgent> {
@@ -109,6 +138,10 @@ impl FakeAgent {
         self.change(|state| change(state.outputs.entry(stream as i32).or_default()))
     }
 
+    fn look<T>(&self, stream: Stream, look: impl FnOnce(&Output) -> T) -> T {
+        look(self.lock().outputs.entry(stream as i32).or_default())
+    }
+
     /// The process writes.
     pub(super) fn write(&self, stream: Stream, bytes: &[u8]) {
         self.output(stream, |output| output.data.extend_from_slice(bytes));
@@ -129,11 +162,11 @@ impl FakeAgent {
     }
 
     pub(super) fn acked(&self, stream: Stream) -> u64 {
-        self.output(stream, |output| output.acked)
+        self.look(stream, |output| output.acked)
     }
 
     pub(super) fn is_released(&self, stream: Stream) -> bool {
-        self.output(stream, |output| output.last_acked)
+        self.look(stream, |output| output.last_acked)
     }
 
     /// Offsets and bodies of all OPENs so far.
@@ -233,26 +266,23 @@ impl FakeAgent {
             let mut size = 1;
             loop {
                 changed.borrow_and_update();
-                let output = self.lock().outputs.get(&(stream as i32)).cloned().unwrap_or_default();
-                let end = output.data.len() as u64;
-                if let Some((from, to)) = output.gaps.iter().find(|(from, to)| (*from..*to).contains(&at)) {
-                    assert_eq!(*from, at);
-                    let lost = Gap { lost_bytes: to - at, ..Default::default() };
-                    at = *to;
-                    writer.message(Kind::Gap, at, &lost).await?;
-                } else if at < end {
-                    let limit = output.gaps.iter().map(|gap| gap.0).find(|gap| *gap > at).unwrap_or(end);
-                    // Odd sizes, from single bytes to whole frames.
-                    size = (size * 7 + 3) % self.frame + 1;
-                    let to = limit.min(at + size as u64);
-                    let body = &output.data[at as usize..to as usize];
-                    writer.frame(Header::new(Kind::Data, at), body).await?;
-                    at = to;
-                } else if let Some(flags) = output.eof {
-                    writer.frame(Header::new(Kind::Eof, at).with_flags(flags), &[]).await?;
-                    return std::future::pending().await;
-                } else {
-                    changed.changed().await.map_err(io::Error::other)?;
+                // Odd sizes, from single bytes to whole frames.
+                size = (size * 7 + 3) % self.frame + 1;
+                match self.look(stream, |output| output.step(at, size)) {
+                    Step::Gap(to) => {
+                        let lost = Gap { lost_bytes: to - at, ..Default::default() };
+                        at = to;
+                        writer.message(Kind::Gap, at, &lost).await?;
+                    }
+                    Step::Data(body) => {
+                        writer.frame(Header::new(Kind::Data, at), &body).await?;
+                        at += body.len() as u64;
+                    }
+                    Step::End(flags) => {
+                        writer.frame(Header::new(Kind::Eof, at).with_flags(flags), &[]).await?;
+                        return std::future::pending().await;
+                    }
+                    Step::Wait => changed.changed().await.map_err(io::Error::other)?,
                 }
             }
         };
@@ -295,16 +325,21 @@ impl Dial for Arc<FakeAgent> {
             let source = io::ErrorKind::ConnectionRefused.into();
             return Err(DialError::Connect { path: "fake".into(), source });
         }
-        let (host, guest) = UnixStream::pair().unwrap();
+        let (host, guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        guest.set_nonblocking(true).unwrap();
         let agent = self.clone();
-        let served = tokio::spawn(async move { agent.serve(guest, fault).await });
-        tokio::spawn(async move {
+        let served = self.runtime.spawn(async move {
+            let guest = UnixStream::from_std(guest).unwrap();
+            agent.serve(guest, fault).await
+        });
+        self.runtime.spawn(async move {
             // Connections fail all the time here, but a broken assertion must not look like one.
             if served.await.is_err_and(|e| e.is_panic()) {
                 std::process::abort();
             }
         });
-        Ok(host)
+        Ok(UnixStream::from_std(host).unwrap())
     }
 }
 

@@ -50,6 +50,7 @@ impl Feed {
         }
         let rest = retained.end().saturating_sub(position);
         counters.lost.add(rest);
+        counters.position.set(retained.end());
         let cause = match result {
             Ok(Ok(())) => return counters.deliver(),
             // Nobody reads: nobody misses it, and the log has it.
@@ -76,6 +77,7 @@ impl Feed {
                 (Found::Dropped(to), _) => {
                     self.counters.lost.add(to - self.position);
                     self.position = to;
+                    self.counters.position.set(to);
                 }
                 (Found::End, _) if ended => return Ok(Ok(())),
                 (Found::End, _) => tokio::select! {
@@ -97,6 +99,7 @@ impl Feed {
             match taken.await? {
                 Ok(n) => {
                     *position += n as u64;
+                    counters.position.set(*position);
                     counters.write(n as u64);
                     retained.hold(*position);
                     bytes = bytes.slice(n..);
@@ -107,20 +110,26 @@ impl Feed {
         Ok(Ok(()))
     }
 
-    // On a thread that may wait for the disk; mostly the page cache has it.
     async fn read(&self) -> io::Result<(Found, Bytes)> {
         let available = self.retained.end().saturating_sub(self.position);
         if available == 0 {
             return Ok((Found::End, Bytes::new()));
         }
         let (retained, position) = (self.retained.clone(), self.position);
-        let len = usize::try_from(available).unwrap_or(CHUNK).min(CHUNK);
+        let mut buffer = BytesMut::zeroed(usize::try_from(available).unwrap_or(CHUNK).min(CHUNK));
+        // What was just written is in the page cache; a thread of its own costs more than the read.
+        if let Some(found) = retained.read_cached(position, &mut buffer)? {
+            return Ok(read_into(buffer, found));
+        }
         let read = tokio::task::spawn_blocking(move || {
-            let mut buffer = BytesMut::zeroed(len);
             let found = retained.read_at(position, &mut buffer)?;
-            buffer.truncate(if let Found::Bytes(n) = found { n } else { 0 });
-            Ok((found, buffer.freeze()))
+            Ok(read_into(buffer, found))
         });
         read.await.map_err(io::Error::other)?
     }
+}
+
+fn read_into(mut buffer: BytesMut, found: Found) -> (Found, Bytes) {
+    buffer.truncate(if let Found::Bytes(n) = found { n } else { 0 });
+    (found, buffer.freeze())
 }

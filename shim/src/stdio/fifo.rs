@@ -9,12 +9,10 @@ use std::{
     fs::File,
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
-use futures::StreamExt;
-use inotify::{Inotify, WatchMask};
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
@@ -24,11 +22,13 @@ use tokio::{
     time::Instant,
 };
 
-use super::registration::{register, register_again};
+use super::{
+    opens::{OPENS, Opens},
+    registration::{register, register_again},
+};
 
-/// How often a new reader is looked for where inotify cannot be had: its instances are limited per
-/// user (`fs.inotify.max_user_instances`), and a host may run hundreds of sandboxes.
-const POLL: Duration = Duration::from_millis(200);
+/// How often a new reader is looked for where inotify cannot be had.
+const POLL: Duration = Duration::from_secs(1);
 
 /// How often the last bytes in a pipe are looked at.
 const LOOK: Duration = Duration::from_millis(1);
@@ -51,23 +51,27 @@ pub(super) enum Offer {
 pub(super) struct PipeWriter {
     // `None` only while it is registered anew.
     fd: Option<AsyncFd<File>>,
-    /// Where another reader could open it; `None` for a pipe without a name.
-    path: Option<PathBuf>,
+    /// Tells when another reader opens it; `None` for a pipe, which nobody can open.
+    opens: Option<&'static Opens>,
 }
 
 impl PipeWriter {
     /// Opens the FIFO at `path`; never waits.
     pub(super) fn open(path: &Path) -> io::Result<PipeWriter> {
+        PipeWriter::open_with(path, &OPENS)
+    }
+
+    fn open_with(path: &Path, opens: &'static Opens) -> io::Result<PipeWriter> {
         let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
         let both = open(path, flags | OFlag::O_RDWR, Mode::empty())?;
         let write = open(path, flags | OFlag::O_WRONLY, Mode::empty())?;
         drop(both);
-        Ok(PipeWriter { fd: Some(registered(write.into())?), path: Some(path.into()) })
+        Ok(PipeWriter { fd: Some(registered(write.into())?), opens: Some(opens) })
     }
 
     /// Takes the write end of a pipe, which must be non-blocking.
     pub(super) fn pipe(fd: OwnedFd) -> io::Result<PipeWriter> {
-        Ok(PipeWriter { fd: Some(registered(fd.into())?), path: None })
+        Ok(PipeWriter { fd: Some(registered(fd.into())?), opens: None })
     }
 
     /// Offers bytes without waiting.
@@ -121,20 +125,21 @@ impl PipeWriter {
 
     /// Whether anybody could ever become a reader again.
     pub(super) fn may_return(&self) -> bool {
-        self.path.is_some()
+        self.opens.is_some()
     }
 
     /// Waits after [`Offer::NoReader`] for somebody to open the FIFO. May return without. Cancel safe.
     pub(super) async fn reader(&mut self) -> io::Result<()> {
-        let Some(path) = &self.path else { return std::future::pending().await };
+        let Some(opens) = self.opens else { return std::future::pending().await };
+        let file = self.fd()?.get_ref();
         // Watch first, look second: a reader that comes between is then seen by one of the two.
-        match watch_opens(path) {
-            Ok(mut opens) => {
-                if !has_reader(self.fd()?.get_ref())? {
-                    let _ = opens.next().await;
+        match opens.watch(file) {
+            Some(mut watch) => {
+                if !has_reader(file)? {
+                    watch.opened().await;
                 }
             }
-            Err(_) => tokio::time::sleep(POLL).await,
+            None => tokio::time::sleep(POLL).await,
         }
         register_again(&mut self.fd, Interest::WRITABLE)
     }
@@ -146,12 +151,6 @@ impl PipeWriter {
 
 fn registered(file: File) -> io::Result<AsyncFd<File>> {
     register(file, Interest::WRITABLE).map_err(|(_, e)| e)
-}
-
-fn watch_opens(path: &Path) -> io::Result<inotify::EventStream<[u8; 1024]>> {
-    let inotify = Inotify::init()?;
-    inotify.watches().add(path, WatchMask::OPEN)?;
-    inotify.into_event_stream([0; 1024])
 }
 
 fn poll(file: &File) -> io::Result<nix::poll::PollFlags> {
@@ -178,4 +177,34 @@ fn has_reader(file: &File) -> io::Result<bool> {
 
 fn is_full(file: &File) -> io::Result<bool> {
     Ok(poll(file)?.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    static EXHAUSTED: Opens = Opens::new(|| Err(io::Error::from_raw_os_error(libc::EMFILE)));
+
+    #[tokio::test]
+    async fn without_inotify_a_reader_is_found_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let mut writer = PipeWriter::open_with(&path, &EXHAUSTED).unwrap();
+        assert_eq!(writer.offer(b"x").unwrap(), Offer::NoReader);
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut text = String::new();
+            File::open(path).and_then(|mut file| file.read_to_string(&mut text)).map(|_| text)
+        });
+        let offered = async {
+            while writer.offer(b"all of it").unwrap() == Offer::NoReader {
+                writer.reader().await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), offered).await.unwrap();
+        drop(writer);
+        assert_eq!(reader.await.unwrap().unwrap(), "all of it");
+    }
 }

@@ -1,18 +1,32 @@
-//! The thread that writes the log of one stream.
+//! The thread that takes one stream from the guest into its log.
 //!
 //! write(2) to the page cache takes microseconds until the disk is stuck, and then any time at all. So
 //! each log has a thread of its own: a disk that hangs holds up this stream, and neither the others nor
 //! a call of containerd. It is no blocking task of tokio, for whose end a runtime would wait.
+//!
+//! The relay runs on the same thread: to hand each chunk to another, and its acknowledgement back, takes
+//! two wake-ups, which cost more than what they are about.
 
-use std::{io::IoSlice, sync::Arc, thread, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    join, runtime,
+    sync::{mpsc, oneshot, watch},
+};
 
 use super::{
     error_chain,
     phase::READER_PATIENCE,
     sink::{Chunk, SinkEnd},
-    status::Counters,
+    status::{Counters, Obstacle},
 };
 use crate::log::{
     retained::Retained,
@@ -30,42 +44,81 @@ const LEAD: u64 = 1 << 20;
 /// The thread calls the kernel and a short stack of ours.
 const STACK: usize = 256 << 10;
 
-/// Starts the thread. It ends with the stream, or when [`Retained::abandon`] is called.
-pub(super) fn spawn(
-    writer: LogWriter,
-    name: &'static str,
-    end: SinkEnd,
-    counters: Arc<Counters>,
-) -> std::io::Result<()> {
-    let retained = writer.retained();
-    let SinkEnd { chunks, safe } = end;
-    let log = LogThread { writer, name, retained, safe, counters, stalled: false };
-    thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || log.run(chunks))?;
-    Ok(())
+/// What fills the log.
+type Relaying = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A thread that waits for what it is to run. It ends with the stream, when [`Retained::abandon`] is
+/// called, or when this is dropped.
+pub(super) struct LogThread {
+    relaying: oneshot::Sender<Relaying>,
+    ended: oneshot::Receiver<()>,
 }
 
-struct LogThread {
+impl fmt::Debug for LogThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogThread").finish_non_exhaustive()
+    }
+}
+
+impl LogThread {
+    /// Starts the thread.
+    pub(super) fn spawn(
+        writer: LogWriter,
+        name: &'static str,
+        end: SinkEnd,
+        counters: Arc<Counters>,
+    ) -> io::Result<LogThread> {
+        let retained = writer.retained();
+        let SinkEnd { chunks, safe } = end;
+        let log = Log { writer, name, retained, safe, counters, told: false };
+        let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let (relaying, given) = oneshot::channel::<Relaying>();
+        let (over, ended) = oneshot::channel();
+        let work = async move {
+            if let Ok(relaying) = given.await {
+                join!(relaying, log.run(chunks));
+            }
+        };
+        thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || {
+            runtime.block_on(work);
+            // Nobody may be left to hear it.
+            let _ = over.send(());
+        })?;
+        Ok(LogThread { relaying, ended })
+    }
+
+    /// Runs `relaying`, which feeds the log, on the thread; returns when both have ended. It goes on if
+    /// this is cancelled.
+    pub(super) async fn run(self, relaying: impl Future<Output = ()> + Send + 'static) {
+        if self.relaying.send(Box::pin(relaying)).is_ok() {
+            // An error is a thread that has panicked, and has said so.
+            let _ = self.ended.await;
+        }
+    }
+}
+
+struct Log {
     writer: LogWriter,
     name: &'static str,
     retained: Arc<Retained>,
     safe: watch::Sender<u64>,
     counters: Arc<Counters>,
-    /// Whether the trouble that the log has was reported.
-    stalled: bool,
+    /// Whether the trouble that the log has with its disk was reported.
+    told: bool,
 }
 
-impl LogThread {
-    fn run(mut self, mut chunks: mpsc::Receiver<Chunk>) {
-        while let Some(chunk) = chunks.blocking_recv() {
+impl Log {
+    async fn run(mut self, mut chunks: mpsc::Receiver<Chunk>) {
+        while let Some(chunk) = chunks.recv().await {
             let taken = match chunk {
-                Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)),
-                Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)),
+                Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)).await,
+                Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)).await,
                 Chunk::Data(parts) => {
-                    self.retained.pace(LEAD, READER_PATIENCE);
+                    self.retained.pace(LEAD, READER_PATIENCE).await;
                     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
                     let mut rest = &mut slices[..];
                     let before = self.writer.next_offset();
-                    let taken = self.insist(|writer| writer.append(&mut rest));
+                    let taken = self.insist(|writer| writer.append(&mut rest)).await;
                     self.counters.stored.add(self.writer.next_offset() - before);
                     taken
                 }
@@ -78,32 +131,38 @@ impl LogThread {
     }
 
     /// Does `work` until it succeeds. `false` if the log was abandoned before.
-    fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
+    async fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
         while let Err(stall) = work(&mut self.writer) {
+            self.counters.wait_for(Some(match &stall {
+                Stalled::Reader => Obstacle::Reader,
+                Stalled::Disk(_) => Obstacle::Disk,
+            }));
             self.report(&stall);
-            // A reader cannot make room before it is told what of the chunk there is to read.
-            if let Some(offset) = self.writer.safe_offset() {
-                self.safe.send_replace(offset);
+            // The reader must hear that the log has grown by a part of the work, even where nothing more
+            // is safe: what it has not read yet may be what holds the log up.
+            match self.writer.safe_offset() {
+                Some(offset) => drop(self.safe.send_replace(offset)),
+                None => self.safe.send_modify(|_| ()),
             }
-            if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) {
+            if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)).await {
                 return false;
             }
         }
-        if std::mem::take(&mut self.stalled) {
+        self.counters.wait_for(None);
+        if std::mem::take(&mut self.told) {
             tracing::info!(stream = self.name, "the log is being written again");
         }
         true
     }
 
     fn report(&mut self, stall: &Stalled) {
-        if std::mem::replace(&mut self.stalled, true) {
-            return;
-        }
         match stall {
             // What a slow reader is meant to do. Nothing for an operator to act on.
             Stalled::Reader => tracing::debug!(stream = self.name, "{stall}"),
+            Stalled::Disk(_) if self.told => {}
             Stalled::Disk(_) => {
-                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log")
+                self.told = true;
+                tracing::warn!(stream = self.name, error = %error_chain(stall), "output waits for the log");
             }
         }
     }

@@ -7,6 +7,7 @@ mod feed;
 mod fifo;
 mod incoming;
 mod log_sink;
+mod opens;
 mod outlet;
 mod output;
 mod phase;
@@ -39,7 +40,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-pub use self::status::StreamStatus;
+pub use self::status::{LogStatus, Obstacle, StreamStatus};
 use self::{
     connection::Endpoint,
     output::Output,
@@ -246,14 +247,14 @@ impl ProcessIo {
 
     /// Counters of each stream that the process has.
     pub fn status(&self) -> Vec<StreamStatus> {
-        let stdin = self.stdin.iter().map(|stdin| stdin.counters.status("stdin"));
+        let stdin = self.stdin.iter().map(Stdin::status);
         stdin.chain(self.outputs.iter().map(Output::status)).collect()
     }
 
     /// Delivers what is left for at most `limit`, then closes everything. Called by Delete.
     ///
-    /// Ends after 4 s in which nothing went forward: `limit` is for what still flows, which may be as
-    /// much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that
+    /// Ends after 4 s in which nothing went forward, or 2 s if it is a sink that takes nothing: `limit` is
+    /// for what still flows, which may be as much as the guest buffers, and slowly. FIFOs that nobody reads are closed at once. A guest that
     /// cannot be reached any more is waited for as long as any other: give no `limit` if it is known to
     /// be gone.
     pub async fn finish(mut self, limit: Duration) -> FinishReport {
@@ -283,7 +284,10 @@ impl ProcessIo {
     async fn all_delivered(&mut self, deadline: Instant) -> bool {
         loop {
             let before = self.progress();
-            let look = deadline.min(Instant::now() + GUEST_PATIENCE);
+            // The guest sends nothing more while a disk is full.
+            let stuck = self.outputs.iter().any(|output| output.stuck() > 0);
+            let patience = if stuck { READER_PATIENCE } else { GUEST_PATIENCE };
+            let look = deadline.min(Instant::now() + patience);
             if timeout_at(look, self.tasks_end()).await.is_ok() {
                 return true;
             }
@@ -330,6 +334,12 @@ impl Stdin {
         let source = Source::open(path).map_err(cannot("cannot open stdin", path))?;
         let (close, _) = watch::channel(false);
         Ok(Stdin { source: Some(source), close, counters: Arc::default() })
+    }
+
+    fn status(&self) -> StreamStatus {
+        let status = self.counters.status("stdin");
+        let lag = status.received.saturating_sub(status.acknowledged).saturating_sub(status.lost);
+        StreamStatus { lag, ..status }
     }
 }
 

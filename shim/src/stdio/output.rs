@@ -10,13 +10,13 @@ use super::{
     connection::Endpoint,
     direct::Direct,
     feed::Feed,
-    log_sink,
+    log_sink::LogThread,
     outlet::Outlet,
     phase::Phases,
     program::LogProgram,
     relay::Relay,
     sink::{self, Sink},
-    status::{Counter, Counters, StreamStatus},
+    status::{Counter, Counters, LogStatus, StreamStatus},
     uri::Target,
 };
 use crate::log::{
@@ -51,6 +51,7 @@ struct Parts {
 /// A log whose thread is running.
 #[derive(Debug)]
 struct Log {
+    thread: LogThread,
     sink: Sink,
     epoch: u64,
 }
@@ -65,7 +66,15 @@ impl Output {
     }
 
     pub(super) fn status(&self) -> StreamStatus {
-        self.counters.status(self.name)
+        let counters = &*self.counters;
+        let log = self.retained.as_ref().map(|retained| retained.usage());
+        let lag = match &log {
+            _ if counters.is_delivered() => 0,
+            Some(usage) => usage.end().saturating_sub(counters.position.get()),
+            None => counters.received.get().saturating_sub(counters.stored.get()),
+        };
+        let log = log.map(|usage| LogStatus { usage, waits_for: counters.obstacle() });
+        StreamStatus { lag, log, ..counters.status(self.name) }
     }
 
     pub(super) fn counters(&self) -> Arc<Counters> {
@@ -78,8 +87,12 @@ impl Output {
 
     /// Bytes that came from the guest and did not get everywhere in time.
     pub(super) fn discarded(&self) -> u64 {
-        let stuck = self.counters.received.get().saturating_sub(self.counters.stored.get());
-        stuck.saturating_add(self.counters.discarded.get())
+        self.stuck().saturating_add(self.counters.discarded.get())
+    }
+
+    /// Bytes that came from the guest and that the first sink, the log mostly, does not have yet.
+    pub(super) fn stuck(&self) -> u64 {
+        self.counters.received.get().saturating_sub(self.counters.stored.get())
     }
 
     /// Changes whenever bytes go forward.
@@ -99,32 +112,31 @@ impl Output {
     pub(super) fn start(&mut self, endpoint: Endpoint, phases: Phases, tasks: &mut JoinSet<()>) {
         let Some(Parts { log, outlet }) = self.parts.take() else { return };
         let (name, counters) = (self.name, self.counters.clone());
-        let (sink, epoch) = match (log, outlet, &self.retained) {
-            (Some(log), Some(outlet), Some(retained)) => {
+        let Some(Log { thread, sink, epoch }) = log else {
+            let (sink, end) = sink::channel(0);
+            let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
+            tasks.spawn(direct.run(end));
+            tasks.spawn(Relay::new(endpoint, 0, sink, counters).run(phases));
+            return;
+        };
+        match (outlet, &self.retained) {
+            (Some(outlet), Some(retained)) => {
+                // Before the log's thread has anything to write: it would run ahead of nobody.
+                retained.hold(0);
                 let feed = Feed {
                     name,
                     retained: retained.clone(),
-                    grown: log.sink.safe.clone(),
+                    grown: sink.safe.clone(),
                     outlet,
                     counters: counters.clone(),
                     phases: phases.clone(),
                     position: 0,
                 };
                 tasks.spawn(feed.run());
-                (log.sink, log.epoch)
             }
-            (Some(log), _, _) => {
-                counters.deliver();
-                (log.sink, log.epoch)
-            }
-            (None, outlet, _) => {
-                let (sink, end) = sink::channel(0);
-                let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
-                tasks.spawn(direct.run(end));
-                (sink, 0)
-            }
-        };
-        tasks.spawn(Relay::new(endpoint, epoch, sink, counters).run(phases));
+            _ => counters.deliver(),
+        }
+        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, counters).run(phases)));
     }
 }
 
@@ -153,8 +165,8 @@ fn start_log(writer: LogWriter, name: &'static str, counters: &Arc<Counters>) ->
     let epoch = writer.identity().epoch;
     let (sink, end) = sink::channel(writer.next_offset());
     counters.acknowledged.set(writer.next_offset());
-    log_sink::spawn(writer, name, end, counters.clone())?;
-    Ok(Log { sink, epoch })
+    let thread = LogThread::spawn(writer, name, end, counters.clone())?;
+    Ok(Log { thread, sink, epoch })
 }
 
 /// Begins new logs in a new directory.

@@ -4,12 +4,12 @@
 //! has is acknowledged, so the next connection goes on exactly where the sink is. Reading stops while
 //! the sink has enough to do: that is the back pressure, and the bound on memory.
 
-use std::{collections::VecDeque, io, sync::Arc};
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use cube_protocol::frame::{Flags, Frame, HEADER_LEN, Header, Kind};
 use cube_protocol::stream::Gap;
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 
 use super::{
     connection::{Broken, Connected, Connections, Endpoint, refusal},
@@ -23,6 +23,9 @@ use crate::log::writer::Identity;
 
 /// Frames that become one chunk, and so one write, at most.
 const PARTS_MAX: usize = 64;
+
+/// Time for the last acknowledgement, for which a guest that is busy has no room at once.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The relay of one output stream.
 pub(super) struct Relay {
@@ -75,6 +78,7 @@ impl Relay {
             result = self.relay() => result,
             () = phases.abandoned() => return,
         };
+        self.connections.closed();
         match result {
             Ok(()) => self.counters.relayed.set(1),
             // The sink has said why.
@@ -184,6 +188,7 @@ impl Relay {
         };
         if lost > 0 {
             self.counters.lost.add(lost);
+            self.counters.dropped.add(lost);
             self.received = offset;
             self.pending.push_back(Chunk::Gap(offset));
         }
@@ -249,13 +254,19 @@ impl Relay {
         Ok(frame.body)
     }
 
-    /// The stream has ended: waits for the sink, and tells the guest that it may forget the stream. The
-    /// guest need not hear it; then it forgets the stream with its process.
+    /// The stream has ended: waits for the sink, and tells the guest that it may forget the stream. A
+    /// guest that does not take that forgets the stream with its process.
     async fn end(&mut self, socket: &UnixStream, mut acks: Acks) -> Result<(), Ended> {
         self.settle().await?;
         acks.target = self.received;
         acks.last = true;
-        acks.flush(socket);
+        let told = async {
+            acks.flush(socket);
+            while acks.wants_to_write() && socket.writable().await.is_ok() {
+                acks.flush(socket);
+            }
+        };
+        let _ = timeout(FAREWELL, told).await;
         Ok(())
     }
 }
@@ -300,7 +311,10 @@ impl Acks {
                 self.written = 0;
             }
             match socket.try_write(&self.wire[self.written..]) {
-                Ok(n) => self.written += n,
+                Ok(n) => {
+                    self.written += n;
+                    cube_fault::point("log.acknowledged");
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => self.deaf = true,
             }

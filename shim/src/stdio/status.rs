@@ -7,6 +7,8 @@ use std::{
 
 use tokio::{sync::Notify, time::timeout};
 
+use crate::log::retained::Usage;
+
 /// What has happened to one stream so far. Bytes, except where said otherwise.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StreamStatus {
@@ -20,6 +22,14 @@ pub struct StreamStatus {
     pub written: u64,
     /// Dropped by the guest in drop mode, or never given to the FIFO, file or program.
     pub lost: u64,
+    /// Of `lost`, what the guest dropped: the log does not have it either.
+    pub dropped: u64,
+    /// Of `lost`, what was given up at the end because it was taken too slowly, or not at all.
+    pub discarded: u64,
+    /// What the shim has and the FIFO, file or program (stdin: the process) does not.
+    pub lag: u64,
+    /// Whether there is a connection to the guest at the moment.
+    pub connected: bool,
     /// Connections after the first.
     pub reconnects: u64,
     /// Connections closed because the guest broke the protocol.
@@ -28,6 +38,26 @@ pub struct StreamStatus {
     pub complete: bool,
     /// Whether the guest discards what is written after the end of the process that it belonged to.
     pub truncated: bool,
+    /// The log, if there is one.
+    pub log: Option<LogStatus>,
+}
+
+/// The log of one stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogStatus {
+    /// What is on disk, and was.
+    pub usage: Usage,
+    /// What writing waits for.
+    pub waits_for: Option<Obstacle>,
+}
+
+/// What a log waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle {
+    /// An attached reader that is a whole retained log behind.
+    Reader = 1,
+    /// A disk that takes nothing.
+    Disk = 2,
 }
 
 /// The counters behind [`StreamStatus`].
@@ -37,12 +67,20 @@ pub(super) struct Counters {
     pub(super) acknowledged: Counter,
     pub(super) written: Counter,
     pub(super) lost: Counter,
+    /// Of `lost`, what the guest dropped.
+    pub(super) dropped: Counter,
     pub(super) connections: Counter,
+    /// 1 while there is a connection.
+    pub(super) connected: Counter,
     pub(super) refused: Counter,
     /// What of `received` the first sink has: the log, or the outlet where there is no log.
     pub(super) stored: Counter,
     /// Bytes that an outlet took too slowly, or that its program did not take at all.
     pub(super) discarded: Counter,
+    /// Position in the log up to which the outlet has everything, or has missed it.
+    pub(super) position: Counter,
+    /// An [`Obstacle`] of the log; 0 for none.
+    obstacle: Counter,
     /// 1 when the guest's EOF has come and the log, if any, has everything.
     pub(super) relayed: Counter,
     /// 1 when the FIFO, file or program has been given everything, or there is none.
@@ -53,9 +91,15 @@ pub(super) struct Counters {
 }
 
 impl Counters {
+    /// `lag` and `log` are the caller's to fill in.
     pub(super) fn status(&self, name: &'static str) -> StreamStatus {
         StreamStatus {
             name,
+            lag: 0,
+            log: None,
+            dropped: self.dropped.get(),
+            discarded: self.discarded.get(),
+            connected: self.connected.get() > 0,
             received: self.received.get(),
             acknowledged: self.acknowledged.get(),
             written: self.written.get(),
@@ -90,7 +134,22 @@ impl Counters {
     }
 
     pub(super) fn complete(&self) -> bool {
-        self.relayed.get() > 0 && self.delivered.get() > 0
+        self.relayed.get() > 0 && self.is_delivered()
+    }
+
+    /// Whether the outlet has everything that it will ever get, or there is none.
+    pub(super) fn is_delivered(&self) -> bool {
+        self.delivered.get() > 0
+    }
+
+    /// Notes what the log waits for.
+    pub(super) fn wait_for(&self, obstacle: Option<Obstacle>) {
+        self.obstacle.set(obstacle.map_or(0, |obstacle| obstacle as u64));
+    }
+
+    pub(super) fn obstacle(&self) -> Option<Obstacle> {
+        let code = self.obstacle.get();
+        [Obstacle::Reader, Obstacle::Disk].into_iter().find(|obstacle| *obstacle as u64 == code)
     }
 }
 

@@ -70,6 +70,7 @@ impl StdinRelay {
             result = self.relay() => result.err(),
             () = phases.exited() => None,
         };
+        self.connections.closed();
         match broken {
             // A process may end, or close its stdin, before it has read everything.
             None | Some(Broken::Refused { .. }) => {}

@@ -76,6 +76,7 @@ impl Helper {
         let mut command = Command::new(&launch.program);
         command.args(&launch.args).env_clear().env("RUST_LOG", "warn").kill_on_drop(false);
         command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+        command.envs(cube_fault::environment());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let inherited: Vec<RawFd> = launch.fds.iter().map(AsRawFd::as_raw_fd).collect();
         let own_network = launch.own_network;

@@ -9,7 +9,10 @@ use crate::{
     lab::{Lab, Setup},
     logs,
     needs::Backend,
-    proxy::Scissors,
+    proxy::{
+        Proxy,
+        plan::{Plan, Target},
+    },
     verify::compare_both,
 };
 
@@ -139,7 +142,8 @@ fn check_tail_and_head(lab: &Lab, id: &str, log: &[u8]) {
 /// exec writes and another reads.
 pub fn reconnects_change_nothing(backend: Backend) {
     let lab = super::lab_with_waiting_container(backend);
-    let scissors = Scissors::at(&guest::socket(&lab, "c"));
+    let proxy = Proxy::at(&guest::socket(&lab, "c"));
+    proxy.follow(Target::Streams, Plan::random(1, 700_001));
     let bytes: u64 = if backend.is_vm() { 8 << 20 } else { 64 << 20 };
     let bytes_arg = bytes.to_string();
     let argv = ["cube-test-writer", "stream", "1", &bytes_arg, "2", &bytes_arg];
@@ -148,7 +152,7 @@ pub fn reconnects_change_nothing(backend: Backend) {
     let counts = compare_both(exec.stdout.take().unwrap(), exec.stderr.take().unwrap(), |_| ());
     assert_eq!(counts, (bytes, bytes), "bytes at the readers");
     assert!(exec.wait().unwrap().success());
-    let cuts = scissors.cuts();
+    let cuts = proxy.cuts();
     assert!(cuts > 10, "only {cuts} cuts of output");
 
     let mut input = vec![0; 4 << 20];
@@ -160,7 +164,7 @@ pub fn reconnects_change_nothing(backend: Backend) {
     let found = digest.wait(lab.limit()).succeeds().out();
     let expected = lab.exec("c", &["cube-test-writer", "sha256", "3", "0", "4194304"]).succeeds().out();
     assert!(found.contains(expected.trim()), "{found} is not {expected}");
-    assert!(scissors.cuts() > cuts + 3, "only {} cuts of input", scissors.cuts() - cuts);
+    assert!(proxy.cuts() > cuts + 3, "only {} cuts of input", proxy.cuts() - cuts);
     lab.remove("c");
     lab.nothing_is_left();
 }

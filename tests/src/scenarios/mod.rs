@@ -1,11 +1,20 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
+pub mod counters;
+pub mod disks;
 pub mod exactness;
 pub mod exits;
+pub mod faults;
 pub mod isolation;
+pub mod kills;
+pub mod large_logs;
 pub mod lifecycle;
 pub mod memory;
 pub mod output;
+pub mod pods;
+pub mod rest;
+pub mod rotation;
+pub mod scale;
 pub mod survival;
 pub mod terminal;
 
@@ -20,4 +29,10 @@ pub fn lab_with_waiting_container(backend: crate::needs::Backend) -> Lab {
     let lab = Lab::new(backend);
     lab.detached("c", &WAIT);
     lab
+}
+
+/// Makes the empty file `path` in container `id`, which may end by that: an exec ends with it.
+fn make_file(lab: &Lab, id: &str, path: &str) {
+    let made = lab.exec(id, &["touch", path]);
+    assert!(matches!(made.code(), 0 | 137), "{made}");
 }

@@ -4,8 +4,10 @@
 use std::{
     env,
     io::{self, Write},
+    path::Path,
     process::ExitCode,
     str::FromStr,
+    time::Duration,
 };
 
 use cube_test_writer::{fill, write_sizes};
@@ -13,7 +15,11 @@ use sha2::{Digest, Sha256};
 
 const USAGE: &str = "usage:
   cube-test-writer stream SEED BYTES [SEED BYTES]   pseudo-random bytes to stdout [and at once to stderr]
+  cube-test-writer until FILE SEED                  such bytes until FILE exists; their number to stderr
+  cube-test-writer converse SEED BYTES              the same to stdout, while stdin is copied to stderr
   cube-test-writer repeat HEX BYTES                 the pattern, as often as it takes
+  cube-test-writer blocks SIZE BYTES                that many bytes, SIZE in each write
+  cube-test-writer lines N MICROSECONDS             N lines, a pause after each, that tell CLOCK_MONOTONIC
   cube-test-writer sha256 SEED FROM TO              digest of a range of a stream
   cube-test-writer vsock CID PORT                   connect; tells whether that was refused
   cube-test-writer io-uring                         io_uring_setup(2); tells whether that was refused
@@ -44,7 +50,23 @@ fn run(args: &[&str]) -> io::Result<()> {
                 errors.join().map_err(|_| io::Error::other("the writer of stderr panicked"))?
             })
         }
+        ["until", file, seed] => {
+            let bytes = until(Path::new(file), number(seed)?)?;
+            eprintln!("{bytes}");
+            Ok(())
+        }
+        ["converse", seed, bytes] => {
+            let (seed, bytes) = (number(seed)?, number(bytes)?);
+            std::thread::scope(|scope| {
+                let echo = scope.spawn(|| io::copy(&mut io::stdin(), &mut io::stderr()));
+                stream(&mut RawStdout, seed, bytes)?;
+                echo.join().map_err(|_| io::Error::other("the copier of stdin panicked"))??;
+                Ok(())
+            })
+        }
         ["repeat", hex, bytes] => repeat(&pattern(hex)?, number(bytes)?),
+        ["blocks", size, bytes] => blocks(number(size)?, number(bytes)?),
+        ["lines", n, pause] => lines(number(n)?, Duration::from_micros(number(pause)?)),
         ["sha256", seed, from, to] => sha256(number(seed)?, number(from)?, number(to)?),
         ["vsock", cid, port] => report("connect", vsock(number(cid)?, number(port)?)),
         ["io-uring"] => report("io_uring_setup", io_uring()),
@@ -74,10 +96,21 @@ impl Write for RawStdout {
 }
 
 fn stream(out: &mut impl Write, seed: u64, bytes: u64) -> io::Result<()> {
+    write_while(out, seed, |offset| bytes - offset)?;
+    out.flush()
+}
+
+/// Gives the number of bytes written.
+fn until(file: &Path, seed: u64) -> io::Result<u64> {
+    write_while(&mut RawStdout, seed, |_| if file.exists() { 0 } else { u64::MAX })
+}
+
+/// Writes a stream as long as `left` gives more than 0 bytes that may follow the offset. Gives its length.
+fn write_while(out: &mut impl Write, seed: u64, left: impl Fn(u64) -> u64) -> io::Result<u64> {
     let mut buffer = vec![0; 128 << 10];
     let mut offset = 0;
     for size in write_sizes(seed) {
-        let size = size.min(usize::try_from(bytes - offset).unwrap_or(usize::MAX));
+        let size = size.min(usize::try_from(left(offset)).unwrap_or(usize::MAX));
         if size == 0 {
             break;
         }
@@ -85,7 +118,7 @@ fn stream(out: &mut impl Write, seed: u64, bytes: u64) -> io::Result<()> {
         out.write_all(&buffer[..size])?;
         offset += size as u64;
     }
-    out.flush()
+    Ok(offset)
 }
 
 fn pattern(hex: &str) -> io::Result<Vec<u8>> {
@@ -106,6 +139,28 @@ fn repeat(pattern: &[u8], bytes: usize) -> io::Result<()> {
         let n = left.min(unit.len());
         RawStdout.write_all(&unit[..n])?;
         left -= n;
+    }
+    Ok(())
+}
+
+fn blocks(size: usize, bytes: usize) -> io::Result<()> {
+    let block = vec![b'.'; size];
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(size);
+        RawStdout.write_all(&block[..n])?;
+        left -= n;
+    }
+    Ok(())
+}
+
+fn lines(count: u64, pause: Duration) -> io::Result<()> {
+    for _ in 0..count {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the pointer is to a live timespec.
+        check(unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) })?;
+        RawStdout.write_all(format!("{}\n", now.tv_sec * 1_000_000_000 + now.tv_nsec).as_bytes())?;
+        std::thread::sleep(pause);
     }
     Ok(())
 }

@@ -14,13 +14,21 @@ use crate::container::ContainerError;
 struct Setting {
     /// Where the spec says so.
     field: String,
+    /// What the spec says, in its own unit: for messages.
+    asked: String,
     file: String,
     value: String,
 }
 
 impl Setting {
     fn new(field: impl Into<String>, file: impl Into<String>, value: impl ToString) -> Self {
-        Self { field: field.into(), file: file.into(), value: value.to_string() }
+        let value = value.to_string();
+        Self { field: field.into(), asked: value.clone(), file: file.into(), value }
+    }
+
+    /// With what the spec says, where version 2 says the same in another way.
+    fn asked(self, asked: impl ToString) -> Self {
+        Self { asked: asked.to_string(), ..self }
     }
 
     fn controller(&self) -> &str {
@@ -61,7 +69,7 @@ pub(super) fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<(), Con
     if let Some(setting) = settings.iter().find(|setting| !has(setting)) {
         let reason =
             format!("the {} controller is not available in {}", setting.controller(), cgroup.display());
-        return Err(ContainerError::invalid(&setting.field, &setting.value, reason));
+        return Err(ContainerError::invalid(&setting.field, &setting.asked, reason));
     }
     settings.iter().try_for_each(|setting| setting.write(cgroup))
 }
@@ -75,7 +83,7 @@ fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> 
         add_cpu(&mut settings, cpu)?;
     }
     if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
-        settings.push(Setting::new("linux.resources.pids.limit", "pids.max", or_max(limit)));
+        settings.push(Setting::new("linux.resources.pids.limit", "pids.max", or_max(limit)).asked(limit));
     }
     if let Some(block_io) = resources.block_io() {
         add_block_io(&mut settings, block_io)?;
@@ -108,13 +116,19 @@ fn add_memory(settings: &mut Vec<Setting>, memory: &LinuxMemory) -> Result<(), C
     refuse("memory.checkBeforeUpdate", memory.check_before_update() == Some(true))?;
     let limit = memory.limit().unwrap_or(0);
     if let Some(swap) = swap(limit, memory.swap().unwrap_or(0))? {
-        settings.push(Setting::new("linux.resources.memory.swap", "memory.swap.max", swap));
+        let (field, asked) = match memory.swap().unwrap_or(0) {
+            // Lifted along with the limit on memory.
+            0 => ("linux.resources.memory.limit", limit),
+            both => ("linux.resources.memory.swap", both),
+        };
+        settings.push(Setting::new(field, "memory.swap.max", swap).asked(asked));
     }
     if limit != 0 {
-        settings.push(Setting::new("linux.resources.memory.limit", "memory.max", or_max(limit)));
+        settings.push(Setting::new("linux.resources.memory.limit", "memory.max", or_max(limit)).asked(limit));
     }
     if let Some(low) = memory.reservation().filter(|low| *low != 0) {
-        settings.push(Setting::new("linux.resources.memory.reservation", "memory.low", or_max(low)));
+        let setting = Setting::new("linux.resources.memory.reservation", "memory.low", or_max(low));
+        settings.push(setting.asked(low));
     }
     Ok(())
 }
@@ -141,13 +155,18 @@ fn add_cpu(settings: &mut Vec<Setting>, cpu: &LinuxCpu) -> Result<(), ContainerE
     // asked for, and a host without the controller has nothing to refuse.
     const DEFAULT_SHARES: u64 = 1024;
     if let Some(shares) = cpu.shares().filter(|shares| ![0, DEFAULT_SHARES].contains(shares)) {
-        settings.push(Setting::new("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares)));
+        let setting = Setting::new("linux.resources.cpu.shares", "cpu.weight", weight_of_shares(shares));
+        settings.push(setting.asked(shares));
     }
     let (quota, period) = (cpu.quota().unwrap_or(0), cpu.period().unwrap_or(0));
     if quota != 0 || period != 0 {
+        let (field, asked) = match quota {
+            0 => ("linux.resources.cpu.period", period.to_string()),
+            quota => ("linux.resources.cpu.quota", quota.to_string()),
+        };
         let quota = if quota > 0 { quota.to_string() } else { "max".into() };
         let period = if period == 0 { DEFAULT_PERIOD_US } else { period };
-        settings.push(Setting::new("linux.resources.cpu.quota", "cpu.max", format!("{quota} {period}")));
+        settings.push(Setting::new(field, "cpu.max", format!("{quota} {period}")).asked(asked));
     }
     if let Some(burst) = cpu.burst() {
         settings.push(Setting::new("linux.resources.cpu.burst", "cpu.max.burst", burst));
@@ -180,14 +199,14 @@ fn add_block_io(settings: &mut Vec<Setting>, block_io: &LinuxBlockIo) -> Result<
     refuse("blockIO.leafWeight", block_io.leaf_weight().is_some_and(|weight| weight != 0))?;
     if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
         let value = format!("default {}", io_weight(weight));
-        settings.push(Setting::new("linux.resources.blockIO.weight", "io.weight", value));
+        settings.push(Setting::new("linux.resources.blockIO.weight", "io.weight", value).asked(weight));
     }
     for (index, device) in block_io.weight_device().iter().flatten().enumerate() {
         let field = format!("blockIO.weightDevice[{index}]");
         refuse(&format!("{field}.leafWeight"), device.leaf_weight().is_some_and(|weight| weight != 0))?;
         if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
             let value = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight));
-            settings.push(Setting::new(format!("linux.resources.{field}"), "io.weight", value));
+            settings.push(Setting::new(format!("linux.resources.{field}"), "io.weight", value).asked(weight));
         }
     }
     let none: &[LinuxThrottleDevice] = &[];
@@ -199,7 +218,8 @@ fn add_block_io(settings: &mut Vec<Setting>, block_io: &LinuxBlockIo) -> Result<
     ] {
         for device in devices.as_deref().unwrap_or(none) {
             let value = format!("{}:{} {key}={}", device.major(), device.minor(), device.rate());
-            settings.push(Setting::new(format!("linux.resources.blockIO.{field}"), "io.max", value));
+            let setting = Setting::new(format!("linux.resources.blockIO.{field}"), "io.max", value);
+            settings.push(setting.asked(device.rate()));
         }
     }
     Ok(())
@@ -210,7 +230,8 @@ fn hugepages(index: usize, limit: &LinuxHugepageLimit) -> Result<Setting, Contai
     if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
         return Err(ContainerError::invalid(format!("{field}.pageSize"), size, "it must be like 2MB"));
     }
-    Ok(Setting::new(field, format!("hugetlb.{size}.max"), or_max(limit.limit())))
+    let setting = Setting::new(field, format!("hugetlb.{size}.max"), or_max(limit.limit()));
+    Ok(setting.asked(limit.limit()))
 }
 
 fn unified(file: &str, value: &str) -> Result<Setting, ContainerError> {
@@ -303,5 +324,21 @@ mod tests {
         assert!(error.contains("linux.resources.memory.limit"), "{error}");
         assert!(error.contains("the memory controller is not available in"), "{error}");
         assert!(!cgroup.path().join("pids.max").exists());
+    }
+
+    #[test]
+    fn a_refusal_names_what_was_asked_for_and_not_what_it_becomes() {
+        let cgroup = tempfile::tempdir().unwrap();
+        fs::write(cgroup.path().join("cgroup.controllers"), "pids\n").unwrap();
+        for (resources, asked) in [
+            (json!({"cpu": {"shares": 512}}), "\"512\""),
+            (json!({"cpu": {"quota": 50000}}), "\"50000\""),
+            (json!({"memory": {"limit": -1}}), "\"-1\""),
+            (json!({"blockIO": {"weight": 300}}), "\"300\""),
+        ] {
+            let resources: LinuxResources = serde_json::from_value(resources).unwrap();
+            let error = apply(cgroup.path(), &resources).unwrap_err().to_string();
+            assert!(error.contains(asked), "{error}");
+        }
     }
 }

@@ -6,12 +6,13 @@
 //! ```
 
 mod devices;
+mod freezer;
 mod limits;
 mod stats;
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read, Seek},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
@@ -20,16 +21,16 @@ use std::{
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use nix::{
     errno::Errno,
-    sys::{
-        inotify::{AddWatchFlags, InitFlags, Inotify},
-        signal::{Signal, kill},
-    },
+    sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
-use super::{ContainerError, readable::Readable};
+use tokio::io::{Interest, unix::AsyncFd};
 
+use super::ContainerError;
+
+pub use self::freezer::Freezer;
 pub(super) use self::limits::check;
 
 const LEAF: &str = "init";
@@ -185,9 +186,12 @@ impl Cgroup {
     async fn emptied(&self) -> Result<(), ContainerError> {
         let path = self.path.join("cgroup.events");
         let failed = |source| ContainerError::cgroup("cannot watch", &path, source);
-        let watch = Watch::new(&path).map_err(failed)?;
+        let watch = match Watch::new(&path) {
+            Err(error) if is_gone(&error) => return Ok(()),
+            watch => watch.map_err(failed)?,
+        };
         loop {
-            match fs::read_to_string(&path) {
+            match watch.text() {
                 Ok(text) if stats::field(&text, "populated") == Some(0) => return Ok(()),
                 Err(error) if is_gone(&error) => return Ok(()),
                 Ok(_) => watch.changed().await.map_err(failed)?,
@@ -201,8 +205,7 @@ impl Cgroup {
         let path = self.path.join("memory.events");
         match Watch::new(&path) {
             Ok(watch) => {
-                // The watch comes first, so that no kill falls between the look and the wait.
-                while let Ok(text) = fs::read_to_string(&path) {
+                while let Ok(text) = watch.text() {
                     match stats::field(&text, "oom_kill") {
                         Some(kills) if kills > seen => return kills,
                         _ => {}
@@ -220,20 +223,31 @@ impl Cgroup {
     }
 }
 
-/// Watches a file of a cgroup, whose changes the kernel announces as modifications.
-struct Watch(Readable);
+/// Watches a file of a cgroup. The kernel announces a change to poll(2), as POLLPRI until the file is
+/// read again, and to inotify(7), whose instances are limited per user: the containers of a guest could
+/// take them all.
+struct Watch(AsyncFd<File>);
 
 impl Watch {
     fn new(path: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        inotify.add_watch(path, AddWatchFlags::IN_MODIFY)?;
-        Ok(Self(Readable::new(inotify.into())?))
+        let file = File::open(path)?;
+        // SAFETY: a File refers to one open file for as long as it lives, and lives in the AsyncFd.
+        Ok(Self(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?))
     }
 
-    /// Resolves when the file has changed, or is gone, since the watch was made or this resolved last.
+    /// What is in the file now.
+    fn text(&self) -> io::Result<String> {
+        let mut file = self.0.get_ref();
+        let mut text = String::new();
+        file.rewind()?;
+        file.read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// Resolves when the file has changed since [`text`](Watch::text) was last called.
     async fn changed(&self) -> io::Result<()> {
-        // What happened is of no interest, only that something did.
-        self.0.read(|inotify| Ok(nix::unistd::read(inotify, &mut [0; 1024])?)).await.map(drop)
+        self.0.ready(Interest::PRIORITY).await?.clear_ready();
+        Ok(())
     }
 }
 

@@ -5,9 +5,10 @@ use std::{path::Path, sync::Arc};
 use oci_spec::runtime::Spec;
 use tokio::{sync::RwLock, task::spawn_blocking};
 
-use super::{Process, Streams, Task, Tasks};
+use super::{Process, Streams, Task, Tasks, environment};
 use crate::{
     container::{Config, Container},
+    errors::lock,
     guest::storage::{Mount, Rootfs},
     server::error::Error,
     stdio::{ChildStdio, Hub, Policy, ProcessId, Request},
@@ -40,13 +41,18 @@ impl Tasks {
         let directory = Path::new(&self.directory).join(&id);
         let rootfs = spawn_blocking(move || Rootfs::mount(directory, &new.mounts)).await??;
 
+        cube_fault::point("agent.create.rootfs_mounted");
         let process_id = ProcessId { container: id.clone(), exec: String::new() };
         let request = new.streams.request(new.policy);
         let (opened, stdio) = Opened::open(&self.hub, &process_id, request)?;
 
+        let mut spec = new.spec;
+        if let Some(process) = spec.process_mut() {
+            environment::complete(process, &lock(&self.environment));
+        }
         let config = Config {
             id: id.clone(),
-            spec: new.spec,
+            spec,
             rootfs: rootfs.path(),
             cgroup_parent: self.cgroup.clone(),
             allow_vsock: new.allow_vsock,
@@ -73,6 +79,7 @@ impl Tasks {
         });
         self.follow(&task, init, exit);
         reservation.fill(task);
+        cube_fault::point("agent.create.spawned");
         Ok(spawned.pid)
     }
 }

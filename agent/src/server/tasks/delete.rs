@@ -40,6 +40,7 @@ impl Tasks {
         } else {
             lock(&task.execs).remove(exec);
             self.forget(&process);
+            cube_fault::point("agent.delete.exec_forgotten");
         }
         Ok(Deleted { pid: process.pid(), exit: process.state().exit() })
     }
@@ -63,8 +64,10 @@ impl Tasks {
         let mut container = task.container.write().await;
         self.still_there(task)?;
         container.delete().await?;
+        cube_fault::point("agent.delete.killed");
         wait_for_all(&task.processes()).await?;
         self.unmount(task).await?;
+        cube_fault::point("agent.delete.unmounted");
         for process in task.processes() {
             self.forget(&process);
         }

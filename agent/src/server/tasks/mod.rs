@@ -10,6 +10,7 @@
 
 mod create;
 mod delete;
+mod environment;
 mod process;
 mod start;
 mod state;
@@ -27,7 +28,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{create::NewTask, delete::Deleted, process::Process, state::State};
+pub use self::{create::NewTask, delete::Deleted, environment::is_entry, process::Process, state::State};
 use super::{error::Error, events::Events};
 use crate::{
     boot::reaper::{Exit, Reaper},
@@ -48,6 +49,8 @@ pub struct Tasks {
     cgroup: PathBuf,
     /// Directory of the containers' directories.
     directory: PathBuf,
+    /// "NAME=value" for processes that do not set NAME themselves.
+    environment: Mutex<Vec<String>>,
 }
 
 /// Who has an id.
@@ -79,7 +82,8 @@ impl Tasks {
         cgroup: PathBuf,
         directory: PathBuf,
     ) -> Arc<Tasks> {
-        Arc::new(Tasks { slots: Mutex::default(), hub, reaper, events, cgroup, directory })
+        let (slots, environment) = Default::default();
+        Arc::new(Tasks { slots, hub, reaper, events, cgroup, directory, environment })
     }
 
     /// The task of container `id`.
@@ -97,6 +101,20 @@ impl Tasks {
             Slot::Creating => None,
         };
         lock(&self.slots).values().filter_map(ready).collect()
+    }
+
+    /// Sets what is added to the environment of every process that is created or started from now on.
+    /// The caller has checked that each is [`is_entry`].
+    pub fn set_environment(&self, environment: Vec<String>) {
+        *lock(&self.environment) = environment;
+    }
+
+    /// Gives every container that has the host name `old` the name `new`.
+    pub async fn replace_hostname(&self, old: &str, new: &str) -> Result<(), Error> {
+        for task in self.all() {
+            task.container.read().await.replace_hostname(old, new)?;
+        }
+        Ok(())
     }
 
     /// Registers an exec, to be spawned by its Start. The caller has checked `exec_id`.
@@ -142,6 +160,7 @@ impl Tasks {
             // The reaper lives as long as the agent.
             let Ok(exit) = exit.await else { return };
             process.exited(exit);
+            cube_fault::point("agent.exit.before_event");
             events.exited(&process.id, process.pid(), exit);
             hub.exited(&process.id);
             if !process.id.exec.is_empty() {

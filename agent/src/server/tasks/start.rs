@@ -2,11 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::sleep;
-
-use super::{Process, State, Task, Tasks};
+use super::{Process, State, Task, Tasks, environment};
 use crate::{
     errors::lock,
+    guest::active_clock::ActiveClock,
     server::{error::Error, events::Events},
 };
 
@@ -23,6 +22,7 @@ impl Tasks {
         } else {
             self.start_exec(&task, &process).await?;
         }
+        cube_fault::point("agent.start.started");
         Ok(process.pid())
     }
 
@@ -32,7 +32,7 @@ impl Tasks {
         match result {
             Ok(()) => {
                 task.init.started();
-                watch_oom(task, self.events.clone());
+                watch_oom(task, self.events.clone(), self.hub.clock().clone());
                 Ok(())
             }
             Err(error) => {
@@ -66,15 +66,16 @@ impl Tasks {
         process: &Arc<Process>,
         container: &crate::container::Container,
     ) -> Result<(), Error> {
-        let Some(exec) = &process.exec else {
+        let Some(mut exec) = process.exec.clone() else {
             return Err(process.wrong_state("it must be an exec"));
         };
+        environment::complete(&mut exec, &lock(&self.environment));
         let stdio = match process.take_stdio() {
             Some(stdio) => stdio,
             None => self.hub.open(&process.id, process.request)?,
         };
         let spawning = self.reaper.spawning();
-        let spawned = container.exec(exec, stdio).await?;
+        let spawned = container.exec(&exec, stdio).await?;
         let exit = spawning.watch(spawned.pid);
         process.spawned(spawned.pid, spawned.pidfd);
         self.follow(task, process.clone(), exit);
@@ -90,7 +91,7 @@ impl Tasks {
 
 /// Reports OOM kills from now on; those before are in the count. Reads the container until Delete
 /// ends it, which is why it must not run before the init process is started.
-fn watch_oom(task: &Arc<Task>, events: Arc<Events>) {
+fn watch_oom(task: &Arc<Task>, events: Arc<Events>, clock: Arc<ActiveClock>) {
     let container = task.container.clone();
     let id = task.init.id.container.clone();
     let watch = tokio::spawn(async move {
@@ -99,7 +100,7 @@ fn watch_oom(task: &Arc<Task>, events: Arc<Events>) {
         loop {
             count = container.oom_kills_after(count).await;
             events.out_of_memory(&id, count);
-            sleep(OOM_INTERVAL).await;
+            clock.sleep(OOM_INTERVAL).await;
         }
     });
     *lock(&task.oom_watch) = Some(watch);

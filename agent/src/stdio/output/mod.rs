@@ -24,6 +24,7 @@ use super::{
     ring::{FILL_MAX, Filled, Ring},
     session::{Refusal, Sessions},
 };
+use crate::guest::active_clock::ActiveClock;
 
 /// Bytes that the pump moves before other tasks get their turn.
 const TURN: usize = 128 * 1024;
@@ -37,6 +38,7 @@ pub(super) struct Output {
     epoch: u64,
     policy: Policy,
     pool: Arc<Pool>,
+    clock: Arc<ActiveClock>,
     state: Mutex<State>,
     /// The pump, its only waiter, may find room now. `notify_one` leaves a permit, and the pump
     /// looks for room after every wait, so a release between its look and its wait is not missed.
@@ -86,10 +88,12 @@ pub(super) struct Figures {
     pub(super) acked: u64,
     pub(super) lost: u64,
     pub(super) connections: u64,
+    pub(super) attempt: u64,
 }
 
 impl Output {
-    pub(super) fn new(epoch: u64, policy: Policy, pool: Arc<Pool>) -> Arc<Output> {
+    /// `clock` stands still while nothing may be dropped.
+    pub(super) fn new(epoch: u64, policy: Policy, pool: Arc<Pool>, clock: Arc<ActiveClock>) -> Arc<Output> {
         let state = State {
             ring: Ring::new(Arc::clone(&pool)),
             phase: Phase::Open,
@@ -98,7 +102,7 @@ impl Output {
             losses: Losses::default(),
             sessions: Sessions::new(),
         };
-        Arc::new(Output { epoch, policy, pool, state: Mutex::new(state), room: Notify::new() })
+        Arc::new(Output { epoch, policy, pool, clock, state: Mutex::new(state), room: Notify::new() })
     }
 
     /// Begins to drain `source`, until its last writer is gone, whatever becomes of the stream.
@@ -130,13 +134,20 @@ impl Output {
     /// a writer: a process that outlives the one that was deleted gets no SIGPIPE.
     pub(super) fn close(&self) {
         let mut state = self.state();
-        let State { ring, sessions, .. } = &mut *state;
-        if let Some(session) = sessions.current() {
-            session.detail.detach(ring);
-        }
-        sessions.end_all(&Refusal::new(ErrorCode::NOT_FOUND, "the process has been deleted"));
-        ring.release(ring.end());
+        state.end_connections(&Refusal::new(ErrorCode::NOT_FOUND, "the process has been deleted"));
+        let end = state.ring.end();
+        state.ring.release(end);
         state.finish(Phase::Ended { truncated: true });
+        self.room.notify_one();
+    }
+
+    /// Ends the connections for a reason that the stream survives.
+    pub(super) fn end_connections(&self, refusal: &Refusal) {
+        self.state().end_connections(refusal);
+    }
+
+    /// The clock runs again: what stood still for its sake may go on.
+    pub(super) fn go_on(&self) {
         self.room.notify_one();
     }
 
@@ -152,6 +163,7 @@ impl Output {
             acked: state.acked,
             lost: state.losses.total() + state.ring.tail().saturating_sub(expected),
             connections: state.sessions.admitted(),
+            attempt: state.sessions.highest(),
         }
     }
 
@@ -212,7 +224,7 @@ impl Output {
                 Filled::Full => Pumped::Full,
                 Filled::Starved => Pumped::Starved,
             };
-            if self.policy == Policy::Block {
+            if self.policy == Policy::Block || self.clock.is_held() {
                 return Ok(full);
             }
             // Nothing may be dropped for bytes that do not come.
@@ -245,6 +257,13 @@ impl State {
             self.phase = phase;
         }
         self.wake();
+    }
+
+    fn end_connections(&mut self, refusal: &Refusal) {
+        if let Some(session) = self.sessions.current() {
+            session.detail.detach(&self.ring);
+        }
+        self.sessions.end_all(refusal);
     }
 
     fn filled(&mut self) {

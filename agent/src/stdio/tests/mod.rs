@@ -3,6 +3,7 @@
 mod input;
 mod output;
 mod protocol;
+mod quiesce;
 mod terminal;
 
 use std::{

@@ -11,7 +11,7 @@ Exit codes:
   0    done; also if the reader of the output went away (as in `cubecli logs ID | head`)
   1    an error, which is on standard error
   2    the command line is wrong
-  3    no container or log with this ID
+  3    no container, sandbox or log with this ID
   4    the ID is ambiguous; the candidates are on standard error
   130  interrupted (Ctrl-C), as shells report the end by SIGINT";
 
@@ -55,6 +55,8 @@ pub(crate) enum CubeboxCommand {
     /// Print the output of a container, running or deleted
     #[command(long_about = LOGS)]
     Logs(LogsArgs),
+    /// Show a sandbox: its VM, its processes, and what has become of each byte of their output
+    Status(StatusArgs),
     /// Remove what is left: logs beyond their retention, directories of sandboxes that are gone
     Gc(GcArgs),
 }
@@ -66,6 +68,19 @@ pub(crate) struct LsArgs {
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
     /// Print a JSON array instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct StatusArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    /// Print a JSON object, with every number in full
     #[arg(long)]
     pub(crate) json: bool,
 }

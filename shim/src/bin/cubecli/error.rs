@@ -4,7 +4,10 @@ use std::{io, process::ExitCode};
 
 use cube_shim::{
     config::ConfigError,
-    log::{locate::LocateError, reader::ReadError},
+    log::{
+        locate::{LocateError, Name},
+        reader::ReadError,
+    },
     state::StateError,
 };
 
@@ -33,6 +36,33 @@ pub(crate) enum CliError {
     },
     #[error("cannot start the runtime that talks to the shims")]
     Runtime(#[source] io::Error),
+    #[error(
+        "no sandbox has the ID {id:?} or a container whose ID begins so: `cubecli cubebox ls` lists them, `cubecli logs` shows the output of a deleted container"
+    )]
+    NoSandbox { id: String },
+    #[error("{id:?} is ambiguous, it could be:\n  {}", .candidates.iter().map(Name::to_string).collect::<Vec<_>>().join("\n  "))]
+    Ambiguous { id: String, candidates: Vec<Name> },
+    #[error(
+        "the shim of sandbox {sandbox} is gone: containerd cleans up when it notices; if it does not, `ctr task delete --force`, or after a crash of both `cubecli cubebox gc`"
+    )]
+    ShimGone {
+        sandbox: Name,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the shim of sandbox {sandbox} (process {pid}) does not answer: look for its messages in containerd's log; if it stays so, `kill -KILL {pid}` makes containerd end the sandbox and clean up"
+    )]
+    ShimSilent { sandbox: Name, pid: i32 },
+    #[error(
+        "the shim of sandbox {sandbox} (process {pid}) refuses to tell its status; it may be of another version of Cubebox than cubecli"
+    )]
+    ShimRefuses {
+        sandbox: Name,
+        pid: i32,
+        #[source]
+        source: ttrpc::Error,
+    },
     #[error("{0} of the things to remove could not be removed, see above")]
     Incomplete(usize),
 }
@@ -41,8 +71,10 @@ impl CliError {
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             CliError::Locate(LocateError::Invalid { .. }) => 2,
-            CliError::Locate(LocateError::NotFound { .. }) | CliError::NoProcess(_) => 3,
-            CliError::Locate(LocateError::Ambiguous { .. }) => 4,
+            CliError::Locate(LocateError::NotFound { .. })
+            | CliError::NoProcess(_)
+            | CliError::NoSandbox { .. } => 3,
+            CliError::Locate(LocateError::Ambiguous { .. }) | CliError::Ambiguous { .. } => 4,
             _ => 1,
         })
     }

@@ -9,6 +9,7 @@ mod ls;
 mod namespace;
 mod print;
 mod sandboxes;
+mod status;
 mod table;
 mod task;
 mod time;
@@ -41,6 +42,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             logs::run(&config, &args, output)
         }
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

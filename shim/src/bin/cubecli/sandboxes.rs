@@ -31,10 +31,45 @@ pub(crate) fn all(run_dir: &Path) -> Result<Vec<Sandbox>, CliError> {
 }
 
 impl Sandbox {
+    /// Its own name.
+    pub(crate) fn name(&self) -> Name {
+        Name { namespace: self.state.namespace.clone(), id: self.state.sandbox_id.clone() }
+    }
+
+    /// Whether its own ID or that of a container of its is as `wanted` says.
+    fn has(&self, wanted: impl Fn(&str) -> bool) -> bool {
+        wanted(&self.state.sandbox_id) || self.state.containers.keys().any(|id| wanted(id))
+    }
+
     /// Its containers.
     pub(crate) fn containers(&self) -> impl Iterator<Item = (Name, &ContainerState)> {
         let name = |id: &String| Name { namespace: self.state.namespace.clone(), id: id.clone() };
         self.state.containers.iter().map(move |(id, container)| (name(id), container))
+    }
+}
+
+/// The sandbox that has the ID `id`, or a container with it, or the only one of which an ID begins so; in
+/// `namespace` if given.
+pub(crate) fn find(run_dir: &Path, namespace: Option<&str>, id: &str) -> Result<Sandbox, CliError> {
+    let (mut exact, mut begun) = (Vec::new(), Vec::new());
+    for sandbox in all(run_dir)? {
+        if namespace.is_some_and(|wanted| wanted != sandbox.state.namespace) {
+            continue;
+        }
+        match sandbox.has(|known| known == id) {
+            true => exact.push(sandbox),
+            false if sandbox.has(|known| known.starts_with(id)) => begun.push(sandbox),
+            false => {}
+        }
+    }
+    let mut found = if exact.is_empty() { begun } else { exact };
+    match (found.pop(), found.is_empty()) {
+        (Some(sandbox), true) => Ok(sandbox),
+        (None, _) => Err(CliError::NoSandbox { id: id.into() }),
+        (Some(last), false) => {
+            let candidates = found.iter().chain([&last]).map(Sandbox::name).collect();
+            Err(CliError::Ambiguous { id: id.into(), candidates })
+        }
     }
 }
 

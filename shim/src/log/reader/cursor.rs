@@ -88,13 +88,17 @@ impl Cursor {
         }
     }
 
-    /// Looks in `dir`, where the segments came from, for what was written since.
+    /// Looks in `dir`, where the segments came from, for what was written since. Closes the segments that
+    /// were read.
     pub fn refresh(&mut self, dir: &Dir) -> Result<(), ReadError> {
         let had_index = self.segments.with_index(self.at.segment).is_some();
         self.segments.refresh(dir)?;
         if !had_index && self.segments.with_index(self.at.segment).is_some() {
             self.walk = self.walk_at(self.at)?;
         }
+        // A file that rotation has removed keeps its space on the disk as long as it is open.
+        self.segments.forget_before(self.at.segment);
+        self.at.segment = 0;
         Ok(())
     }
 

@@ -1,6 +1,12 @@
 //! The segments of one stream, in order.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, time::SystemTime};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::PathBuf,
+    time::SystemTime,
+};
 
 use super::{Dir, Index, ReadError, Stream, open::inode};
 
@@ -55,6 +61,12 @@ impl Segment {
         }
     }
 
+    /// Whether its file has no name any more.
+    fn is_removed(&self) -> Result<bool, ReadError> {
+        let metadata = self.data.metadata().map_err(|e| ReadError::io("cannot examine", &self.path, e))?;
+        Ok(metadata.nlink() == 0)
+    }
+
     fn new(number: u64, path: PathBuf, data: File) -> Result<Segment, ReadError> {
         let inode = inode(&data, &path)?;
         Ok(Segment { number, inode, path, data, index: None, len: 0 })
@@ -70,8 +82,10 @@ impl Segment {
             return Ok(());
         }
         let name = stream.file_name();
-        for file in [format!("{name}.{}.idx", self.number), format!("{name}.idx")] {
-            let index = optional(dir.open_file(&file))?.and_then(Index::open);
+        let (closed, live) = (format!("{name}.{}.idx", self.number), format!("{name}.idx"));
+        // Once more under its closed name: it may be renamed between the first two looks.
+        for file in [&closed, &live, &closed] {
+            let index = optional(dir.open_file(file))?.and_then(Index::open);
             self.index = index.filter(|index| index.header().number == self.number);
             if self.index.is_some() {
                 break;
@@ -127,6 +141,11 @@ impl Segments {
     pub(super) fn with_index(&self, segment: usize) -> Option<(&Segment, &Index)> {
         let segment = self.list.get(segment)?;
         Some((segment, segment.index()?))
+    }
+
+    /// Closes the segments before number `segment` of the list, which becomes the first.
+    pub(super) fn forget_before(&mut self, segment: usize) {
+        self.list.drain(..segment.min(self.list.len()));
     }
 
     /// Looks again: at how long the last segment is now, and for newer ones.
@@ -206,7 +225,11 @@ impl Segments {
                     last.look_again(dir, self.stream)?;
                 }
                 segment.look_again(dir, self.stream)?;
-                self.list.push(segment);
+                // Rotation took it away while it was opened, and what is lost could not be told: its bytes
+                // are a part of that.
+                if segment.index.is_some() || !segment.is_removed()? {
+                    self.list.push(segment);
+                }
             }
         }
         Ok(())

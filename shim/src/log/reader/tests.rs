@@ -184,6 +184,27 @@ fn what_is_written_later_is_found_by_a_refresh_across_any_number_of_rotations() 
 }
 
 #[test]
+fn a_reader_that_follows_holds_nothing_open_that_it_has_read() {
+    let mut log = TestLog::new();
+    let dir = log.dir();
+    let mut cursor = cursor(&log);
+    let open = || {
+        let links = fs::read_dir("/proc/self/fd").unwrap().flatten().map(|fd| fs::read_link(fd.path()));
+        links.filter(|link| link.as_ref().is_ok_and(|link| link.starts_with(dir.path()))).count()
+    };
+    let at_first = open();
+    for n in 1..50 {
+        log.write(n, b"line\n");
+        log.rotate();
+        cursor.refresh(&dir).unwrap();
+        assert_eq!(read_all(&mut cursor), (b"line\n".to_vec(), 0));
+        log.remove_segment(n);
+        cursor.refresh(&dir).unwrap();
+        assert!(open() <= at_first + 2, "{} files open, {at_first} at first", open());
+    }
+}
+
+#[test]
 fn a_rotation_that_is_half_done_hides_no_bytes() {
     let mut log = TestLog::new();
     log.write(1, b"a\n");

@@ -281,6 +281,23 @@ fn a_damaged_record_ends_the_index_and_the_rest_is_indexed_anew() {
 }
 
 #[test]
+fn what_is_indexed_anew_is_not_older_than_what_precedes_it() {
+    let mut log = Log::create(LIMITS);
+    append_pattern(&mut log.writer, 5000);
+    append_pattern(&mut log.writer, 5000);
+    for records in 0..2 {
+        truncate(&log.path().join("stdout.idx"), (HEADER_LEN + records * RECORD_LEN) as u64);
+        // As a tick that is seldom, or a clock that was set, would have it.
+        let data = fs::File::options().write(true).open(log.path().join("stdout")).unwrap();
+        data.set_modified(UNIX_EPOCH).unwrap();
+        recover(&log.path());
+        let OnDisk { header, records, .. } = segments(&log.path()).remove(0);
+        assert!(!records.is_empty() && records[0].time_ns >= header.created_ns, "{records:?}");
+        assert!(records.is_sorted_by_key(|record| record.time_ns), "{records:?}");
+    }
+}
+
+#[test]
 fn a_segment_whose_header_is_torn_goes_on_where_the_one_before_ended() {
     let mut log = long_log();
     log.writer.identify(Identity { timeline: 2, epoch: 9 }).unwrap();
@@ -426,6 +443,56 @@ fn on_a_full_disk_old_segments_go_first_then_the_writer_waits_and_nothing_is_dou
     }
     assert_eq!(at, 1_050_000);
     writer.sync().unwrap();
+}
+
+#[test]
+fn a_writer_that_dies_between_data_and_index_on_a_full_disk_leaves_a_log_that_recovers() {
+    let Some((dir, _point)) = small_disk(400 << 10) else { return };
+    let dir = Arc::new(dir);
+    let limits = Limits { segment_bytes: 64 << 10, segments: 100 };
+    let mut writer = LogWriter::create(dir.clone(), "stdout", limits).unwrap();
+    append_pattern(&mut writer, 100_000);
+    // Fill the index's page with records, which takes less than a page of data: one per millisecond.
+    while writer.current.as_ref().is_some_and(|segment| segment.index_len + RECORD_LEN as u64 <= 4096) {
+        append_pattern(&mut writer, 1);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    writer.retained().hold(0);
+    let data = writer.current.as_ref().unwrap().data_len;
+    let mut hog = dir.create_file("hog").unwrap();
+    while io::Write::write(&mut hog, &[0; 4096]).is_ok() {}
+    hog.set_len(hog.metadata().unwrap().len() - 8192).unwrap();
+    let bytes = pattern(writer.next_offset(), 20_000);
+    let mut slices = [IoSlice::new(&bytes)];
+    let stalled = writer.append(&mut &mut slices[..]).unwrap_err();
+    assert!(matches!(&stalled, Stalled::Disk(e) if e.source.raw_os_error() == Some(libc::ENOSPC)));
+    let end = writer.next_offset();
+    let segment = writer.current.as_ref().unwrap();
+    assert!(
+        segment.data_len >= data + 8192 && segment.owed.is_some(),
+        "the data found room, its record none"
+    );
+    drop(writer);
+
+    let mut writer = LogWriter::recover(dir.clone(), "stdout", limits).unwrap();
+    assert_eq!(writer.next_offset(), end);
+    append_pattern(&mut writer, 10_000);
+    dir.remove("hog").unwrap();
+    append_pattern(&mut writer, 50_000);
+    let retained = writer.retained();
+    let mut buffer = vec![0; 1 << 16];
+    let (mut at, first) = (0, end + 60_000 - retained.end());
+    loop {
+        match retained.read_at(at, &mut buffer).unwrap() {
+            Found::Dropped(to) => at = to,
+            Found::Bytes(n) => {
+                assert_eq!(buffer[..n], pattern(first + at, n)[..]);
+                at += n as u64;
+            }
+            Found::End => break,
+        }
+    }
+    assert_eq!(at, retained.end());
 }
 
 proptest! {

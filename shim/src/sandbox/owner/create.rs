@@ -10,7 +10,7 @@ use crate::{
     errors::Error,
     events::TaskEvent,
     sandbox::{
-        Plan, Reply,
+        Plan, Reply, VmStatus,
         create::{Booted, Created, Creation},
         job::Report,
         process::{Phase, Process, Stdio},
@@ -56,6 +56,7 @@ impl Owner {
             self.disk.containers.remove(id);
             return Err(e.into());
         }
+        cube_fault::point("create.state_saved");
         let (abort, aborted) = oneshot::channel();
         let container = Container {
             bundle,
@@ -63,8 +64,8 @@ impl Owner {
             init: Process::new(plan.request.stdio.clone()),
             execs: HashMap::new(),
             early_execs: Vec::new(),
-            guest_pid: 0,
             stats: None,
+            oom: None,
             abort: Some(abort),
         };
         self.containers.insert(id.clone(), container);
@@ -84,7 +85,8 @@ impl Owner {
     }
 
     pub(super) fn pod(&self) -> Pod {
-        let guest_pid = self.containers.get(&self.identity.id).map(|main| main.guest_pid).unwrap_or_default();
+        let guest_pid =
+            self.containers.get(&self.identity.id).map(|main| main.init.guest_pid).unwrap_or_default();
         Pod { reported_pid: self.pid, guest_pid }
     }
 
@@ -112,17 +114,19 @@ impl Owner {
                 return Err(e);
             }
         };
-        if let Some(Booted { guest, pid, backend, link }) = booted {
+        if let Some(Booted { guest, pid, backend, reason, hello, link }) = booted {
             self.disk.vmm_pid = pid;
             self.disk.timeline = guest.timeline;
-            self.disk.backend = backend;
+            self.disk.backend = backend.clone();
+            self.vm = Some(VmStatus::new(backend, reason, pid, &hello));
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
             self.state = SandboxState::Running;
             self.save();
+            cube_fault::point("create.pid_saved");
         }
         let pid = self.pid;
         let Some(container) = self.containers.get_mut(id) else { return Err(not_found("container", id)) };
-        container.guest_pid = guest_pid;
+        container.init.guest_pid = guest_pid;
         container.abort = None;
         container.init.io = Some(io);
         let Stdio { terminal, stdin, stdout, stderr } = container.init.stdio.clone();

@@ -1,8 +1,12 @@
 //! Kill and Delete, as the owner sees them.
 
-use tokio::time::Instant;
+use std::time::Duration;
 
-use super::{Owner, SandboxState, answer_later, gone, init_of, not_found, wrong_phase};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Message, Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase,
+};
 use crate::{
     events::TaskEvent,
     sandbox::{
@@ -10,7 +14,11 @@ use crate::{
         job::{self, Removal, Report},
         process::{Exit, Phase},
     },
+    stdio::ProcessIo,
 };
+
+/// How long after SIGKILL the guest may take to tell the exit of the sandbox's main process.
+const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
 impl Owner {
     pub(super) fn kill(&mut self, request: KillRequest, reply: Reply<()>) {
@@ -29,9 +37,24 @@ impl Owner {
             None => Ok(()),
         });
         match guest.and_then(|()| self.guest_of(id)) {
-            Ok(guest) => answer_later(reply, job::kill(guest, request, last_resort)),
+            Ok(guest) => {
+                if last_resort && request.signal == libc::SIGKILL as u32 {
+                    self.expect_exit(request.process.clone());
+                }
+                answer_later(reply, job::kill(guest, request, last_resort));
+            }
             Err(e) => drop(reply.send(Err(e))),
         }
+    }
+
+    /// A guest that takes a SIGKILL and does not carry it out is as good as hung.
+    fn expect_exit(&self, id: ProcessId) {
+        let owner = self.owner.clone();
+        tokio::spawn(async move {
+            sleep(EXIT_LIMIT).await;
+            // Fails only when the owner has ended, and the VM with it.
+            let _ = owner.send(Message::KillOverdue(id)).await;
+        });
     }
 
     pub(super) fn is_main(&self, id: &str) -> bool {
@@ -75,7 +98,7 @@ impl Owner {
     pub(super) fn removal(&mut self, id: &ProcessId) -> Removal {
         let guest = self.guest.clone();
         if !id.is_init() {
-            let io = self.known(id).ok().and_then(|process| process.io.take());
+            let io = self.take_io(id);
             return Removal {
                 processes: vec![(id.clone(), io)],
                 containers: Vec::new(),
@@ -96,12 +119,18 @@ impl Owner {
                 if process != *id {
                     self.begin_delete(&process);
                 }
-                let io = self.known(&process).ok().and_then(|process| process.io.take());
+                let io = self.take_io(&process);
                 processes.push((process, io));
             }
         }
         let sandbox = everything.then(|| self.disk.cgroup.clone());
         Removal { processes, containers, guest, sandbox }
+    }
+
+    fn take_io(&mut self, id: &ProcessId) -> Option<ProcessIo> {
+        let io = self.known(id).ok()?.io.take()?;
+        self.refused = self.refused.saturating_add(refused(&io.status()));
+        Some(io)
     }
 
     /// Every process of a container, init last.

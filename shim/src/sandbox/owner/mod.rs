@@ -3,6 +3,7 @@
 mod create;
 mod end;
 mod run;
+mod status;
 mod watch;
 
 use std::{
@@ -24,6 +25,7 @@ use super::{
     ExecRequest, Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
     job::{self, Guest, Report},
     process::{Phase, Process},
+    status::VmStatus,
 };
 use crate::{
     agent::GuestEvent,
@@ -51,6 +53,17 @@ enum SandboxState {
 }
 
 impl SandboxState {
+    /// For programs.
+    fn label(self) -> &'static str {
+        match self {
+            SandboxState::Creating => "creating",
+            SandboxState::Running => "running",
+            SandboxState::Stopping => "stopping",
+            SandboxState::Stopped => "stopped",
+        }
+    }
+
+    /// For sentences.
     fn name(self) -> &'static str {
         match self {
             SandboxState::Creating => "being created",
@@ -69,10 +82,10 @@ struct Container {
     /// Execs that came while the init process was being started: its output can be seen before its
     /// Start is answered, and a client that acts on it is right.
     early_execs: Vec<(ExecRequest, Reply<()>)>,
-    /// Pid of the init process in the guest.
-    guest_pid: u32,
     /// Last known metrics.
     stats: Option<Any>,
+    /// When containerd was last told that it is out of memory.
+    oom: Option<Instant>,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
 }
@@ -99,6 +112,10 @@ pub(super) struct Owner {
     containers: BTreeMap<String, Container>,
     guest: Option<Guest>,
     link: Option<JoinHandle<()>>,
+    /// The VM that was booted, also after it has ended.
+    vm: Option<VmStatus>,
+    /// Connections refused to processes that are deleted.
+    refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
     pid: u32,
     idle_since: Option<Instant>,
@@ -138,6 +155,8 @@ impl Owner {
             containers: BTreeMap::new(),
             guest: None,
             link: None,
+            vm: None,
+            refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
             done: false,
@@ -164,6 +183,7 @@ impl Owner {
             Message::Report(report) => self.report(*report),
             Message::VmmExited(exit) => self.vmm_exited(&exit),
             Message::ProcessExited(id, exit) => self.process_exited(&id, exit),
+            Message::KillOverdue(id) => self.kill_overdue(&id),
         }
     }
 
@@ -201,6 +221,7 @@ impl Owner {
                 });
                 drop(reply.send(closed));
             }
+            Request::Status(reply) => drop(reply.send(Ok(self.status()))),
             Request::Shutdown(reply) => {
                 self.done = self.containers.is_empty();
                 drop(reply.send(Ok(())));
@@ -210,11 +231,20 @@ impl Owner {
 
     fn report(&mut self, report: Report) {
         match report {
-            Report::Created { id, result, reply } => drop(reply.send(self.created(&id, result))),
+            Report::Created { id, result, reply } => {
+                let created = self.created(&id, result);
+                cube_fault::point("create.before_reply");
+                drop(reply.send(created));
+            }
             Report::Execed { process, result, reply } => drop(reply.send(self.execed(&process, result))),
-            Report::Started { process, result, reply } => drop(reply.send(self.started(&process, result))),
+            Report::Started { process, result, reply } => {
+                let started = self.started(&process, result);
+                cube_fault::point("run.before_reply");
+                drop(reply.send(started));
+            }
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
+                cube_fault::point("delete.before_reply");
                 drop(reply.send(Ok(deleted)));
             }
             Report::Stats { id, result, reply } => {

@@ -31,7 +31,7 @@ impl Owner {
         }
     }
 
-    pub(super) fn started(&mut self, id: &ProcessId, result: Result<(), Error>) -> Result<u32, Error> {
+    pub(super) fn started(&mut self, id: &ProcessId, result: Result<u32, Error>) -> Result<u32, Error> {
         let result = self.settle_start(id, result);
         let early = match self.containers.get_mut(&id.container) {
             Some(container) if id.is_init() => std::mem::take(&mut container.early_execs),
@@ -43,7 +43,7 @@ impl Owner {
         result
     }
 
-    fn settle_start(&mut self, id: &ProcessId, result: Result<(), Error>) -> Result<u32, Error> {
+    fn settle_start(&mut self, id: &ProcessId, result: Result<u32, Error>) -> Result<u32, Error> {
         let pid = self.pid;
         let process = self.known(id)?;
         if process.phase != Phase::Starting {
@@ -51,7 +51,8 @@ impl Owner {
             return Err(wrong_phase(id, process.phase, "it ended before it was started"));
         }
         match &result {
-            Ok(()) => {
+            Ok(guest_pid) => {
+                process.guest_pid = *guest_pid;
                 let exit = process.run();
                 self.publisher.publish(if id.is_init() {
                     TaskEvent::start(&id.container, pid)
@@ -68,7 +69,7 @@ impl Owner {
                 }
             }
         }
-        result.map(|()| pid)
+        result.map(|_| pid)
     }
 
     pub(super) fn exec(&mut self, request: ExecRequest, reply: Reply<()>) {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cube_protocol::guest::{TaskExit, TaskOom};
 use tokio::time::Instant;
 use tracing::{debug, error, info};
 
@@ -20,27 +21,63 @@ use crate::{
 /// for a Shutdown right after the last Delete, if it has not crashed in between.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// The same once its directory is gone, and its socket with it. The Shutdown of a containerd that lives is
+/// under way then; one that has crashed between Delete and Shutdown cannot reach this shim any more.
+const UNREACHABLE_LIMIT: Duration = Duration::from_secs(10);
+
+/// containerd is told at most once in this time that a container is out of memory. The event has no
+/// count, and each goes to every client that listens.
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How often a shim whose VM has ended looks whether `shim delete` has removed the sandbox.
 const ORPHAN_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Owner {
     pub(super) fn guest_event(&mut self, event: GuestEvent) {
         match event {
-            GuestEvent::Exit(exit) => {
-                let id = ProcessId { container: exit.container_id.clone(), exec: exit.exec_id.clone() };
-                self.process_exiting(id, Exit::from(&exit));
-            }
-            GuestEvent::Oom(oom) if self.containers.contains_key(&oom.container_id) => {
-                info!(container = oom.container_id, count = oom.count, "out of memory");
-                self.publisher.publish(TaskEvent::oom(&oom.container_id));
-            }
-            GuestEvent::Oom(oom) => debug!("OOM in the unknown container {:?}", oom.container_id),
+            GuestEvent::Exit(exit) => self.told_exit(&exit),
+            GuestEvent::Oom(oom) => self.told_oom(&oom),
             GuestEvent::Lost(why) => {
                 error!("the guest is lost, killing its VM: {why}");
                 if let Some(guest) = self.guest.clone() {
                     tokio::spawn(async move { guest.machine.kill().await });
                 }
             }
+        }
+    }
+
+    fn told_exit(&mut self, exit: &TaskExit) {
+        let id = ProcessId { container: exit.container_id.clone(), exec: exit.exec_id.clone() };
+        let created_ns = self.disk.containers.get(&id.container).map(|container| container.created_ns);
+        let container = self.containers.get_mut(&id.container);
+        let process = container.and_then(|container| container.process(&id.exec));
+        match (process, created_ns) {
+            (Some(process), Some(created_ns)) if !process.is_over() => {
+                self.process_exiting(id, Exit::told(exit, created_ns));
+            }
+            _ => debug!("exit of the process {id:?}, which is unknown or has exited already"),
+        }
+    }
+
+    fn told_oom(&mut self, oom: &TaskOom) {
+        let Some(container) = self.containers.get_mut(&oom.container_id) else {
+            return debug!("OOM in the unknown container {:?}", oom.container_id);
+        };
+        if container.oom.is_some_and(|told| told.elapsed() < OOM_INTERVAL) {
+            return;
+        }
+        container.oom = Some(Instant::now());
+        info!(container = oom.container_id, count = oom.count, "out of memory");
+        self.publisher.publish(TaskEvent::oom(&oom.container_id));
+    }
+
+    /// The time is up in which a process that got SIGKILL must have exited.
+    pub(super) fn kill_overdue(&mut self, id: &ProcessId) {
+        let container = self.containers.get_mut(&id.container);
+        let lives = container.and_then(|container| container.process(&id.exec)).is_some_and(|p| !p.is_over());
+        if let (true, Some(guest)) = (lives, self.guest.clone()) {
+            error!(container = id.container, "the guest did not carry out SIGKILL, killing its VM");
+            tokio::spawn(async move { guest.machine.kill().await });
         }
     }
 
@@ -99,7 +136,9 @@ impl Owner {
     }
 
     pub(super) fn end_of_guest(&mut self) {
-        self.guest = None;
+        if let (Some(guest), Some(vm)) = (self.guest.take(), &mut self.vm) {
+            vm.end(guest.agent.link());
+        }
         if let Some(link) = self.link.take() {
             link.abort();
         }
@@ -107,14 +146,18 @@ impl Owner {
 
     pub(super) fn wakeup(&self) -> Option<Instant> {
         match self.idle_since {
-            Some(since) => Some(since + IDLE_LIMIT),
+            Some(since) => Some(since + self.idle_limit()),
             None if self.state == SandboxState::Stopped => Some(Instant::now() + ORPHAN_INTERVAL),
             None => None,
         }
     }
 
+    fn idle_limit(&self) -> Duration {
+        if self.identity.run_dir.path().exists() { IDLE_LIMIT } else { UNREACHABLE_LIMIT }
+    }
+
     pub(super) fn look_around(&mut self) {
-        let idle = self.idle_since.is_some_and(|since| since.elapsed() >= IDLE_LIMIT);
+        let idle = self.idle_since.is_some_and(|since| since.elapsed() >= self.idle_limit());
         // `shim delete` removes the directory: containerd has forgotten us.
         let orphaned = self.state == SandboxState::Stopped && !self.identity.run_dir.path().exists();
         if idle || orphaned {

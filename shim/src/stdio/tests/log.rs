@@ -88,6 +88,7 @@ async fn what_the_guest_dropped_is_counted_and_in_the_index() {
     soon(agent.until(|a| a.is_released(Stream::STDOUT))).await;
     let status = output(&io, "stdout");
     assert_eq!((status.received, status.lost, status.acknowledged), (2000, 500, 2500));
+    assert_eq!((status.dropped, status.discarded, status.lag), (500, 0, 0));
     assert!(soon(io.finish(LIMIT)).await.complete);
     assert_same(&place.log("stdout"), &[pattern(0, 1000), pattern(1500, 1000)].concat());
     let recovered = ProcessIo::recover(place.logged()).await.unwrap();

@@ -173,12 +173,18 @@ async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_c
     let path = config.stdout.clone();
     let io = started(config, &agent).await;
     soon(agent.until(|a| a.acked(Stream::STDOUT) == total as u64)).await;
+    let unread = output(&io, "stdout");
+    let usage = unread.log.unwrap().usage;
+    assert_eq!((unread.lag, unread.written, usage.end()), (total as u64, 0, total as u64));
+    assert!(usage.segments == 3 && usage.bytes > 128 << 10 && usage.bytes < 3 * (128 << 10), "{usage:?}");
     let mut reader = open_reader(&path);
     soon(until(|| output(&io, "stdout").lost > 0)).await;
     agent.end(Stream::STDOUT, Flags::NONE);
     let got = soon(read_to_end(&mut reader)).await;
-    let lost = output(&io, "stdout").lost as usize;
+    let status = output(&io, "stdout");
+    let lost = status.lost as usize;
     assert_eq!(got.len() + lost, total);
+    assert_eq!((status.written, status.dropped, status.lag), (got.len() as u64, 0, 0));
     // What was read from the log before anybody read, then the newest of the log.
     let head = got.iter().zip(pattern(0, 64 << 10)).take_while(|(got, written)| **got == *written).count();
     let tail = got.len() - head;

@@ -1,0 +1,46 @@
+//! `cube.shim.v1.Sandbox`, our own service on the shim's socket: what containerd's Task API has no call
+//! for. `proto/sandbox.proto` is its documentation.
+
+mod guest;
+mod status;
+
+use std::{collections::HashMap, sync::Arc};
+
+use async_trait::async_trait;
+use ttrpc::asynchronous::{Service, TtrpcContext};
+
+use self::sandbox::{StatusRequest, StatusResponse};
+use crate::sandbox::Sandbox;
+
+/// Messages of `proto/sandbox.proto`.
+#[allow(warnings, clippy::all, clippy::restriction)]
+pub mod sandbox {
+    include!(concat!(env!("OUT_DIR"), "/proto/sandbox.rs"));
+}
+
+/// Client and server of the service of `proto/sandbox.proto`.
+#[allow(warnings, clippy::all, clippy::restriction)]
+pub mod sandbox_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/proto/sandbox_ttrpc.rs"));
+}
+
+/// Serves one sandbox.
+pub struct SandboxService {
+    sandbox: Sandbox,
+}
+
+impl SandboxService {
+    /// The ttrpc service, by name, to be registered with a server beside the Task service.
+    pub fn services(sandbox: Sandbox) -> HashMap<String, Service> {
+        sandbox_ttrpc::create_sandbox(Arc::new(SandboxService { sandbox }))
+    }
+}
+
+#[async_trait]
+impl sandbox_ttrpc::Sandbox for SandboxService {
+    async fn status(&self, _: &TtrpcContext, _: StatusRequest) -> ttrpc::Result<StatusResponse> {
+        let status = self.sandbox.status().await?;
+        let guest = guest::ask(status.agent.as_ref()).await;
+        Ok(status::response(status, guest))
+    }
+}
