@@ -7,7 +7,7 @@ use tracing::warn;
 
 use super::Message;
 use crate::{
-    errors::{Error, chain},
+    errors::chain,
     vmm::{Vmm, VmmError},
 };
 
@@ -37,16 +37,6 @@ impl Machine {
     /// Waits at most `grace` for a guest that was told to power off, then kills the VMM.
     pub(super) async fn shutdown(&self, grace: Duration) {
         warn_of(self.0.shutdown(grace).await);
-    }
-
-    /// See [`Vmm::pause`].
-    pub(super) async fn pause(&self) -> Result<(), Error> {
-        Ok(self.0.pause().await?)
-    }
-
-    /// See [`Vmm::resume`].
-    pub(super) async fn resume(&self) -> Result<(), Error> {
-        Ok(self.0.resume().await?)
     }
 }
 
