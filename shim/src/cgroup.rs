@@ -56,6 +56,16 @@ pub enum CgroupError {
         /// The deadline.
         limit: Duration,
     },
+    /// Processes could not be stopped, or started again, in time: one in uninterruptible sleep can't be.
+    #[error("the cgroup {path} did not become {event:?} within {limit:?}")]
+    Unfrozen {
+        /// The cgroup.
+        path: PathBuf,
+        /// The line of `cgroup.events` that was awaited.
+        event: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
     /// The kernel refused an operation.
     #[error("{action} {path}")]
     Io {
@@ -184,8 +194,24 @@ impl SandboxCgroup {
     /// Whether the cgroup became empty within 100 ms: without `cgroup.kill`, a process may have
     /// forked behind the back of whoever listed it.
     fn wait_until_empty(&self, deadline: Instant) -> Result<bool, CgroupError> {
+        self.wait_for_event("populated 0", deadline.min(Instant::now() + Duration::from_millis(100)))
+    }
+
+    /// Stops every process in the cgroup and below, or lets them run again, and returns when it is so.
+    /// A frozen process can still be killed.
+    pub fn freeze(&self, frozen: bool, limit: Duration) -> Result<(), CgroupError> {
+        let (value, event) = if frozen { ("1", "frozen 1") } else { ("0", "frozen 0") };
+        let file = self.dir.join("cgroup.freeze");
+        fs::write(&file, value).map_err(failed("cannot write", &file))?;
+        match self.wait_for_event(event, Instant::now() + limit)? {
+            true => Ok(()),
+            false => Err(CgroupError::Unfrozen { path: self.dir.clone(), event, limit }),
+        }
+    }
+
+    /// Whether `cgroup.events` said `event` before `deadline`. A cgroup that is gone says anything.
+    fn wait_for_event(&self, event: &str, deadline: Instant) -> Result<bool, CgroupError> {
         let path = self.dir.join("cgroup.events");
-        let round = deadline.min(Instant::now() + Duration::from_millis(100));
         loop {
             // Opened anew each time: the kernel reports changes since the last read.
             let mut file = match fs::File::open(&path) {
@@ -198,10 +224,10 @@ impl SandboxCgroup {
                 Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return Ok(true),
                 Err(source) => return Err(failed("cannot read", &path)(source)),
             };
-            if events.lines().any(|line| line == "populated 0") {
+            if events.lines().any(|line| line == event) {
                 return Ok(true);
             }
-            let left = round.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(false);
             }
@@ -292,6 +318,23 @@ mod tests {
         for mut child in children {
             child.wait().unwrap();
         }
+    }
+
+    #[test]
+    fn frozen_processes_stand_still_run_on_and_can_be_killed() {
+        let scratch = Scratch::new("freeze");
+        let mut child = sleeper_in(&scratch.0.guest());
+        let status = || fs::read_to_string(scratch.0.dir().join("cgroup.events")).unwrap();
+        for _ in 0..2 {
+            scratch.0.freeze(true, LIMIT).unwrap();
+            scratch.0.freeze(true, LIMIT).unwrap();
+            assert!(status().contains("frozen 1"));
+            scratch.0.freeze(false, LIMIT).unwrap();
+            assert!(status().contains("frozen 0"));
+        }
+        scratch.0.freeze(true, LIMIT).unwrap();
+        scratch.0.kill(LIMIT).unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -256,6 +256,7 @@ impl guest_ttrpc::Guest for Service {
 pub(super) struct FakeVmm {
     socket: PathBuf,
     alive: watch::Sender<bool>,
+    paused: watch::Sender<bool>,
     boots: bool,
 }
 
@@ -291,12 +292,22 @@ impl Vmm for FakeVmm {
         VmmExit { expected: false, description: "killed by a test".into() }
     }
 
-    async fn shutdown(&mut self, _: Duration) -> Result<(), VmmError> {
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.paused.send_replace(true);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.paused.send_replace(false);
+        Ok(())
+    }
+
+    async fn shutdown(&self, _: Duration) -> Result<(), VmmError> {
         self.die();
         Ok(())
     }
 
-    async fn kill(&mut self) -> Result<(), VmmError> {
+    async fn kill(&self) -> Result<(), VmmError> {
         self.die();
         Ok(())
     }
@@ -314,7 +325,12 @@ pub(super) struct FakeHost {
 impl FakeHost {
     pub(super) fn new(guest: Guest, socket: PathBuf, boots: bool) -> FakeHost {
         FakeHost {
-            vmm: FakeVmm { socket, alive: watch::Sender::new(true), boots },
+            vmm: FakeVmm {
+                socket,
+                alive: watch::Sender::new(true),
+                paused: watch::Sender::new(false),
+                boots,
+            },
             guest: Arc::new(guest),
             released: Mutex::default(),
             size: Mutex::default(),

@@ -40,10 +40,24 @@ impl EndReason {
     }
 }
 
+/// How long a VMM may take to stop or to start its virtual CPUs, which takes it less than a millisecond
+/// each, and to say so.
+pub(crate) const CONTROL_LIMIT: Duration = Duration::from_secs(10);
+
+/// What makes a running VMM do something. Every method may be called while another is under way.
+#[async_trait]
+pub(crate) trait Control: Send + Sync {
+    /// See [`Vmm::pause`].
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// See [`Vmm::resume`].
+    async fn resume(&self) -> Result<(), VmmError>;
+}
+
 /// The parts of a VM, once all of them run.
-#[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) vmm: Helper,
+    pub(crate) control: Box<dyn Control>,
     /// When one of them ends, the guest would hang: the VM is killed.
     pub(crate) helpers: Vec<Helper>,
     /// The guest's serial console.
@@ -53,10 +67,19 @@ pub(crate) struct Parts {
     pub(crate) events: Option<JoinHandle<()>>,
 }
 
+/// What the task follows.
+struct Processes {
+    vmm: Helper,
+    helpers: Vec<Helper>,
+    console: Ring,
+    reason: EndReason,
+    events: Option<JoinHandle<()>>,
+}
+
 /// The VMM process and the task that follows it.
-#[derive(Debug)]
 struct Machine {
     pid: u32,
+    control: Box<dyn Control>,
     shutting_down: Arc<AtomicBool>,
     exit: watch::Receiver<Option<VmmExit>>,
 }
@@ -65,9 +88,11 @@ impl Machine {
     fn supervise(parts: Parts, cgroup: SandboxCgroup) -> Machine {
         let shutting_down = Arc::new(AtomicBool::new(false));
         let (sender, exit) = watch::channel(None);
-        let machine = Machine { pid: parts.vmm.pid(), shutting_down: shutting_down.clone(), exit };
+        let Parts { vmm, control, helpers, console, reason, events } = parts;
+        let machine = Machine { pid: vmm.pid(), control, shutting_down: shutting_down.clone(), exit };
+        let processes = Processes { vmm, helpers, console, reason, events };
         tokio::spawn(async move {
-            let exit = supervise(parts, cgroup, &shutting_down).await;
+            let exit = supervise(processes, cgroup, &shutting_down).await;
             let _ = sender.send(Some(exit));
         });
         machine
@@ -102,7 +127,6 @@ pub(crate) trait Backend: Send + Sync {
 }
 
 /// A VM of some backend.
-#[derive(Debug)]
 pub(crate) struct Vm<B> {
     backend: B,
     machine: Option<Machine>,
@@ -148,7 +172,21 @@ impl<B: Backend> Vmm for Vm<B> {
         }
     }
 
-    async fn shutdown(&mut self, grace: Duration) -> Result<(), VmmError> {
+    async fn pause(&self) -> Result<(), VmmError> {
+        match &self.machine {
+            Some(machine) => machine.control.pause().await,
+            None => Err(not_booted("pause")),
+        }
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        match &self.machine {
+            Some(machine) => machine.control.resume().await,
+            None => Err(not_booted("resume")),
+        }
+    }
+
+    async fn shutdown(&self, grace: Duration) -> Result<(), VmmError> {
         if let Some(machine) = &self.machine {
             machine.shutting_down.store(true, Ordering::Relaxed);
             let _ = timeout(grace, machine.wait()).await;
@@ -156,7 +194,7 @@ impl<B: Backend> Vmm for Vm<B> {
         self.kill().await
     }
 
-    async fn kill(&mut self) -> Result<(), VmmError> {
+    async fn kill(&self) -> Result<(), VmmError> {
         kill_all(&self.cgroup()).await?;
         let Some(machine) = &self.machine else { return Ok(()) };
         match timeout(KILL_LIMIT, machine.wait()).await {
@@ -164,6 +202,11 @@ impl<B: Backend> Vmm for Vm<B> {
             Err(_) => Err(VmmError::Timeout { what: "the end of the killed VMM", limit: KILL_LIMIT }),
         }
     }
+}
+
+fn not_booted(request: &str) -> VmmError {
+    let reply = "it has not been booted".to_owned();
+    VmmError::Refused { program: "the VMM", request: request.into(), reply }
 }
 
 /// The death of a helper if one has died, else `error`: a VMM reports it in its own, vaguer words.
@@ -174,8 +217,8 @@ pub(crate) async fn culprit(helpers: &[Helper], error: VmmError) -> VmmError {
     }
 }
 
-async fn supervise(parts: Parts, cgroup: SandboxCgroup, shutting_down: &AtomicBool) -> VmmExit {
-    let Parts { vmm, helpers, console, reason, events } = parts;
+async fn supervise(processes: Processes, cgroup: SandboxCgroup, shutting_down: &AtomicBool) -> VmmExit {
+    let Processes { vmm, helpers, console, reason, events } = processes;
     let ended = tokio::select! {
         biased;
         ended = vmm.ended() => ended,

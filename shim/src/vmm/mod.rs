@@ -74,10 +74,11 @@ pub struct VmmExit {
     pub description: String,
 }
 
-/// One VM. Made by [`select()`]; used by the sandbox's owner task only.
+/// One VM. Made by [`select()`]; used by the sandbox's owner task and its jobs only.
 ///
 /// Order of calls: [`boot`](Vmm::boot) once; then any; [`shutdown`](Vmm::shutdown) or
-/// [`kill`](Vmm::kill) at the end. Dropping it leaves the VM running.
+/// [`kill`](Vmm::kill) at the end, also while another call is under way. Dropping it leaves the VM
+/// running.
 #[async_trait]
 pub trait Vmm: Send + Sync {
     /// Starts the helpers and the VM. Returns when the VMM runs the virtual CPUs, which is before
@@ -93,11 +94,19 @@ pub trait Vmm: Send + Sync {
     /// Resolves when the VMM process has ended. Cancel safe; may be awaited repeatedly.
     async fn wait(&self) -> VmmExit;
 
+    /// Stops the virtual CPUs; when it returns, the guest executes nothing. Does nothing if they are
+    /// stopped. Takes milliseconds, and 10 s at most; after an error they may be stopped or not.
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Lets the virtual CPUs run again, with every connection to the guest as it was. Does nothing if
+    /// they run. Same times and same doubt as [`pause`](Vmm::pause).
+    async fn resume(&self) -> Result<(), VmmError>;
+
     /// Waits at most `grace` for a guest that was told to power off, then kills the VMM.
-    async fn shutdown(&mut self, grace: Duration) -> Result<(), VmmError>;
+    async fn shutdown(&self, grace: Duration) -> Result<(), VmmError>;
 
     /// Ends the VMM and its helpers with SIGKILL, and returns when they are gone.
-    async fn kill(&mut self) -> Result<(), VmmError>;
+    async fn kill(&self) -> Result<(), VmmError>;
 }
 
 /// What a VMM backend can fail with. The texts name the file or program and what to do.
@@ -167,8 +176,8 @@ pub enum VmmError {
         /// Why.
         source: std::io::Error,
     },
-    /// The sandbox's processes could not be ended.
-    #[error("cannot end the processes of the sandbox")]
+    /// The sandbox's processes could not be ended or frozen.
+    #[error("cannot end or freeze the processes of the sandbox")]
     Cgroup(#[from] CgroupError),
     /// The backend cannot do this.
     #[error("the {backend} backend does not support {what}: {hint}")]

@@ -4,12 +4,13 @@
 //! namespace, which takes a fork that an asynchronous program cannot do by itself.
 
 use async_trait::async_trait;
+use tokio::task::spawn_blocking;
 
 use super::{
     VSOCK_SOCKET, VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
     helper::{Helper, Launch},
-    machine::{Backend, EndReason, Parts},
+    machine::{Backend, CONTROL_LIMIT, Control, EndReason, Parts},
     program::{AGENT_HINT, UNSHARE_HINT, find},
 };
 use crate::{
@@ -74,6 +75,31 @@ impl Backend for Process {
             stdout: None,
         })?;
         let console = Ring::new(GUEST_CONSOLE);
-        Ok(Parts { vmm, helpers: Vec::new(), console, reason: EndReason::default(), events: None })
+        let control = Box::new(Freezer(cgroup));
+        Ok(Parts { vmm, control, helpers: Vec::new(), console, reason: EndReason::default(), events: None })
+    }
+}
+
+/// Stops the agent with its containers, as a VMM stops its guest.
+struct Freezer(SandboxCgroup);
+
+impl Freezer {
+    async fn set(&self, frozen: bool) -> Result<(), VmmError> {
+        let cgroup = self.0.clone();
+        match spawn_blocking(move || cgroup.freeze(frozen, CONTROL_LIMIT)).await {
+            Ok(result) => Ok(result?),
+            Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+        }
+    }
+}
+
+#[async_trait]
+impl Control for Freezer {
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.set(true).await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.set(false).await
     }
 }

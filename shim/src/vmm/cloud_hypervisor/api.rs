@@ -42,17 +42,28 @@ impl Api {
         body: Option<&Value>,
         limit: Duration,
     ) -> Result<(), VmmError> {
-        let exchange = timeout(limit, self.exchange(path, body));
-        let reply = match exchange.await {
-            Ok(Ok(reply)) => reply,
-            Ok(Err(source)) => {
-                let path = self.socket.clone();
-                return Err(VmmError::Io { action: "no answer from Cloud Hypervisor on", path, source });
-            }
+        self.request("PUT", path, body, limit).await.map(drop)
+    }
+
+    /// `GET /api/v1/<path>`, and what it answers.
+    pub(super) async fn get(&self, path: &'static str, limit: Duration) -> Result<Value, VmmError> {
+        let body = self.request("GET", path, None, limit).await?;
+        serde_json::from_str(&body).map_err(|e| self.no_answer(e.into()))
+    }
+
+    async fn request(
+        &self,
+        method: &str,
+        path: &'static str,
+        body: Option<&Value>,
+        limit: Duration,
+    ) -> Result<String, VmmError> {
+        let reply = match timeout(limit, self.exchange(method, path, body)).await {
+            Ok(reply) => reply.map_err(|e| self.no_answer(e))?,
             Err(_) => return Err(VmmError::Timeout { what: path, limit }),
         };
         match reply.status {
-            200..300 => Ok(()),
+            200..300 => Ok(reply.body),
             status => Err(VmmError::Refused {
                 program: "Cloud Hypervisor",
                 request: path.into(),
@@ -61,11 +72,15 @@ impl Api {
         }
     }
 
-    async fn exchange(&self, path: &str, body: Option<&Value>) -> io::Result<Reply> {
+    fn no_answer(&self, source: io::Error) -> VmmError {
+        VmmError::Io { action: "no answer from Cloud Hypervisor on", path: self.socket.clone(), source }
+    }
+
+    async fn exchange(&self, method: &str, path: &str, body: Option<&Value>) -> io::Result<Reply> {
         let mut stream = UnixStream::connect(&self.socket).await?;
         let body = body.map(Value::to_string).unwrap_or_default();
         let head = format!(
-            "PUT /api/v1/{path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
+            "{method} /api/v1/{path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
             body.len()
         );

@@ -18,7 +18,7 @@ use super::{
     console::{GUEST_CONSOLE, Ring},
     helper::{Helper, Launch, listen},
     image,
-    machine::{Backend, EndReason, Parts, culprit},
+    machine::{Backend, CONTROL_LIMIT, Control, EndReason, Parts, culprit},
     program::{CLOUD_HYPERVISOR_HINT, find},
     virtiofsd,
 };
@@ -92,9 +92,35 @@ impl Backend for CloudHypervisor {
             api.put("vm.boot", None, REQUEST_LIMIT).await
         };
         match vmm.until("the start of Cloud Hypervisor", 2 * REQUEST_LIMIT, boot).await {
-            Ok(()) => Ok(Parts { vmm, helpers, console, reason, events: Some(events) }),
+            Ok(()) => {
+                let control = Box::new(api);
+                Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
+            }
             Err(error) => Err(culprit(&helpers, error).await),
         }
+    }
+}
+
+#[async_trait]
+impl Control for Api {
+    async fn pause(&self) -> Result<(), VmmError> {
+        become_state(self, "vm.pause", "Paused").await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        become_state(self, "vm.resume", "Running").await
+    }
+}
+
+/// Cloud Hypervisor refuses what is done already, as after a request whose answer was lost.
+async fn become_state(api: &Api, request: &'static str, state: &str) -> Result<(), VmmError> {
+    let refusal = match api.put(request, None, CONTROL_LIMIT).await {
+        Err(refusal @ VmmError::Refused { .. }) => refusal,
+        other => return other,
+    };
+    match api.get("vm.info", CONTROL_LIMIT).await {
+        Ok(info) if info["state"] == state => Ok(()),
+        _ => Err(refusal),
     }
 }
 

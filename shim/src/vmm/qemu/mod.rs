@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use serde_json::Value;
-use tokio::net::UnixListener;
+use tokio::{net::UnixListener, task::JoinHandle};
 
 use self::qmp::Qmp;
 use super::{
@@ -19,7 +19,7 @@ use super::{
     console::{GUEST_CONSOLE, Ring},
     helper::{Helper, Launch, listening},
     image,
-    machine::{Backend, EndReason, Parts, culprit},
+    machine::{Backend, CONTROL_LIMIT, EndReason, Parts, culprit},
     program::{QEMU_HINT, find},
     virtiofsd,
 };
@@ -107,27 +107,31 @@ impl Backend for Qemu {
             stdout: Some(console.clone()),
         })?;
         let reason = EndReason::default();
-        let running = wait_until_running(listener, &qmp_path, reason.clone());
-        let qmp = match vmm.until("the start of QEMU", BOOT_LIMIT, running).await {
-            Ok(qmp) => qmp,
+        let running = wait_until_running(listener, qmp_path, reason.clone());
+        let (qmp, events) = match vmm.until("the start of QEMU", BOOT_LIMIT, running).await {
+            Ok(both) => both,
             Err(error) => return Err(culprit(&helpers, error).await),
         };
-        Ok(Parts { vmm, helpers, console, reason, events: Some(tokio::spawn(qmp.follow())) })
+        Ok(Parts { vmm, control: Box::new(qmp), helpers, console, reason, events: Some(events) })
     }
 }
 
 /// QEMU connects after it has made every device; the answer to the command comes from its main loop,
 /// which is entered with the virtual CPUs running.
-async fn wait_until_running(listener: UnixListener, path: &Path, reason: EndReason) -> Result<Qmp, VmmError> {
+async fn wait_until_running(
+    listener: UnixListener,
+    path: PathBuf,
+    reason: EndReason,
+) -> Result<(Qmp, JoinHandle<()>), VmmError> {
     let (stream, _) = listener.accept().await.map_err(|source| VmmError::Io {
         action: "cannot accept on",
-        path: path.into(),
+        path: path.clone(),
         source,
     })?;
-    let mut qmp = Qmp::negotiate(stream, path, reason).await?;
-    let status = qmp.execute("query-status", path).await?;
+    let (qmp, events) = Qmp::negotiate(stream, path, reason).await?;
+    let status = qmp.execute("query-status", CONTROL_LIMIT).await?;
     match status.get("running").and_then(Value::as_bool) {
-        Some(true) => Ok(qmp),
+        Some(true) => Ok((qmp, events)),
         _ => Err(VmmError::Refused {
             program: "QEMU",
             request: "to run the virtual CPUs".into(),
