@@ -48,6 +48,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(6);
 
 /// How a job ended.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time, in the box that Message has for it")]
 pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
