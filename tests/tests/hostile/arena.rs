@@ -13,7 +13,8 @@ use std::{
 use cube_tests::{
     command::{Finished, poll, start},
     lab::{Lab, Setup},
-    leftovers, logs,
+    leftovers::{self, Process},
+    logs,
     needs::Backend,
     paths, soak,
 };
@@ -92,7 +93,10 @@ impl Arena {
     /// `ctr run --detach` of the hostile container, whose stdout does what `argv` says.
     pub(crate) fn run_hostile(&self, argv: &[&str]) -> Finished {
         let mut command = self.lab.run_command(&["--detach", "--null-io"], HOSTILE, argv);
-        start(&mut command).wait(self.lab.limit())
+        let finished = start(&mut command).wait(self.lab.limit());
+        // It may not live long enough to be seen by who watches.
+        look_at(&hostile_shims(self.lab.dir()), &self.usage);
+        finished
     }
 
     /// An exec in the hostile container whose stdout does what `attack` says, to its end.
@@ -185,22 +189,31 @@ fn watch(lab: PathBuf, usage: std::sync::Weak<Mutex<Usage>>) {
             let Some(usage) = usage.upgrade() else { return };
             // A look at every process is dear, and the peak of the memory is kept by the kernel.
             if round % 10 == 0 {
-                shims = leftovers::processes(&lab)
-                    .into_iter()
-                    .filter(|process| process.line.contains("containerd-shim-cube-v2"))
-                    .filter(|process| !process.line.contains(HONEST) && process.line.contains("serve"))
-                    .collect();
+                shims = hostile_shims(&lab);
             }
-            for shim in &shims {
-                let (rss_kib, fds) = (peak_rss_kib(shim.pid), descriptors(shim.pid));
-                let mut usage = usage.lock().unwrap();
-                usage.rss_kib = usage.rss_kib.max(rss_kib);
-                usage.fds = usage.fds.max(fds);
-            }
+            look_at(&shims, &usage);
             drop(usage);
             thread::sleep(Duration::from_millis(20));
         }
     });
+}
+
+fn hostile_shims(lab: &Path) -> Vec<Process> {
+    let mut shims = leftovers::processes(lab);
+    shims.retain(|process| {
+        let is = |word| process.line.contains(word);
+        is("containerd-shim-cube-v2") && is("serve") && !is(HONEST)
+    });
+    shims
+}
+
+fn look_at(shims: &[Process], usage: &Mutex<Usage>) {
+    for shim in shims {
+        let (rss_kib, fds) = (peak_rss_kib(shim.pid), descriptors(shim.pid));
+        let mut usage = usage.lock().unwrap();
+        usage.rss_kib = usage.rss_kib.max(rss_kib);
+        usage.fds = usage.fds.max(fds);
+    }
 }
 
 fn peak_rss_kib(pid: i32) -> u64 {
