@@ -42,7 +42,8 @@ pub fn try_segments(dir: &Path, stream: &str) -> io::Result<Vec<Segment>> {
 }
 
 fn segment(path: PathBuf) -> io::Result<Segment> {
-    let index = index_of(&path);
+    let index = Some(index_of(&path)).filter(|index| index.exists());
+    let index = index.or_else(|| index_of_half_rotated(&path)).unwrap_or_else(|| index_of(&path));
     let named = |e: &dyn Display| io::Error::other(format!("{}: {e}", index.display()));
     let mut header = [0; HEADER_LEN];
     File::open(&index).and_then(|mut file| file.read_exact(&mut header)).map_err(|e| named(&e))?;
@@ -52,6 +53,19 @@ fn segment(path: PathBuf) -> io::Result<Segment> {
 
 fn index_of(segment: &Path) -> PathBuf {
     segment.with_file_name(format!("{}.idx", segment.file_name().unwrap().to_str().unwrap()))
+}
+
+/// Where a rotation that was cut short has left the index of the current segment: it is renamed first.
+fn index_of_half_rotated(segment: &Path) -> Option<PathBuf> {
+    let stream = segment.file_name()?.to_str()?;
+    let entries = fs::read_dir(segment.parent()?).ok()?.flatten();
+    let mut indexes =
+        entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "idx"));
+    indexes.find(|index| {
+        let closed = index.with_extension("");
+        let name = closed.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.strip_prefix(stream).is_some_and(|rest| rest.starts_with('.')) && !closed.exists()
+    })
 }
 
 /// The whole log of a stream that was not rotated away.
