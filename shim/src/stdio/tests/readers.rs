@@ -11,6 +11,11 @@ fn with_fifo(place: &Place) -> StdioConfig {
     StdioConfig { stdout: place.fifo("out"), ..place.logged() }
 }
 
+fn with_fifo_and_log(place: &Place, segment_bytes: u64, segments: u32) -> StdioConfig {
+    let config = with_fifo(place);
+    StdioConfig { log: config.log.map(|log| LogConfig { segment_bytes, segments, ..log }), ..config }
+}
+
 fn written(agent: &FakeAgent, len: usize) {
     agent.write(Stream::STDOUT, &pattern(0, len));
     agent.end(Stream::STDOUT, Flags::NONE);
@@ -133,8 +138,7 @@ async fn a_slow_reader_of_a_logged_stream_holds_it_back_only_when_it_is_a_whole_
     let agent = FakeAgent::new(60_000);
     let total = 2 << 20;
     written(&agent, total);
-    let mut config = with_fifo(&place);
-    config.log = config.log.map(|log| LogConfig { segment_bytes: 128 << 10, segments: 3, ..log });
+    let config = with_fifo_and_log(&place, 128 << 10, 3);
     let mut reader = open_reader(&config.stdout);
     let io = started(config, &agent).await;
     let got = soon(read_exactly(&mut reader, 10)).await;
@@ -153,8 +157,7 @@ async fn a_log_that_is_smaller_than_what_comes_at_once_goes_on_as_it_is_read() {
     let agent = FakeAgent::new(60_000);
     let total = 4 << 20;
     written(&agent, total);
-    let mut config = with_fifo(&place);
-    config.log = config.log.map(|log| LogConfig { segment_bytes: 64 << 10, segments: 2, ..log });
+    let config = with_fifo_and_log(&place, 64 << 10, 2);
     let mut reader = open_reader(&config.stdout);
     let io = started(config, &agent).await;
     assert_same(&soon(read_to_end(&mut reader)).await, &pattern(0, total));
@@ -168,8 +171,7 @@ async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_c
     let total = 2 << 20;
     agent.write(Stream::STDOUT, &pattern(0, total));
     agent.end(Stream::STDERR, Flags::NONE);
-    let mut config = with_fifo(&place);
-    config.log = config.log.map(|log| LogConfig { segment_bytes: 128 << 10, segments: 3, ..log });
+    let config = with_fifo_and_log(&place, 128 << 10, 3);
     let path = config.stdout.clone();
     let io = started(config, &agent).await;
     soon(agent.until(|a| a.acked(Stream::STDOUT) == total as u64)).await;
