@@ -2,9 +2,11 @@
 //! from the stdin FIFO to the agent.
 
 mod connection;
+mod control;
 mod direct;
 mod feed;
 mod fifo;
+mod flow;
 mod incoming;
 mod log_sink;
 mod opens;
@@ -40,7 +42,6 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-pub use self::status::{LogStatus, Obstacle, StreamStatus};
 use self::{
     connection::Endpoint,
     output::Output,
@@ -49,6 +50,10 @@ use self::{
     source::Source,
     status::Counters,
     stdin::StdinRelay,
+};
+pub use self::{
+    flow::Flows,
+    status::{LogStatus, Obstacle, StreamStatus},
 };
 use crate::{agent::Dial, log::dir::LogError};
 
@@ -150,6 +155,7 @@ pub struct ProcessIo {
     outputs: Vec<Output>,
     program: Option<LogProgram>,
     phase: watch::Sender<Phase>,
+    flows: Flows,
     tasks: JoinSet<()>,
 }
 
@@ -178,7 +184,7 @@ impl ProcessIo {
         let (outlets, program) = output::open_outlets(&config, stdout, stderr).await?;
         let outputs = output::assemble(config.terminal, logs, outlets)?;
         let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new() })
+        Ok(ProcessIo { config, stdin, outputs, program, phase, flows: Flows::new(), tasks: JoinSet::new() })
     }
 
     /// Takes over the logs of a process whose shim has died, for `shim delete` to drain what the guest
@@ -189,7 +195,15 @@ impl ProcessIo {
         let logs = output::recover_logs(config.log.clone()).await?;
         let outputs = output::assemble(config.terminal, logs, [None, None])?;
         let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() })
+        Ok(ProcessIo {
+            config,
+            stdin: None,
+            outputs,
+            program: None,
+            phase,
+            flows: Flows::new(),
+            tasks: JoinSet::new(),
+        })
     }
 
     /// Which streams to ask the agent for.
@@ -198,24 +212,32 @@ impl ProcessIo {
         Wanted { stdin: self.stdin.is_some(), stdout: output("stdout"), stderr: output("stderr") }
     }
 
+    /// The switch of its streams. From [`start`](ProcessIo::start) on they flow.
+    pub fn flows(&self) -> Flows {
+        self.flows.clone()
+    }
+
     /// Begins to relay, once the agent has made the streams (after its Create or Exec). Once.
     pub fn start(&mut self, dial: Arc<dyn Dial>, timeline: u64) {
+        self.flows.flow(timeline);
         let endpoint = |stream| Endpoint {
             container_id: self.config.container_id.clone(),
             exec_id: self.config.exec_id.clone(),
             stream,
-            timeline,
             dial: dial.clone(),
         };
+        let phases = Phases::new(self.phase.subscribe(), self.flows.watch());
         for output in &mut self.outputs {
-            output.start(endpoint(output.stream()), Phases::new(self.phase.subscribe()), &mut self.tasks);
+            let (endpoint, flow) = (endpoint(output.stream()), self.flows.join());
+            output.start(endpoint, phases.clone(), flow, &mut self.tasks);
         }
         if let Some(Stdin { source, close, counters }) = &mut self.stdin
             && let Some(source) = source.take()
         {
             let endpoint = endpoint(Stream::STDIN);
-            let relay = StdinRelay::new(endpoint, source, close.subscribe(), counters.clone());
-            self.tasks.spawn(relay.run(Phases::new(self.phase.subscribe())));
+            let (close, flow) = (close.subscribe(), self.flows.join());
+            let relay = StdinRelay::new(endpoint, source, close, flow, counters.clone());
+            self.tasks.spawn(relay.run(phases));
         }
     }
 

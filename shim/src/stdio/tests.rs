@@ -4,6 +4,7 @@ mod files;
 mod log;
 mod misbehaviour;
 mod readers;
+mod rest;
 mod stdin;
 
 use std::{

@@ -112,6 +112,8 @@ async fn a_successor_goes_on_exactly_where_the_shim_died() {
     let io = started(place.logged(), &agent).await;
     soon(agent.until(|a| a.acked(Stream::STDOUT) == 50_000)).await;
     drop(io);
+    // Its threads end a little later.
+    soon(agent.until(|a| a.connections() == 0)).await;
     agent.write(Stream::STDOUT, &pattern(50_000, 50_000));
     agent.end(Stream::STDOUT, Flags::NONE);
     agent.end(Stream::STDERR, Flags::NONE);
