@@ -1,4 +1,4 @@
-//! Brings the streams of a process to rest, and lets them flow again.
+//! Brings the streams of a sandbox to rest, and lets them flow again.
 //!
 //! A stream at rest has no connection to the guest, and has acknowledged exactly what its sink has. The
 //! guest holds everything else, so whatever becomes of the VM meanwhile, the next OPEN goes on there.
@@ -14,10 +14,17 @@ enum Flow {
     Rest,
 }
 
-#[derive(Debug)]
-struct State {
+/// What every stream looks at. It changes when all have to do something.
+#[derive(Debug, Clone, Copy)]
+struct Order {
     flow: Flow,
-    /// Counts the changes of `flow`.
+    /// Counts the changes.
+    generation: u64,
+}
+
+/// What only those look at who wait for the streams.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tally {
     generation: u64,
     /// Streams that relay, or would.
     members: usize,
@@ -25,67 +32,82 @@ struct State {
     rested: usize,
 }
 
-/// The switch of all streams of one process. Clones mean the same streams.
+/// The switch of all streams of a sandbox. Clones mean the same streams.
 #[derive(Debug, Clone)]
-pub struct Flows(watch::Sender<State>);
+pub struct Flows {
+    order: watch::Sender<Order>,
+    tally: watch::Sender<Tally>,
+}
 
 impl Flows {
-    pub(super) fn new() -> Flows {
-        Flows(watch::Sender::new(State { flow: Flow::Rest, generation: 0, members: 0, rested: 0 }))
+    /// For streams of a guest that is on `timeline`, and runs.
+    pub fn on(timeline: u64) -> Flows {
+        let flow = Flow::On { timeline, since: Instant::now() };
+        let order = watch::Sender::new(Order { flow, generation: 0 });
+        Flows { order, tally: watch::Sender::new(Tally::default()) }
     }
 
     /// Asks every stream to come to rest; resolves when all of them are, or when they are told to flow
     /// again. A stream whose guest or disk does not answer takes seconds or for ever: bound it. Those that
-    /// are late come to rest when they can. Cancel safe.
+    /// are late come to rest when they can, those that come later begin at rest. Cancel safe.
     pub async fn rest(&self) {
-        let mut mine = 0;
-        self.0.send_modify(|state| {
-            if state.flow != Flow::Rest {
-                state.change(Flow::Rest);
-            }
-            mine = state.generation;
-        });
-        let over = |state: &State| state.generation != mine || state.rested == state.members;
+        let mine = self.change(|flow| if flow == Flow::Rest { None } else { Some(Flow::Rest) });
+        let over = |tally: &Tally| tally.generation != mine || tally.rested == tally.members;
         // We hold a sender: it cannot fail.
-        let _ = self.0.subscribe().wait_for(over).await;
+        let _ = self.tally.subscribe().wait_for(over).await;
     }
 
-    /// Lets every stream flow, on this timeline of the guest. Streams that flow on it already go on.
+    /// Lets every stream flow, on this timeline of the guest. Does nothing to those that flow on it.
     pub fn flow(&self, timeline: u64) {
-        self.0.send_if_modified(|state| {
-            let same = matches!(state.flow, Flow::On { timeline: on, .. } if on == timeline);
-            if !same {
-                state.change(Flow::On { timeline, since: Instant::now() });
-            }
-            !same
+        self.change(|flow| match flow {
+            Flow::On { timeline: on, .. } if on == timeline => None,
+            _ => Some(Flow::On { timeline, since: Instant::now() }),
         });
+    }
+
+    /// The timeline on which the streams flow; `None` while they rest.
+    pub fn timeline(&self) -> Option<u64> {
+        match self.order.borrow().flow {
+            Flow::On { timeline, .. } => Some(timeline),
+            Flow::Rest => None,
+        }
     }
 
     /// For one stream, from now on until it is dropped.
     pub(super) fn join(&self) -> Member {
-        self.0.send_modify(|state| state.members += 1);
-        Member { state: self.0.clone(), changes: self.0.subscribe(), rested_in: None }
+        self.tally.send_modify(|tally| tally.members += 1);
+        Member { tally: self.tally.clone(), order: self.order.subscribe(), rested_in: None }
     }
 
     /// For one who must know how long the streams have been flowing.
     pub(super) fn watch(&self) -> Watch {
-        Watch(self.0.subscribe())
+        Watch(self.order.subscribe())
     }
-}
 
-impl State {
-    fn change(&mut self, flow: Flow) {
-        self.flow = flow;
-        self.generation += 1;
-        self.rested = 0;
+    /// Gives a new order if `choose` has one; gives the generation that is then in force.
+    fn change(&self, choose: impl FnOnce(Flow) -> Option<Flow>) -> u64 {
+        let mut generation = 0;
+        self.order.send_if_modified(|order| {
+            let new = choose(order.flow);
+            if let Some(flow) = new {
+                *order = Order { flow, generation: order.generation + 1 };
+                // Before anybody can see the order.
+                self.tally.send_modify(|tally| {
+                    (tally.generation, tally.rested) = (order.generation, 0);
+                });
+            }
+            generation = order.generation;
+            new.is_some()
+        });
+        generation
     }
 }
 
 /// One stream's end of [`Flows`].
 #[derive(Debug)]
 pub(super) struct Member {
-    state: watch::Sender<State>,
-    changes: watch::Receiver<State>,
+    tally: watch::Sender<Tally>,
+    order: watch::Receiver<Order>,
     /// The generation in which it has said that it is at rest.
     rested_in: Option<u64>,
 }
@@ -93,32 +115,33 @@ pub(super) struct Member {
 impl Member {
     /// Resolves when the stream is to come to rest. Cancel safe.
     pub(super) async fn asked_to_rest(&mut self) {
-        // We hold a sender: it cannot fail.
-        let _ = self.changes.wait_for(|state| state.flow == Flow::Rest).await;
+        if self.order.wait_for(|order| order.flow == Flow::Rest).await.is_err() {
+            // Nobody is left to ask.
+            std::future::pending().await
+        }
     }
 
     /// For a stream at rest: says so, and gives the timeline on which it is to flow, once it is.
     pub(super) async fn flowing(&mut self) -> u64 {
         loop {
-            let (flow, generation) = {
-                let state = self.changes.borrow_and_update();
-                (state.flow, state.generation)
-            };
-            match flow {
+            let order = *self.order.borrow_and_update();
+            match order.flow {
                 Flow::On { timeline, .. } => return timeline,
-                Flow::Rest => self.rested(generation),
+                Flow::Rest => self.rested(order.generation),
             }
-            let _ = self.changes.changed().await;
+            if self.order.changed().await.is_err() {
+                std::future::pending().await
+            }
         }
     }
 
     fn rested(&mut self, generation: u64) {
-        let Member { state, rested_in, .. } = self;
-        state.send_if_modified(|state| {
-            let news = state.generation == generation && *rested_in != Some(generation);
+        let Member { tally, rested_in, .. } = self;
+        tally.send_if_modified(|tally| {
+            let news = tally.generation == generation && *rested_in != Some(generation);
             if news {
                 *rested_in = Some(generation);
-                state.rested += 1;
+                tally.rested += 1;
             }
             news
         });
@@ -127,10 +150,10 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.state.send_modify(|state| {
-            state.members -= 1;
-            if self.rested_in == Some(state.generation) {
-                state.rested -= 1;
+        self.tally.send_modify(|tally| {
+            tally.members -= 1;
+            if self.rested_in == Some(tally.generation) {
+                tally.rested -= 1;
             }
         });
     }
@@ -138,24 +161,29 @@ impl Drop for Member {
 
 /// Tells since when the streams flow.
 #[derive(Debug, Clone)]
-pub(super) struct Watch(watch::Receiver<State>);
+pub(super) struct Watch(watch::Receiver<Order>);
 
 impl Watch {
     /// Resolves when the streams flow, with the time since when. Cancel safe.
     pub(super) async fn flowing(&mut self) -> Instant {
-        // Streams whose owner is gone flow no more: others see to their end.
-        let Ok(state) = self.0.wait_for(|state| state.flow != Flow::Rest).await else {
-            return std::future::pending().await;
-        };
-        match state.flow {
-            Flow::On { since, .. } => since,
-            Flow::Rest => Instant::now(),
+        loop {
+            if let Flow::On { since, .. } = self.0.borrow_and_update().flow {
+                return since;
+            }
+            self.changed().await;
         }
     }
 
     /// Resolves when the streams are to rest. Cancel safe.
     pub(super) async fn resting(&mut self) {
-        if self.0.wait_for(|state| state.flow == Flow::Rest).await.is_err() {
+        while self.0.borrow_and_update().flow != Flow::Rest {
+            self.changed().await;
+        }
+    }
+
+    async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            // Streams whose owner is gone: others see to their end.
             std::future::pending().await
         }
     }
@@ -174,8 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn all_streams_are_awaited_and_those_that_have_ended_are_not() {
-        let flows = Flows::new();
-        flows.flow(7);
+        let flows = Flows::on(7);
         let (mut quick, mut slow, ended) = (flows.join(), flows.join(), flows.join());
         assert_eq!((quick.flowing().await, slow.flowing().await), (7, 7));
         assert!(timeout(SOON, flows.rest()).await.is_err());
@@ -193,8 +220,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_that_slept_through_a_change_is_not_taken_for_one_at_rest() {
-        let flows = Flows::new();
+        let flows = Flows::on(7);
         let mut stream = flows.join();
+        assert!(timeout(SOON, flows.rest()).await.is_err());
         assert!(timeout(SOON, stream.flowing()).await.is_err());
         timeout(LIMIT, flows.rest()).await.unwrap();
         // On and off again before it has looked.
@@ -208,8 +236,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_waits_for_rest_is_released_by_the_opposite() {
-        let flows = Flows::new();
-        flows.flow(7);
+        let flows = Flows::on(7);
         let _stream = flows.join();
         let resting = tokio::spawn({
             let flows = flows.clone();

@@ -155,7 +155,6 @@ pub struct ProcessIo {
     outputs: Vec<Output>,
     program: Option<LogProgram>,
     phase: watch::Sender<Phase>,
-    flows: Flows,
     tasks: JoinSet<()>,
 }
 
@@ -184,7 +183,7 @@ impl ProcessIo {
         let (outlets, program) = output::open_outlets(&config, stdout, stderr).await?;
         let outputs = output::assemble(config.terminal, logs, outlets)?;
         let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo { config, stdin, outputs, program, phase, flows: Flows::new(), tasks: JoinSet::new() })
+        Ok(ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new() })
     }
 
     /// Takes over the logs of a process whose shim has died, for `shim delete` to drain what the guest
@@ -195,15 +194,7 @@ impl ProcessIo {
         let logs = output::recover_logs(config.log.clone()).await?;
         let outputs = output::assemble(config.terminal, logs, [None, None])?;
         let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo {
-            config,
-            stdin: None,
-            outputs,
-            program: None,
-            phase,
-            flows: Flows::new(),
-            tasks: JoinSet::new(),
-        })
+        Ok(ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() })
     }
 
     /// Which streams to ask the agent for.
@@ -212,30 +203,25 @@ impl ProcessIo {
         Wanted { stdin: self.stdin.is_some(), stdout: output("stdout"), stderr: output("stderr") }
     }
 
-    /// The switch of its streams. From [`start`](ProcessIo::start) on they flow.
-    pub fn flows(&self) -> Flows {
-        self.flows.clone()
-    }
-
-    /// Begins to relay, once the agent has made the streams (after its Create or Exec). Once.
-    pub fn start(&mut self, dial: Arc<dyn Dial>, timeline: u64) {
-        self.flows.flow(timeline);
+    /// Begins to relay, once the agent has made the streams (after its Create or Exec); while the streams
+    /// of the sandbox rest, so do these. Once.
+    pub fn start(&mut self, dial: Arc<dyn Dial>, flows: &Flows) {
         let endpoint = |stream| Endpoint {
             container_id: self.config.container_id.clone(),
             exec_id: self.config.exec_id.clone(),
             stream,
             dial: dial.clone(),
         };
-        let phases = Phases::new(self.phase.subscribe(), self.flows.watch());
+        let phases = Phases::new(self.phase.subscribe(), flows.watch());
         for output in &mut self.outputs {
-            let (endpoint, flow) = (endpoint(output.stream()), self.flows.join());
+            let (endpoint, flow) = (endpoint(output.stream()), flows.join());
             output.start(endpoint, phases.clone(), flow, &mut self.tasks);
         }
         if let Some(Stdin { source, close, counters }) = &mut self.stdin
             && let Some(source) = source.take()
         {
             let endpoint = endpoint(Stream::STDIN);
-            let (close, flow) = (close.subscribe(), self.flows.join());
+            let (close, flow) = (close.subscribe(), flows.join());
             let relay = StdinRelay::new(endpoint, source, close, flow, counters.clone());
             self.tasks.spawn(relay.run(phases));
         }

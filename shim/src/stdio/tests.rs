@@ -82,8 +82,12 @@ impl Place {
 }
 
 async fn started(config: StdioConfig, agent: &Arc<FakeAgent>) -> ProcessIo {
+    started_in(&Flows::on(TIMELINE), config, agent).await
+}
+
+async fn started_in(flows: &Flows, config: StdioConfig, agent: &Arc<FakeAgent>) -> ProcessIo {
     let mut io = ProcessIo::prepare(config).await.unwrap();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), flows);
     io
 }
 

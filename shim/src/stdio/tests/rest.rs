@@ -7,8 +7,8 @@ use crate::stdio::fake_agent::Fault;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Returns when the guest has seen it, too: it may find the end of an attempt to connect a little later.
-async fn rest(io: &ProcessIo, agent: &FakeAgent) {
-    tokio::time::timeout(PATIENCE, io.flows().rest()).await.expect("the streams do not come to rest");
+async fn rest(flows: &Flows, agent: &FakeAgent) {
+    tokio::time::timeout(PATIENCE, flows.rest()).await.expect("the streams do not come to rest");
     soon(agent.until(|agent| agent.connections() == 0)).await;
 }
 
@@ -21,19 +21,20 @@ fn finished(agent: &FakeAgent) {
 async fn a_stream_at_rest_has_no_connection_and_has_acknowledged_what_its_log_has() {
     let place = Place::new();
     let agent = FakeAgent::new(1000);
-    let io = started(place.logged(), &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, place.logged(), &agent).await;
     let mut written = 0;
     for round in 0..40 {
         agent.write(Stream::STDOUT, &pattern(written, 50_000 + round));
         written += 50_000 + round;
-        rest(&io, &agent).await;
+        rest(&flows, &agent).await;
         assert_eq!(agent.acked(Stream::STDOUT), place.log("stdout").len() as u64);
         let (opens, logged) = (agent.opens().len(), place.log("stdout").len());
         agent.write(Stream::STDOUT, &pattern(written, 1));
         written += 1;
         tokio::task::yield_now().await;
         assert_eq!((agent.opens().len(), place.log("stdout").len()), (opens, logged));
-        io.flows().flow(TIMELINE);
+        flows.flow(TIMELINE);
     }
     finished(&agent);
     assert!(soon(io.finish(LIMIT)).await.complete);
@@ -50,7 +51,8 @@ async fn rest_in_full_flow_costs_and_doubles_no_byte() {
     (config.stdout, config.stdin) = (place.fifo("out"), place.fifo("in"));
     let mut reader = open_reader(&config.stdout);
     let mut stdin = File::options().read(true).write(true).open(&config.stdin).unwrap();
-    let io = started(config, &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, config, &agent).await;
     let (all, input) = (pattern(0, 4_000_000), pattern(99, 40_000));
     let flows = async {
         for round in 0..40 {
@@ -60,8 +62,8 @@ async fn rest_in_full_flow_costs_and_doubles_no_byte() {
             for _ in 0..round % 7 * 5 {
                 tokio::task::yield_now().await;
             }
-            rest(&io, &agent).await;
-                io.flows().flow(TIMELINE);
+            rest(&flows, &agent).await;
+            flows.flow(TIMELINE);
         }
         agent.until(|agent| agent.stdin().bytes.len() == input.len()).await;
         finished(&agent);
@@ -81,16 +83,17 @@ async fn a_reader_that_takes_nothing_does_not_keep_its_stream_from_resting() {
     let agent = FakeAgent::new(60_000);
     let config = StdioConfig { exec_id: "e".into(), stdout: place.fifo("out"), ..place.config() };
     let mut reader = open_reader(&config.stdout);
-    let io = started(config, &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, config, &agent).await;
     agent.write(Stream::STDOUT, &pattern(0, 2_000_000));
     let mut read = Vec::new();
     for round in 0..10 {
         // The pipe is full, and more is with the shim.
         soon(until(|| output(&io, "stdout").lag > 0)).await;
-        rest(&io, &agent).await;
+        rest(&flows, &agent).await;
         let status = output(&io, "stdout");
         assert_eq!((status.lag, agent.acked(Stream::STDOUT)), (0, status.written));
-        io.flows().flow(TIMELINE);
+        flows.flow(TIMELINE);
         read.extend(soon(read_exactly(&mut reader, 10_000 * round + 1)).await);
     }
     finished(&agent);
@@ -108,14 +111,15 @@ async fn a_log_that_waits_for_its_reader_comes_to_rest() {
     config.log.as_mut().unwrap().segment_bytes = 100_000;
     let mut reader = open_reader(&config.stdout);
     agent.write(Stream::STDOUT, &pattern(0, 2_000_000));
-    let io = started(config, &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, config, &agent).await;
     let log = |io: &ProcessIo| output(io, "stdout").log.unwrap();
     soon(until(|| log(&io).waits_for == Some(Obstacle::Reader))).await;
-    rest(&io, &agent).await;
+    rest(&flows, &agent).await;
     assert_eq!(agent.acked(Stream::STDOUT), log(&io).usage.end());
     // What it reads meanwhile comes from the log.
     let mut read = soon(read_exactly(&mut reader, 300_000)).await;
-    io.flows().flow(TIMELINE);
+    flows.flow(TIMELINE);
     finished(&agent);
     read.extend(soon(read_to_end(&mut reader)).await);
     assert_same(&read, &pattern(0, 2_000_000));
@@ -126,12 +130,13 @@ async fn a_log_that_waits_for_its_reader_comes_to_rest() {
 async fn what_the_guest_dropped_is_counted_once_whatever_rests() {
     let place = Place::new();
     let agent = FakeAgent::new(100);
-    let io = started(place.logged(), &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, place.logged(), &agent).await;
     for _ in 0..20 {
         agent.write(Stream::STDOUT, &pattern(0, 500));
         agent.lose(Stream::STDOUT, 300);
-        rest(&io, &agent).await;
-        io.flows().flow(TIMELINE);
+        rest(&flows, &agent).await;
+        flows.flow(TIMELINE);
     }
     finished(&agent);
     soon(agent.until(|agent| agent.is_released(Stream::STDOUT))).await;
@@ -146,10 +151,11 @@ async fn a_stream_that_has_ended_is_not_waited_for() {
     let place = Place::new();
     let agent = FakeAgent::new(100);
     finished(&agent);
-    let io = started(place.logged(), &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, place.logged(), &agent).await;
     soon(until(|| output(&io, "stdout").complete && output(&io, "stderr").complete)).await;
-    rest(&io, &agent).await;
-    io.flows().flow(TIMELINE);
+    rest(&flows, &agent).await;
+    flows.flow(TIMELINE);
     assert!(soon(io.finish(LIMIT)).await.complete);
 }
 
@@ -159,12 +165,13 @@ async fn a_process_that_has_exited_before_does_not_lose_its_output_to_a_long_res
     let agent = FakeAgent::new(1000);
     let config = StdioConfig { exec_id: "e".into(), stdout: place.fifo("out"), ..place.config() };
     let mut reader = open_reader(&config.stdout);
-    let io = started(config, &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, config, &agent).await;
     io.process_exited();
-    rest(&io, &agent).await;
+    rest(&flows, &agent).await;
     agent.write(Stream::STDOUT, b"late");
     tokio::time::sleep(Duration::from_secs(3600)).await;
-    io.flows().flow(TIMELINE);
+    flows.flow(TIMELINE);
     finished(&agent);
     assert_eq!(soon(read_to_end(&mut reader)).await, b"late");
     assert!(soon(io.finish(LIMIT)).await.complete);
@@ -178,11 +185,12 @@ async fn a_guest_that_does_not_answer_stop_is_left_alone_after_a_while() {
     agent.write(Stream::STDOUT, &pattern(0, 5000));
     let config = StdioConfig { exec_id: "e".into(), stdout: place.fifo("out"), ..place.config() };
     let mut reader = open_reader(&config.stdout);
-    let io = started(config, &agent).await;
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, config, &agent).await;
     let mut read = soon(read_exactly(&mut reader, 1000)).await;
-    rest(&io, &agent).await;
+    rest(&flows, &agent).await;
     agent.ignore_stop(false);
-    io.flows().flow(TIMELINE);
+    flows.flow(TIMELINE);
     finished(&agent);
     read.extend(soon(read_to_end(&mut reader)).await);
     assert_same(&read, &pattern(0, 5000));
