@@ -11,6 +11,7 @@ pub mod large_logs;
 pub mod lifecycle;
 pub mod memory;
 pub mod output;
+pub mod pause;
 pub mod pods;
 pub mod rest;
 pub mod rotation;
