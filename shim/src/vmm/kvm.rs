@@ -115,8 +115,8 @@ pub fn probe() -> Result<(), KvmError> {
     }
 }
 
-/// Whether the child ended in time.
-fn wait_for_exit(child: Pid, limit: Duration) -> io::Result<bool> {
+/// Whether the child ended in time. Does not reap it.
+pub(crate) fn wait_for_exit(child: Pid, limit: Duration) -> io::Result<bool> {
     // SAFETY: pidfd_open(2) takes no pointers and gives a new descriptor, which nobody else owns.
     let pidfd = unsafe {
         let fd = libc::syscall(libc::SYS_pidfd_open, child.as_raw(), 0);

@@ -119,6 +119,7 @@ mod tests {
             share: None,
             disks: Vec::new(),
             cmdline: "cube.debug=1".into(),
+            restore: None,
         }
     }
 

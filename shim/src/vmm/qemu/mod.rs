@@ -17,10 +17,10 @@ use self::qmp::Qmp;
 use super::{
     VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, listening},
+    helper::{Helper, Launch, listening, remove_stale},
     image,
     machine::{Backend, CONTROL_LIMIT, EndReason, Parts, culprit},
-    program::{QEMU_HINT, find},
+    program::{QEMU_HINT, RESTORE_HINT, find},
     virtiofsd,
 };
 use crate::{
@@ -76,6 +76,13 @@ impl Backend for Qemu {
     }
 
     async fn start(&self) -> Result<Parts, VmmError> {
+        if self.spec.restore.is_some() {
+            return Err(VmmError::Unsupported {
+                backend: "qemu",
+                what: "a start from a snapshot".into(),
+                hint: RESTORE_HINT,
+            });
+        }
         let program = find(&self.tools.qemu, QEMU_HINT)?;
         image::check(&self.guest.kernel, "kernel")?;
         image::check(&self.guest.initrd, "initrd")?;
@@ -92,6 +99,7 @@ impl Backend for Qemu {
         helpers.push(vsock);
 
         let qmp_path = qmp_socket(&self.spec.run_dir);
+        remove_stale(&qmp_path)?;
         let listener = UnixListener::bind(&qmp_path).map_err(|source| VmmError::Io {
             action: "cannot listen on",
             path: qmp_path.clone(),

@@ -1,6 +1,10 @@
 //! QMP, QEMU's control protocol: JSON objects, one a line. See QEMU's `docs/interop/qmp-spec.rst`.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
@@ -16,7 +20,7 @@ use tokio::{
 };
 
 use super::super::{
-    VmmError,
+    Disk, VmmError,
     machine::{CONTROL_LIMIT, Control, EndReason},
 };
 
@@ -90,6 +94,22 @@ impl Control for Qmp {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.execute("cont", CONTROL_LIMIT).await.map(drop)
+    }
+
+    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
+        Err(VmmError::CannotSnapshot {
+            backend: "qemu",
+            reason: "a VM with a vhost-user vsock device cannot be saved; set vmm = \"cloud-hypervisor\" on a \
+                     host with KVM",
+        })
+    }
+
+    async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
+        Err(VmmError::Unsupported {
+            backend: "qemu",
+            what: format!("one more block device, {}, for a VM that runs", disk.path.display()),
+            hint: "use a snapshotter that mounts directories, overlayfs for example",
+        })
     }
 }
 
