@@ -9,12 +9,14 @@ pub mod isolation;
 pub mod kills;
 pub mod large_logs;
 pub mod lifecycle;
+pub mod machines;
 pub mod memory;
 pub mod output;
 pub mod pods;
 pub mod rest;
 pub mod rotation;
 pub mod scale;
+pub mod snapshots;
 pub mod survival;
 pub mod terminal;
 

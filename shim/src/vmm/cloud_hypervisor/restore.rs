@@ -89,14 +89,18 @@ fn edit(mut config: Map<String, Value>, spec: &VmSpec) -> Result<Map<String, Val
     if spec.share.is_some() {
         return Err(SnapshotDefect::Share);
     }
-    // The guest has its kernel in memory; Cloud Hypervisor would open the initramfs all the same.
-    config.remove("payload");
+    // The guest has its kernel in memory. Cloud Hypervisor opens the initramfs all the same, and insists
+    // on the name of a kernel, which it does not open.
+    config.insert("payload".into(), json!({"kernel": "/dev/null"}));
     for (key, value) in &mut config {
         match key.as_str() {
-            "cpus" | "memory" => {}
+            "cpus" | "memory" | "payload" => {}
             "disks" => *value = disks(value, &spec.disks)?,
-            "vsock" => value["socket"] = json!(spec.run_dir.join(VSOCK_SOCKET)),
-            "rng" => value["src"] = ENTROPY.into(),
+            "vsock" => {
+                let socket = json!(spec.run_dir.join(VSOCK_SOCKET));
+                fields(value, "which vsock it has")?.insert("socket".into(), socket);
+            }
+            "rng" => drop(fields(value, "where randomness is from")?.insert("src".into(), ENTROPY.into())),
             // The devices are in the snapshot's state and have to stay; where they lead is up to us.
             "serial" => *value = json!({"mode": mode(value, "Tty", "that the serial console is a Tty")?}),
             "console" | "debug_console" => drop(mode(value, "Off", "that other consoles are off")?),
@@ -132,9 +136,11 @@ fn disks(known: &Value, given: &[Disk]) -> Result<Value, SnapshotDefect> {
         if !is_plain(device) || device["vhost_user"] == true {
             return Err(SnapshotDefect::Foreign { key: format!("disks: {serial}") });
         }
-        device["path"] = json!(disk.path);
-        device["image_type"] = "Raw".into();
-        device["backing_files"] = false.into();
+        fields(device, "what its disks are")?.extend([
+            ("path".into(), json!(disk.path)),
+            ("image_type".into(), "Raw".into()),
+            ("backing_files".into(), false.into()),
+        ]);
         serials.push(serial);
     }
     match given.iter().find(|disk| !serials.contains(&disk.serial)) {
@@ -145,6 +151,13 @@ fn disks(known: &Value, given: &[Disk]) -> Result<Value, SnapshotDefect> {
 
 fn access(read_only: bool) -> &'static str {
     if read_only { "read-only" } else { "writable" }
+}
+
+fn fields<'a>(
+    object: &'a mut Value,
+    expected: &'static str,
+) -> Result<&'a mut Map<String, Value>, SnapshotDefect> {
+    object.as_object_mut().ok_or(SnapshotDefect::Lacks { expected })
 }
 
 fn mode(console: &Value, mode: &'static str, expected: &'static str) -> Result<&'static str, SnapshotDefect> {
@@ -242,7 +255,7 @@ mod tests {
         expected["vsock"]["socket"] = json!(lab.spec.run_dir.join("vm.vsock"));
         expected["disks"][0]["path"] = json!(lab.dir.path().join("rootfs-0"));
         expected["disks"][1]["path"] = json!(lab.dir.path().join("hot-1"));
-        expected.as_object_mut().unwrap().remove("payload");
+        expected["payload"] = json!({"kernel": "/dev/null"});
         assert_eq!(edited, expected);
         assert_eq!(source.memory_bytes, 256 << 20, "what the snapshot says, not what a new VM would get");
     }
@@ -308,6 +321,13 @@ mod tests {
             let error = text(lab.prepare_with(|config| drop(config.as_object_mut().unwrap().remove(key))));
             assert!(error.contains(expected), "{error}");
             assert!(error.contains(lab.snapshot().to_str().unwrap()), "{error}");
+        }
+        for nonsense in [Value::Null, json!(5), json!("x"), json!([1])] {
+            for key in ["vsock", "rng", "serial", "console", "memory"] {
+                lab.prepare_with(|config| config[key] = nonsense.clone()).unwrap_err();
+            }
+            lab.prepare_with(|config| config["disks"] = nonsense.clone()).unwrap_err();
+            lab.prepare_with(|config| config["disks"][0] = nonsense.clone()).unwrap_err();
         }
         let error = text(lab.prepare_with(|config| config["serial"]["mode"] = "File".into()));
         assert!(error.contains("that the serial console is a Tty"), "{error}");
