@@ -11,6 +11,7 @@ mod helper;
 mod image;
 pub mod kvm;
 mod machine;
+mod pidfd;
 mod process;
 pub mod program;
 mod qemu;

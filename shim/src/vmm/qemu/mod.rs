@@ -1,6 +1,8 @@
 //! QEMU: for hosts whose KVM cannot be used, by emulation; with KVM where that works.
 
 mod args;
+mod control;
+mod disk;
 mod qmp;
 mod vsock;
 
@@ -13,7 +15,7 @@ use async_trait::async_trait;
 use serde_json::Value;
 use tokio::{net::UnixListener, task::JoinHandle};
 
-use self::qmp::Qmp;
+use self::{control::Controller, qmp::Qmp};
 use super::{
     VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
@@ -120,7 +122,8 @@ impl Backend for Qemu {
             Ok(both) => both,
             Err(error) => return Err(culprit(&helpers, error).await),
         };
-        Ok(Parts { vmm, control: Box::new(qmp), helpers, console, reason, events: Some(events) })
+        let control = Box::new(Controller::new(qmp, &vmm)?);
+        Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
     }
 }
 
@@ -137,7 +140,7 @@ async fn wait_until_running(
         source,
     })?;
     let (qmp, events) = Qmp::negotiate(stream, path, reason).await?;
-    let status = qmp.execute("query-status", CONTROL_LIMIT).await?;
+    let status = qmp.execute("query-status", Value::Null, CONTROL_LIMIT).await?;
     match status.get("running").and_then(Value::as_bool) {
         Some(true) => Ok((qmp, events)),
         _ => Err(VmmError::Refused {
