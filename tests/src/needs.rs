@@ -7,6 +7,8 @@ use std::{
     path::PathBuf,
 };
 
+use cube_shim::config::VmmChoice;
+
 /// Which VMM runs the sandboxes of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -25,6 +27,15 @@ impl Backend {
             Backend::Process => "process",
             Backend::Qemu => "qemu",
             Backend::CloudHypervisor => "cloud-hypervisor",
+        }
+    }
+
+    /// The same as the shim's configuration has it.
+    pub fn choice(self) -> VmmChoice {
+        match self {
+            Backend::Process => VmmChoice::Process,
+            Backend::Qemu => VmmChoice::Qemu,
+            Backend::CloudHypervisor => VmmChoice::CloudHypervisor,
         }
     }
 

@@ -186,6 +186,7 @@ impl Creation {
             share: share.then(|| Share::of(run_dir.path()).dir().into()),
             disks: rootfs.disks.clone(),
             cmdline: String::new(),
+            restore: None,
         };
         let (host, config) = (self.host.clone(), self.config.clone());
         // It may run programs to find out what works here.

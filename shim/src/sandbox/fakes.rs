@@ -30,7 +30,7 @@ use crate::{
     config::Config,
     errors::Error,
     state::{RunDir, now_ns},
-    vmm::{VmSpec, Vmm, VmmError, VmmExit},
+    vmm::{Disk, VmSpec, Vmm, VmmError, VmmExit},
 };
 
 /// Pid of the fake VMM.
@@ -336,6 +336,14 @@ impl Vmm for FakeVmm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.paused.send_replace(false);
+        Ok(())
+    }
+
+    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
+        Err(VmmError::CannotSnapshot { backend: "fake", reason: "it is none" })
+    }
+
+    async fn add_disk(&self, _: &Disk) -> Result<(), VmmError> {
         Ok(())
     }
 

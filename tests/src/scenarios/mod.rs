@@ -9,6 +9,7 @@ pub mod isolation;
 pub mod kills;
 pub mod large_logs;
 pub mod lifecycle;
+pub mod machines;
 pub mod memory;
 pub mod output;
 pub mod pause;
@@ -16,6 +17,7 @@ pub mod pods;
 pub mod rest;
 pub mod rotation;
 pub mod scale;
+pub mod snapshots;
 pub mod survival;
 pub mod terminal;
 
