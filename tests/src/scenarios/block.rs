@@ -14,6 +14,8 @@ use nix::{
 use super::WAIT;
 use crate::{
     command::{poll, start},
+    disk::Disk,
+    kills::{KillLab, Programs},
     lab::{Lab, Setup},
     leftovers,
     needs::Backend,
@@ -75,7 +77,7 @@ pub fn an_image_becomes_disks_and_needs_no_share(backend: Backend) {
     assert!(seen.out().starts_with("/bin/vi\n") && seen.err().contains("/written: No such file"), "{seen}");
     let size: u64 = seen.out().split_whitespace().nth(2).unwrap().parse().unwrap();
     assert!((48..=64).contains(&size), "{seen}");
-    let full = lab.exec("b", &["sh", "-c", "head -c 80000000 /dev/zero > /large"]);
+    let full = lab.exec("b", &["sh", "-c", "dd if=/dev/zero of=/large bs=65536 count=1200"]);
     assert!(full.code() != 0 && full.err().contains("No space left"), "{full}");
     lab.exec("b", &["sh", "-c", "rm /large && echo still > /alive && cat /alive"]).succeeds();
     lab.remove("b");
@@ -152,6 +154,22 @@ pub fn a_create_that_is_killed_ends_its_packer(backend: Backend) {
     assert_eq!(images(&lab), Vec::<PathBuf>::new());
 }
 
+/// A shim that dies at any step of making disks leaves none, and nothing that the next create trips over.
+pub fn disks_whose_making_is_killed_at_any_step_are_removed(backend: Backend) {
+    let kills = KillLab::new(backend, Programs::WithFaultPoints, "");
+    let flags = [&BLOCK[..], &["--detach", "--null-io"]].concat();
+    for point in ["create.disks_begun", "create.image_packed", "create.image_linked", "create.disk_made"] {
+        kills.arm(point, 1);
+        start(&mut kills.lab.run_command(&flags, "c", &["true"])).wait(kills.lab.limit());
+        kills.fires(point);
+        kills.give_up("c");
+        kills.lab.nothing_is_left();
+    }
+    assert_eq!(kills.lab.run_with(&BLOCK, "c", &["echo", "again"]).succeeds().out(), "again\n");
+    kills.lab.nothing_is_left();
+    kills.record_cleanups("kill -9 at each step of making disks");
+}
+
 /// A writable directory that belongs to the container alone, as the native snapshotter gives it.
 pub fn a_snapshot_that_may_change_is_packed_for_its_sandbox_only(backend: Backend) {
     let (dir, lab) = lab_that_counts(backend, "", "");
@@ -181,6 +199,20 @@ pub fn the_cache_limit_evicts_only_what_no_sandbox_uses(backend: Backend) {
     lab.cubecli(&["cubebox", "gc"]).succeeds();
     assert_eq!(images(&lab), Vec::<PathBuf>::new());
     lab.nothing_is_left_but_fifos();
+}
+
+/// What the container writes may be more than the host has room for: it gets an error, and lives on.
+pub fn a_full_disk_of_the_host_is_an_error_in_the_guest_and_no_standstill(backend: Backend) {
+    let lab = Lab::new(backend);
+    let disk = Disk::tmpfs(&lab.cache_dir(), 24 << 20);
+    lab.disown_what_exists();
+    detached(&lab, &[], "a");
+    let failed = lab.exec("a", &["dd", "if=/dev/zero", "of=/large", "bs=65536", "count=600", "conv=fsync"]);
+    assert!(failed.code() != 0 && failed.err().contains("error"), "{failed}");
+    lab.exec("a", &["true"]).succeeds();
+    lab.remove("a");
+    lab.nothing_is_left_but_fifos();
+    disk.unmount();
 }
 
 /// After a crash of the host the run directory, on a tmpfs, is gone, and the disks are not.

@@ -121,7 +121,7 @@ pub fn files_of_all_kinds_arrive_as_the_layers_have_them(backend: Backend) {
 
     mount(Some("overlay"), &merged, Some("overlay"), MsFlags::MS_RDONLY, Some(layers.as_str())).unwrap();
     let mut chroot = Command::new("chroot");
-    chroot.arg(&merged).args(argv).env_clear().env("PATH", "/bin:/usr/bin").env("TZ", "UTC");
+    chroot.arg(&merged).args(["/bin/env", "-i", "PATH=/bin:/usr/bin"]).args(argv);
     let expected = start(&mut chroot).wait(lab.limit());
     umount(&merged).unwrap();
     assert!(expected.out().contains("./setuid") && expected.err().contains("gone"), "{expected}");

@@ -100,7 +100,14 @@ impl Args {
             "file": {"driver": driver, "filename": disk.path, "read-only": disk.read_only, "discard": "unmap"},
         });
         self.pair("-blockdev", blockdev.to_string());
-        self.device(json!({"driver": "virtio-blk-pci", "drive": node, "serial": disk.serial}));
+        // An error is for the guest to see. By default, QEMU stops the guest when the host's disk is full.
+        self.device(json!({
+            "driver": "virtio-blk-pci",
+            "drive": node,
+            "serial": disk.serial,
+            "werror": "report",
+            "rerror": "report",
+        }));
         Ok(())
     }
 }
