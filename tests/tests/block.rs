@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         block::a_full_disk_of_the_host_is_an_error_in_the_guest_and_no_standstill,
         block::disks_that_outlived_a_reboot_are_removed,
         layers::files_of_all_kinds_arrive_as_the_layers_have_them,
+        layers::layers_without_a_snapshot_are_a_read_only_rootfs,
     ];
     let process = cases![Backend::Process => block::without_a_vm_it_is_refused_by_name];
     runner::main(vm.into_iter().chain(process))

@@ -71,11 +71,11 @@ pub enum RootfsError {
     #[error(transparent)]
     Program(#[from] Box<crate::vmm::VmmError>),
     /// A program of `[tools]` cannot be started.
-    #[error("cannot start {program}")]
+    #[error("cannot start {program}, or mount what it shall pack")]
     Start {
         /// The program.
         program: PathBuf,
-        /// Why; also a mount that it should see and that failed.
+        /// Why. What is done between fork and exec fails as exec does.
         source: io::Error,
     },
     /// A program of `[tools]` failed.

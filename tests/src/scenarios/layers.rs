@@ -143,3 +143,28 @@ pub fn files_of_all_kinds_arrive_as_the_layers_have_them(backend: Backend) {
     direct.finish();
     lab.nothing_is_left();
 }
+
+/// A view, as snapshotters give it for what shall not be written to.
+pub fn layers_without_a_snapshot_are_a_read_only_rootfs(backend: Backend) {
+    let lab = Lab::new(backend);
+    let argv = ["sh", "-c", "grep ' / ' /proc/mounts; touch /new; exit 4"];
+    let mut direct = Direct::new(&lab, "c", &argv);
+    let mut block = spec(&argv);
+    block["annotations"] = json!({ "cube.rootfs.mode": "block" });
+    direct.write_spec(&block);
+    let lower = direct.unpack_image();
+    let empty = lab.dir().join("direct/empty");
+    fs::create_dir(&empty).unwrap();
+    let options = vec!["ro".to_owned(), format!("lowerdir={}:{}", empty.display(), lower.display())];
+    let rootfs = Mount { type_: "overlay".into(), source: "overlay".into(), options, ..Default::default() };
+    direct.start_shim();
+    direct.create(vec![rootfs]).unwrap();
+    direct.start().unwrap();
+    assert_eq!(direct.wait().unwrap(), 4);
+    direct.delete().unwrap();
+    let told = |stream: &str| fs::read_to_string(lab.log_dir("c").join(stream)).unwrap();
+    assert!(told("stdout").contains(" / erofs ro"), "{}", told("stdout"));
+    assert!(told("stderr").contains("Read-only file system"), "{}", told("stderr"));
+    direct.finish();
+    lab.nothing_is_left();
+}

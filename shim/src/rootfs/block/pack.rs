@@ -36,8 +36,9 @@ impl Packer<'_> {
     /// a file.
     ///
     /// overlayfs itself merges the layers, so whiteouts, opaque directories and whatever else it may
-    /// come to know mean what they mean in a container on the host. Not compressed: that takes three
-    /// times as long, and every page that a guest reads would be unpacked again.
+    /// come to know mean what they mean in a container on the host. Not compressed: a small image takes
+    /// three times as long then, a large one as long as its disk does either way, and each guest would
+    /// have to unpack what it reads.
     pub(super) fn pack(&self, layers: &Layers, identity: &Identity, file: &Path) -> Result<(), RootfsError> {
         let begun = Instant::now();
         info!(%identity, layers = layers.source.count(), "packing the rootfs");
