@@ -180,6 +180,9 @@ fn rootfs_code(error: &RootfsError) -> Code {
     match error {
         RootfsError::Unsupported { .. } => Code::UNIMPLEMENTED,
         RootfsError::Option { .. } | RootfsError::Id(_) => Code::INVALID_ARGUMENT,
+        RootfsError::Program(_) => Code::FAILED_PRECONDITION,
+        RootfsError::Slow { .. } => Code::DEADLINE_EXCEEDED,
+        RootfsError::Cancelled => Code::ABORTED,
         RootfsError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NOT_FOUND,
         _ => Code::UNKNOWN,
     }

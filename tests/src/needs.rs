@@ -49,7 +49,9 @@ impl Backend {
         let common = ["containerd", "ctr"];
         let own: &[&str] = match self {
             Backend::Process => &[],
-            Backend::Qemu => &["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock"],
+            Backend::Qemu => {
+                &["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock", "mkfs.erofs", "mke2fs"]
+            }
             Backend::CloudHypervisor => &["cloud-hypervisor", "virtiofsd"],
         };
         if let Some(program) = common.iter().chain(own).find(|program| on_path(program).is_none()) {

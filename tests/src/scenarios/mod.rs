@@ -1,5 +1,6 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
+pub mod block;
 pub mod counters;
 pub mod disks;
 pub mod exactness;
@@ -8,6 +9,7 @@ pub mod faults;
 pub mod isolation;
 pub mod kills;
 pub mod large_logs;
+pub mod layers;
 pub mod lifecycle;
 pub mod machines;
 pub mod memory;

@@ -51,9 +51,16 @@ pub(super) fn node(name: &str, disk: &Disk) -> Result<Value, VmmError> {
     }))
 }
 
-/// The device that the guest sees.
+/// The device that the guest sees. An error is for the guest, too: by default, QEMU stops it when the host's
+/// disk is full.
 pub(super) fn device(node: &str, disk: &Disk) -> Value {
-    json!({"driver": "virtio-blk-pci", "drive": node, "serial": disk.serial})
+    json!({
+        "driver": "virtio-blk-pci",
+        "drive": node,
+        "serial": disk.serial,
+        "werror": "report",
+        "rerror": "report",
+    })
 }
 
 /// Gives the running VM disks.
