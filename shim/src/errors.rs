@@ -6,8 +6,8 @@ use ttrpc::Code;
 
 use crate::{
     agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
-    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, state::StateError,
-    stdio::StdioError, vmm::VmmError,
+    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, snapshot::SnapshotError,
+    state::StateError, stdio::StdioError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -131,6 +131,9 @@ pub enum Error {
     /// The rootfs or a volume cannot be given to the guest.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// A snapshot cannot be made or used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The sandbox's cgroup cannot be made or removed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -155,6 +158,7 @@ impl Error {
             Error::Vmm(vmm) => vmm_code(vmm),
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
+            Error::Snapshot(snapshot) => snapshot_code(snapshot),
             Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
             Error::Stdio(_) | Error::StateFile(_) | Error::Config(_) | Error::Cgroup(_) | Error::Task(_) => {
                 Code::UNKNOWN
@@ -173,6 +177,19 @@ fn vmm_code(error: &VmmError) -> Code {
         | VmmError::Restore { .. } => Code::FAILED_PRECONDITION,
         VmmError::Ended { .. } => Code::UNAVAILABLE,
         _ => Code::UNKNOWN,
+    }
+}
+
+fn snapshot_code(error: &SnapshotError) -> Code {
+    match error {
+        SnapshotError::Name(_) => Code::INVALID_ARGUMENT,
+        SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
+        SnapshotError::NotFound { .. } => Code::NOT_FOUND,
+        SnapshotError::Manifest { .. }
+        | SnapshotError::Format { .. }
+        | SnapshotError::Protocol { .. }
+        | SnapshotError::Damaged { .. } => Code::FAILED_PRECONDITION,
+        SnapshotError::Io { .. } => Code::UNKNOWN,
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! The service is registered under the names of versions 2 and 3, whose messages are the same.
 
+mod checkpoint;
+
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
@@ -20,7 +22,7 @@ use crate::{
     errors::{Error, chain},
     events::timestamp,
     options,
-    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, Status, Stdio},
+    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest, Status, Stdio},
 };
 
 /// The service name that `create_task` of containerd-shim-protos uses, and the one before it.
@@ -70,10 +72,6 @@ fn process(container: String, exec: String) -> Result<ProcessId, Error> {
 
 fn init(container: String) -> Result<ProcessId, Error> {
     process(container, String::new())
-}
-
-fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
-    Err(Error::Unimplemented { what: what.into(), hint: "" }.into())
 }
 
 /// containerd takes Unimplemented from Create for a shim of version 2, and tries again in vain.
@@ -268,8 +266,20 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Checkpoint")
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: api::CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        info!(id = request.id, path = request.path, "checkpoint");
+        let id = init(request.id)?.container;
+        // A container that does not exist has no snapshot.
+        self.sandbox.pid(id.clone()).await?;
+        let wanted = checkpoint::Wanted::read(request.path, request.options.as_ref())?;
+        let checkpoint = Some((id, wanted.path().to_owned()));
+        let snapshot = self.sandbox.snapshot(SnapshotRequest { name: None, checkpoint }).await?;
+        wanted.write(&snapshot).await?;
+        Ok(Empty::new())
     }
 }
 

@@ -7,10 +7,11 @@ mod status;
 use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
+use tracing::info;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use self::sandbox::{StatusRequest, StatusResponse};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, SnapshotRequest};
 
 /// Messages of `proto/sandbox.proto`.
 #[allow(warnings, clippy::all, clippy::restriction)]
@@ -42,5 +43,20 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
         let status = self.sandbox.status().await?;
         let guest = guest::ask(status.agent.as_ref()).await;
         Ok(status::response(status, guest))
+    }
+
+    async fn snapshot(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::SnapshotRequest,
+    ) -> ttrpc::Result<sandbox::SnapshotResponse> {
+        info!(name = request.name, "snapshot");
+        let name = Some(request.name).filter(|name| !name.is_empty());
+        let taken = self.sandbox.snapshot(SnapshotRequest { name, checkpoint: None }).await?;
+        Ok(sandbox::SnapshotResponse {
+            name: taken.manifest.name,
+            disk_bytes: taken.disk_bytes,
+            ..Default::default()
+        })
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     rootfs::{Share, block::BlockRequest},
     state::State,
     stdio::{Flows, LogConfig, ProcessIo},
-    vmm::VmSpec,
+    vmm::{Disk, VmSpec},
 };
 
 /// Time from the VMM's start to the agent's first answer. Emulation on a busy host needs most of it.
@@ -77,6 +77,8 @@ pub(super) struct Booted {
     pub(super) hello: HelloResponse,
     /// The task that follows the guest's events; to be aborted when the VM has ended.
     pub(super) link: JoinHandle<()>,
+    /// Its disks.
+    pub(super) disks: Vec<Disk>,
 }
 
 impl Creation {
@@ -257,7 +259,7 @@ impl Creation {
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
         let guest = Guest { agent, machine, dial, flows: Flows::on(hello.timeline) };
-        Ok(Booted { guest, pid, backend, reason, hello, link })
+        Ok(Booted { guest, pid, backend, reason, hello, link, disks: rootfs.disks.clone() })
     }
 
     async fn roll_back(&self) {

@@ -287,6 +287,8 @@ pub(super) struct FakeVmm {
     paused: watch::Sender<bool>,
     /// Whether a pause fails.
     pub(super) sticks: Arc<AtomicBool>,
+    /// Whether a snapshot fails.
+    pub(super) sticks_in_snapshots: Arc<AtomicBool>,
     boots: bool,
 }
 
@@ -339,8 +341,14 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
-    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
-        Err(VmmError::CannotSnapshot { backend: "fake", reason: "it is none" })
+    async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
+        assert!(self.is_paused(), "memory changes while it is written");
+        if self.sticks_in_snapshots.load(Ordering::Relaxed) {
+            let source = VmmError::Timeout { what: "writing", limit: Duration::ZERO };
+            return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
+        }
+        std::fs::write(dir.join("memory-ranges"), "memory").unwrap();
+        Ok(())
     }
 
     async fn add_disk(&self, _: &Disk) -> Result<(), VmmError> {
@@ -375,6 +383,7 @@ impl FakeHost {
                 alive: watch::Sender::new(true),
                 paused: watch::Sender::new(false),
                 sticks: Arc::default(),
+                sticks_in_snapshots: Arc::default(),
                 boots,
             },
             guest: Arc::new(guest),

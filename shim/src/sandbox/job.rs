@@ -7,6 +7,7 @@ use containerd_shim_protos::{
     api::{self, Status},
     protobuf::{MessageField, well_known_types::any::Any},
 };
+use cube_protocol::guest::QuiesceResponse;
 use futures::future::join_all;
 use tokio::{
     task::spawn_blocking,
@@ -16,12 +17,13 @@ use tracing::warn;
 use ttrpc::Code;
 
 use super::{
-    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine, pause,
-    process::Stdio,
+    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, SnapshotRequest, create::Created,
+    machine::Machine, pause, process::Stdio, snapshot::Taken,
 };
 use crate::{
     agent::{Agent, AgentError, Clients, Dial},
     errors::{Error, chain},
+    snapshot::Listed,
     state::RunDir,
     stdio::{Flows, LogConfig, ProcessIo, StdioConfig},
 };
@@ -53,8 +55,9 @@ pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
     Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
-    Paused { id: String, result: Result<(), pause::Failed>, reply: Reply<()> },
+    Paused { id: String, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
     Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
+    Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
 }
@@ -67,7 +70,10 @@ impl Report {
             | Report::Execed { .. }
             | Report::Started { .. }
             | Report::Deleted { .. } => true,
-            Report::Paused { .. } | Report::Resumed { .. } | Report::Stats { .. } => false,
+            Report::Paused { .. }
+            | Report::Resumed { .. }
+            | Report::Snapshotted { .. }
+            | Report::Stats { .. } => false,
         }
     }
 }

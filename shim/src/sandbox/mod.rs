@@ -15,6 +15,7 @@ mod owner;
 mod pause;
 mod process;
 pub mod size;
+mod snapshot;
 pub mod spec;
 mod status;
 mod steps;
@@ -39,6 +40,7 @@ use crate::{
     config::Config,
     errors::Error,
     events::Publisher,
+    snapshot::Listed,
     state::RunDir,
 };
 
@@ -115,6 +117,15 @@ pub struct KillRequest {
     pub all: bool,
 }
 
+/// What a snapshot is wanted of.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotRequest {
+    /// Its name in the store; `None` makes one of the sandbox's id and the time.
+    pub name: Option<String>,
+    /// For containerd's Checkpoint: the container that was named, and the path for the event.
+    pub checkpoint: Option<(String, String)>,
+}
+
 /// A process that was deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deleted {
@@ -134,6 +145,7 @@ enum Request {
     Kill(KillRequest, Reply<()>),
     Pause(String, Reply<()>),
     Resume(String, Reply<()>),
+    Snapshot(SnapshotRequest, Reply<Listed>),
     Delete(ProcessId, Reply<Deleted>),
     Wait(ProcessId, Reply<Exit>),
     State(ProcessId, Reply<ProcessState>),
@@ -219,6 +231,12 @@ impl Sandbox {
     /// Lets a paused sandbox go on.
     pub async fn resume(&self, id: String) -> Result<(), Error> {
         self.ask(|reply| Request::Resume(id, reply)).await
+    }
+
+    /// Takes a snapshot. The sandbox stands still while memory and disks are written, and is then as it
+    /// was before: running, or paused.
+    pub async fn snapshot(&self, request: SnapshotRequest) -> Result<Listed, Error> {
+        self.ask(|reply| Request::Snapshot(request, reply)).await
     }
 
     /// Removes a process that does not run; for init, the whole container, and for the sandbox's main

@@ -13,7 +13,7 @@ use super::{
     fakes::{FakeHost, Fault, Guest, PID},
 };
 use crate::{
-    config::Config,
+    config::{self, Config},
     errors::{Error, chain},
     events::{Publisher, tests as containerd},
     state::RunDir,
@@ -22,6 +22,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(30);
 
 mod pause;
+mod snapshot;
 
 struct Lab {
     dir: TempDir,
@@ -48,7 +49,9 @@ impl Lab {
         let publisher = Publisher::new(socket.to_str().unwrap(), "default");
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
-        let (sandbox, over) = Sandbox::spawn(identity, Config::default(), host.clone(), publisher.clone());
+        let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
+        let config = Config { snapshot, ..Default::default() };
+        let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }
 

@@ -9,6 +9,8 @@ mod ls;
 mod namespace;
 mod print;
 mod sandboxes;
+mod shim;
+mod snapshot;
 mod status;
 mod table;
 mod task;
@@ -43,6 +45,12 @@ fn run(cli: Cli) -> Result<(), CliError> {
         }
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
+            snapshot::take(&config, &args, output)
+        }
+        Command::Cubebox { command: CubeboxCommand::Snapshots(args) } => {
+            snapshot::list(&config, &args, output)
+        }
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

@@ -114,7 +114,8 @@ impl Owner {
                 return Err(e);
             }
         };
-        if let Some(Booted { guest, pid, backend, reason, hello, link }) = booted {
+        if let Some(Booted { guest, pid, backend, reason, hello, link, disks }) = booted {
+            self.disks = disks;
             self.disk.vmm_pid = pid;
             self.disk.timeline = hello.timeline;
             self.disk.backend = backend.clone();

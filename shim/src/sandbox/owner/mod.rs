@@ -4,6 +4,7 @@ mod create;
 mod end;
 mod pause;
 mod run;
+mod snapshot;
 mod status;
 mod watch;
 
@@ -15,6 +16,7 @@ use std::{
 };
 
 use containerd_shim_protos::{api::Mount, protobuf::well_known_types::any::Any};
+use cube_protocol::guest::QuiesceResponse;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
@@ -23,7 +25,8 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request, Status,
+    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
+    SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
     status::VmStatus,
@@ -34,7 +37,9 @@ use crate::{
     errors::{Error, chain},
     events::{Publisher, TaskEvent},
     sandbox::Exit,
+    snapshot::Listed,
     state::{FORMAT, State, now_ns},
+    vmm::Disk,
 };
 
 /// Events of the guest that may wait for the owner.
@@ -53,6 +58,8 @@ enum SandboxState {
     Paused,
     /// A job is setting everything going again.
     Resuming,
+    /// A job is taking a snapshot.
+    Snapshotting,
     /// The main container is being deleted, and everything with it.
     Stopping,
     /// The VM has ended, or could not be booted.
@@ -68,6 +75,7 @@ impl SandboxState {
             SandboxState::Pausing => "pausing",
             SandboxState::Paused => "paused",
             SandboxState::Resuming => "resuming",
+            SandboxState::Snapshotting => "snapshotting",
             SandboxState::Stopping => "stopping",
             SandboxState::Stopped => "stopped",
         }
@@ -81,6 +89,7 @@ impl SandboxState {
             SandboxState::Pausing => "being paused",
             SandboxState::Paused => "paused",
             SandboxState::Resuming => "being resumed",
+            SandboxState::Snapshotting => "being snapshotted",
             SandboxState::Stopping => "being stopped",
             SandboxState::Stopped => "stopped",
         }
@@ -88,7 +97,16 @@ impl SandboxState {
 
     /// Whether nothing can be asked of the guest for a while.
     fn is_pause(self) -> bool {
-        matches!(self, SandboxState::Pausing | SandboxState::Paused | SandboxState::Resuming)
+        match self {
+            SandboxState::Pausing
+            | SandboxState::Paused
+            | SandboxState::Resuming
+            | SandboxState::Snapshotting => true,
+            SandboxState::Creating
+            | SandboxState::Running
+            | SandboxState::Stopping
+            | SandboxState::Stopped => false,
+        }
     }
 }
 
@@ -115,6 +133,12 @@ impl Container {
     }
 }
 
+/// What brings the sandbox to rest as soon as nothing is under way that changes it.
+enum Waiting {
+    Pause(String, Reply<()>),
+    Snapshot(SnapshotRequest, Reply<Listed>),
+}
+
 /// See the module.
 pub(super) struct Owner {
     identity: Identity,
@@ -134,8 +158,12 @@ pub(super) struct Owner {
     vm: Option<VmStatus>,
     /// Jobs under way that change the sandbox.
     working: usize,
-    /// A pause that waits for them.
-    waiting_pause: Option<(String, Reply<()>)>,
+    /// What waits for them.
+    waiting: Option<Waiting>,
+    /// The guest at rest, while the sandbox is paused.
+    rest: Option<QuiesceResponse>,
+    /// Disks of the VM.
+    disks: Vec<Disk>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Connections refused to processes that are deleted.
@@ -181,7 +209,9 @@ impl Owner {
             link: None,
             vm: None,
             working: 0,
-            waiting_pause: None,
+            waiting: None,
+            rest: None,
+            disks: Vec::new(),
             waiting_kills: Vec::new(),
             refused: 0,
             pid: 0,
@@ -223,6 +253,7 @@ impl Owner {
             Request::Kill(request, reply) => self.kill(request, reply),
             Request::Pause(id, reply) => self.pause(id, reply),
             Request::Resume(id, reply) => self.resume(id, reply),
+            Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Delete(process, reply) => self.delete(process, reply),
             Request::Wait(process, reply) => match self.known(&process) {
                 Ok(process) => process.wait(reply),
@@ -263,7 +294,7 @@ impl Owner {
             self.working -= 1;
         }
         self.take(report);
-        self.begin_pause();
+        self.begin_waiting();
     }
 
     fn take(&mut self, report: Report) {
@@ -281,6 +312,7 @@ impl Owner {
             }
             Report::Paused { id, result, reply } => drop(reply.send(self.paused(&id, result))),
             Report::Resumed { id, result, reply } => drop(reply.send(self.resumed(&id, result))),
+            Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
                 cube_fault::point("delete.before_reply");
@@ -307,7 +339,7 @@ impl Owner {
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
         let status = match (status, state) {
             (Status::Running, SandboxState::Pausing) => Status::Pausing,
-            (Status::Running, SandboxState::Paused | SandboxState::Resuming) => Status::Paused,
+            (Status::Running, state) if state.is_pause() => Status::Paused,
             (status, _) => status,
         };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })

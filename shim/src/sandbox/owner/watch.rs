@@ -134,7 +134,7 @@ impl Owner {
             }
         }
         self.kill_those_that_waited();
-        self.begin_pause();
+        self.begin_waiting();
     }
 
     pub(super) fn end_of_guest(&mut self) {
