@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exactness, exits, isolation, lifecycle, memory, output, rest, survival, terminal},
+    scenarios::{demo, exactness, exits, isolation, lifecycle, memory, output, rest, survival, terminal},
 };
 
 fn main() -> ExitCode {
@@ -41,5 +41,6 @@ fn main() -> ExitCode {
         exactness::logs_and_readers_get_every_byte,
         exactness::reconnects_change_nothing,
         exactness::a_rotated_log_is_the_end_of_the_stream,
+        demo::the_demo_comes_to_its_end_and_leaves_nothing,
     ])
 }
