@@ -8,7 +8,7 @@ use crate::{command::start, needs::Backend, paths};
 pub fn the_demo_comes_to_its_end_and_leaves_nothing(backend: Backend) {
     // Ended by SIGTERM it cleans up.
     let mut demo = Command::new("timeout");
-    demo.args(["--kill-after=10", "380"]).arg(paths::demo());
+    demo.args(["-k", "10", "380"]).arg(paths::demo());
     demo.env("CUBE_VMM", backend.name());
     demo.env("CUBE_BIN", paths::bin_dir());
     demo.env("CUBE_AGENT", paths::agent());
