@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod counters;
+pub mod demo;
 pub mod disks;
 pub mod exactness;
 pub mod exits;
