@@ -26,9 +26,13 @@ pub const ROOTFS_MODE: &str = "cube.rootfs.mode";
 /// Size of the writable disk with `cube.rootfs.mode=block`, a number with `Mi` or `Gi`; default `10Gi`.
 pub const ROOTFS_SIZE: &str = "cube.rootfs.size";
 
+/// Name of a snapshot below `snapshot.dir`, or its path there: the sandbox goes on from it, and its rootfs is
+/// that of the snapshot.
+pub const SNAPSHOT_RESTORE: &str = "cube.snapshot.restore";
+
 /// What every annotation of ours begins with. An unknown one is refused by name.
 pub const PREFIX: &str = "cube.";
 
 /// Every annotation that this version knows.
-pub const KNOWN: [&str; 7] =
-    [LOG_FORWARDING, LOG_MODE, ALLOW_VSOCK, VCPUS, MEMORY_MIB, ROOTFS_MODE, ROOTFS_SIZE];
+pub const KNOWN: [&str; 8] =
+    [LOG_FORWARDING, LOG_MODE, ALLOW_VSOCK, VCPUS, MEMORY_MIB, ROOTFS_MODE, ROOTFS_SIZE, SNAPSHOT_RESTORE];

@@ -17,6 +17,8 @@ pub struct Annotations {
     pub rootfs_block: bool,
     /// Size in bytes of the disk that such a container writes to.
     pub rootfs_size: u64,
+    /// The snapshot from which the sandbox goes on: its name, or its path in the store.
+    pub restore: Option<String>,
 }
 
 /// Size of a writable disk that nobody has asked for. It takes what is written, not more.
@@ -34,6 +36,7 @@ impl Default for Annotations {
             memory_mib: None,
             rootfs_block: false,
             rootfs_size: ROOTFS_SIZE,
+            restore: None,
         }
     }
 }
@@ -79,6 +82,7 @@ pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<An
             }
             name::ROOTFS_MODE => parsed.rootfs_block = rootfs_block(value)?,
             name::ROOTFS_SIZE => parsed.rootfs_size = rootfs_size(value)?,
+            name::SNAPSHOT_RESTORE => parsed.restore = Some(value.into()),
             _ => return Err(AnnotationError::Unknown(key.into())),
         }
     }
@@ -160,6 +164,7 @@ mod tests {
             (name::MEMORY_MIB, "512"),
             (name::ROOTFS_MODE, "block"),
             (name::ROOTFS_SIZE, "512Mi"),
+            (name::SNAPSHOT_RESTORE, "one"),
         ]);
         let expected = Annotations {
             log_forwarding: false,
@@ -168,6 +173,7 @@ mod tests {
             memory_mib: Some(512),
             rootfs_block: true,
             rootfs_size: 512 << 20,
+            restore: Some("one".into()),
         };
         assert_eq!(parsed, Ok(expected));
     }

@@ -90,6 +90,12 @@ pub enum Error {
     /// The call was ended by a SIGKILL or a `shim delete`.
     #[error("the sandbox was killed while it was being created")]
     Killed,
+    /// No sandbox can be made from the snapshot, as it was asked for.
+    #[error("cannot restore: {reason}")]
+    Restore {
+        /// Why, and what would work.
+        reason: String,
+    },
     /// The VMM ended unexpectedly.
     #[error("the VM of sandbox {id:?} has ended: {description}")]
     VmmEnded {
@@ -151,7 +157,7 @@ impl Error {
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } => Code::FAILED_PRECONDITION,
+            Error::State { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
@@ -182,7 +188,7 @@ fn vmm_code(error: &VmmError) -> Code {
 
 fn snapshot_code(error: &SnapshotError) -> Code {
     match error {
-        SnapshotError::Name(_) => Code::INVALID_ARGUMENT,
+        SnapshotError::Name(_) | SnapshotError::Outside { .. } => Code::INVALID_ARGUMENT,
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
         SnapshotError::NotFound { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }

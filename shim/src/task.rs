@@ -88,13 +88,14 @@ impl TaskService {
     async fn try_create(&self, request: api::CreateTaskRequest) -> Result<u32, Error> {
         check_id("container id", &request.id)?;
         options::config_path(request.options.as_ref())?;
-        for (field, value) in
-            [("checkpoint", &request.checkpoint), ("parent_checkpoint", &request.parent_checkpoint)]
-        {
-            if !value.is_empty() {
-                return Err(Error::Unimplemented { what: format!("{field} {value:?}"), hint: "" });
-            }
+        if !request.parent_checkpoint.is_empty() {
+            let what = format!("parent_checkpoint {:?}", request.parent_checkpoint);
+            return Err(Error::Unimplemented { what, hint: "" });
         }
+        let restore = match request.checkpoint.as_str() {
+            "" => None,
+            dir => Some(checkpoint::read(dir).await?),
+        };
         let bundle = PathBuf::from(&request.bundle);
         if !bundle.is_absolute() {
             let reason = "it must be an absolute path";
@@ -106,7 +107,9 @@ impl TaskService {
             stdout: request.stdout,
             stderr: request.stderr,
         };
-        self.sandbox.create(CreateRequest { id: request.id, bundle, rootfs: request.rootfs, stdio }).await
+        self.sandbox
+            .create(CreateRequest { id: request.id, bundle, rootfs: request.rootfs, stdio, restore })
+            .await
     }
 }
 

@@ -7,8 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, snapshots,
-        survival, terminal,
+        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
+        snapshots, survival, terminal,
     },
 };
 
@@ -44,6 +44,9 @@ fn main() -> ExitCode {
         pause::a_paused_task_can_be_killed_and_deleted,
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
+        restore::clones_go_on_with_their_streams_and_so_does_the_original,
+        restore::a_clone_can_be_snapshotted_like_any_other,
+        restore::what_cannot_be_snapshotted_or_restored_says_why,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
         snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,

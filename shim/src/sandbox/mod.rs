@@ -14,6 +14,7 @@ mod machine;
 mod owner;
 mod pause;
 mod process;
+mod restore;
 pub mod size;
 mod snapshot;
 pub mod spec;
@@ -85,6 +86,8 @@ pub struct CreateRequest {
     pub rootfs: Vec<Mount>,
     /// Its init process's stdio.
     pub stdio: Stdio,
+    /// The snapshot to go on from; an annotation may name it, too.
+    pub restore: Option<String>,
 }
 
 /// A [`CreateRequest`] with what its bundle says.
@@ -93,6 +96,8 @@ struct Plan {
     request: CreateRequest,
     spec: Value,
     annotations: Annotations,
+    /// The snapshot to go on from.
+    restore: Option<String>,
 }
 
 /// What Exec asks for, ids checked.
@@ -201,7 +206,8 @@ impl Sandbox {
         let plan = spawn_blocking(|| -> Result<Plan, Error> {
             let spec = spec::load(&request.bundle)?;
             let annotations = annotations::parse(spec::annotations(&spec)?)?;
-            Ok(Plan { request, spec, annotations })
+            let restore = request.restore.clone().or_else(|| annotations.restore.clone());
+            Ok(Plan { request, spec, annotations, restore })
         });
         let plan = Box::new(plan.await??);
         self.ask(|reply| Request::Create(plan, reply)).await

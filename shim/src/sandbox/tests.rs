@@ -22,6 +22,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(30);
 
 mod pause;
+mod restore;
 mod snapshot;
 
 struct Lab {
@@ -59,7 +60,7 @@ impl Lab {
         let bundle = self.dir.path().join("bundles").join(id);
         fs::create_dir_all(&bundle).unwrap();
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default() }
+        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default(), restore: None }
     }
 
     async fn create(&self, id: &str) -> Result<u32, Error> {

@@ -16,7 +16,7 @@ nix::ioctl_write_int_bad!(ficlone, libc::FICLONE);
 
 /// Copies the file `from` to the new file `to`, mode 0600: by reflink (ioctl_ficlone(2)) if both are on
 /// a file system that can, else what is not a hole of it.
-pub(super) fn copy(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     // SAFETY: FICLONE takes the number of a descriptor, and both live.

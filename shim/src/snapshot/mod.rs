@@ -18,6 +18,7 @@ mod tests;
 
 use std::{io, path::PathBuf};
 
+pub(crate) use self::copy::copy;
 pub use self::{
     manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition},
     store::{Copies, Draft, Listed, Store},
@@ -50,6 +51,16 @@ pub enum SnapshotError {
         name: String,
         /// "exists" or "is being made".
         state: &'static str,
+    },
+    /// The path leads to no snapshot of the store.
+    #[error(
+        "{path:?} is no snapshot in {dir}: give the name of one, as `cubecli cubebox snapshots` lists them, or its path there"
+    )]
+    Outside {
+        /// The path.
+        path: String,
+        /// The store.
+        dir: PathBuf,
     },
     /// There is none of this name.
     #[error("there is no snapshot {name:?} in {dir}: `cubecli cubebox snapshots` lists them")]

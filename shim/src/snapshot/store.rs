@@ -48,6 +48,17 @@ impl Store {
         Ok(self.dir.join(name))
     }
 
+    /// The name of the snapshot that `text` means: its name, or its path. The path of anything outside of
+    /// the store is refused: whoever may set annotations may not read the host's files by that.
+    pub fn resolve<'a>(&self, text: &'a str) -> Result<&'a str, SnapshotError> {
+        if !text.starts_with('/') {
+            return Ok(text);
+        }
+        let below = Path::new(text).strip_prefix(&self.dir).ok().and_then(Path::to_str);
+        let name = below.filter(|name| check_id("snapshot", name).is_ok());
+        name.ok_or_else(|| SnapshotError::Outside { path: text.into(), dir: self.dir.clone() })
+    }
+
     /// Begins the snapshot `name`. Nobody sees it before [`Draft::finish`].
     pub fn begin(&self, name: &str) -> Result<Draft, SnapshotError> {
         let target = self.path(name)?;

@@ -9,6 +9,7 @@ use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     shim::oci::CheckpointOptions,
 };
+use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
 };
 
 /// Name of the file.
-pub(super) const FILE: &str = "cube-snapshot.json";
+const FILE: &str = "cube-snapshot.json";
 
 /// Type of the options that containerd's clients send, without the host that `Any` may have before it.
 const OPTIONS_TYPE: &str = "containerd.runc.v1.CheckpointOptions";
@@ -78,4 +79,24 @@ impl Wanted {
         tokio::fs::write(&file, text.to_string()).await.map_err(failed(&file))?;
         Ok(())
     }
+}
+
+/// The name of the snapshot that a checkpoint stands for; `dir` as containerd has unpacked it.
+pub(super) async fn read(dir: &str) -> Result<String, Error> {
+    let file = Path::new(dir).join(FILE);
+    let failed = |source| SnapshotError::Io {
+        action: "this is no checkpoint of ours: cannot read",
+        path: file.clone(),
+        source,
+    };
+    let text = tokio::fs::read(&file).await.map_err(failed)?;
+    let named: Named = serde_json::from_slice(&text)
+        .map_err(|source| SnapshotError::Manifest { path: file.clone(), source })?;
+    Ok(named.snapshot)
+}
+
+/// What is read of the file.
+#[derive(Deserialize)]
+struct Named {
+    snapshot: String,
 }

@@ -18,6 +18,7 @@ pub mod output;
 pub mod pause;
 pub mod pods;
 pub mod rest;
+pub mod restore;
 pub mod rotation;
 pub mod scale;
 pub mod snapshots;

@@ -29,6 +29,7 @@ use super::{
     SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
+    restore::Restored,
     status::VmStatus,
 };
 use crate::{
@@ -124,6 +125,8 @@ struct Container {
     oom: Option<Instant>,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
+    /// If it was restored: how it goes on, and what takes the output of its processes that nobody knows.
+    restored: Option<Arc<Restored>>,
 }
 
 impl Container {

@@ -32,12 +32,13 @@ impl Owner {
 
     pub(super) fn take_snapshot(&mut self, guest: Guest, request: SnapshotRequest, reply: Reply<Listed>) {
         let name = request.name.clone().unwrap_or_else(|| self.snapshot_name());
+        let manifest = self.manifest(&guest, name);
         let subject = Subject {
             guest,
             timeline: self.disk.timeline,
             paused: self.rest.clone(),
             disks: self.disks.clone(),
-            manifest: self.manifest(name),
+            manifest,
         };
         let store = Store::at(&self.config.snapshot.dir);
         self.later(async move {
@@ -81,7 +82,7 @@ impl Owner {
         format!("{}-{time}", id.trim_end_matches(['.', '_', '-']))
     }
 
-    fn manifest(&self, name: String) -> Manifest {
+    fn manifest(&self, guest: &Guest, name: String) -> Manifest {
         let vm = self.vm.as_ref();
         let containers =
             self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running);
@@ -100,7 +101,7 @@ impl Owner {
             },
             containers: containers
                 .map(|(id, container)| Container {
-                    id: id.clone(),
+                    id: guest.inside(id.clone()),
                     pid: container.init.guest_pid,
                     terminal: container.init.stdio.terminal,
                     execs: container.execs.keys().cloned().collect(),
