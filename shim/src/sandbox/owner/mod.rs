@@ -23,7 +23,8 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request, Status,
+    Deleted, ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
+    Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
     status::VmStatus,
@@ -138,6 +139,8 @@ pub(super) struct Owner {
     waiting_pause: Option<(String, Reply<()>)>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
+    /// Deletes that came during a pause.
+    waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -183,6 +186,7 @@ impl Owner {
             working: 0,
             waiting_pause: None,
             waiting_kills: Vec::new(),
+            waiting_deletes: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
