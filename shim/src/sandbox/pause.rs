@@ -1,7 +1,7 @@
 //! Pausing and resuming a sandbox: the order of the steps, and the way back.
 //!
 //! ```text
-//! pause:  no more polls for events, Quiesce, streams to rest, VMM pauses
+//! pause:  no more polls for events, Quiesce with the streams to rest, VMM pauses
 //! resume: VMM resumes, polls for events, Thaw, streams flow
 //! ```
 //!
@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use cube_protocol::guest::{QuiesceRequest, ThawRequest};
-use tokio::time::timeout;
+use tokio::{time::timeout, try_join};
 use tracing::{error, warn};
 
 use super::{job::Guest, steps::Steps};
@@ -41,7 +41,8 @@ pub(super) struct Failed {
 pub(super) async fn pause(guest: &Guest, timeline: u64) -> Result<(), Failed> {
     let mut steps = Steps::begin();
     let paused = async {
-        come_to_rest(guest, &mut steps).await?;
+        come_to_rest(guest, &steps).await?;
+        steps.done("all at rest");
         guest.machine.pause().await?;
         steps.done("VM paused");
         Ok(())
@@ -68,8 +69,16 @@ pub(super) async fn resume(guest: &Guest, timeline: u64) -> Result<(), Error> {
     woken
 }
 
-async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<(), Error> {
+/// Freezes the guest while the streams come to rest. Neither needs the other: what processes write once
+/// their streams have stopped is kept by the guest. An agent that has no output to send has its one thread
+/// free for Quiesce, and the processes of a full pipe stand still by themselves.
+async fn come_to_rest(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     guest.agent.hold_events();
+    try_join!(quiesce(guest, steps), streams_to_rest(guest, steps), events_to_rest(guest, steps))?;
+    Ok(())
+}
+
+async fn quiesce(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     let (limit, margin) = QUIESCE;
     let request = QuiesceRequest { timeout_ms: limit.as_millis() as u32, ..Default::default() };
     guest
@@ -81,15 +90,23 @@ async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<(), Error> {
             |c, ctx, call| async move { c.guest.quiesce(ctx, &call).await },
         )
         .await?;
-    steps.done("guest quiesced");
+    steps.reached("guest quiesced");
+    Ok(())
+}
+
+async fn streams_to_rest(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     if timeout(REST_LIMIT, guest.flows.rest()).await.is_err() {
         warn!("pausing with streams that do not come to rest: is there a disk that hangs?");
     }
-    steps.done("streams at rest");
+    steps.reached("streams at rest");
+    Ok(())
+}
+
+async fn events_to_rest(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     if timeout(REST_LIMIT, guest.agent.events_held()).await.is_err() {
         warn!("pausing with a poll for events that the guest does not answer");
     }
-    steps.done("events at rest");
+    steps.reached("events at rest");
     Ok(())
 }
 

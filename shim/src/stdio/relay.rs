@@ -245,6 +245,18 @@ impl Relay {
             }
             let deadline = if let Stop::Asked(deadline) = self.stop { Some(deadline) } else { None };
             tokio::select! {
+                // What would be read and stored before a STOP is seen is what a pause waits for; nor may a
+                // guest put a deadline off by sending on and on.
+                biased;
+                () = self.flow.asked_to_rest(), if self.stop == Stop::No => {
+                    self.sink.halt();
+                    self.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
+                    control.stop();
+                    control.flush(&socket);
+                }
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    return Ok(Followed::Broken(Broken::Timeout));
+                }
                 permit = self.sink.chunks.reserve(), if !self.pending.is_empty() => {
                     let permit = permit.map_err(|_| Ended::Sink)?;
                     if let Some(chunk) = self.pending.pop_front() {
@@ -269,15 +281,6 @@ impl Relay {
                         Ok(Read::End) => return Ok(Followed::Broken(Broken::Closed)),
                         Err(e) => return Ok(Followed::Broken(e.into())),
                     }
-                }
-                () = self.flow.asked_to_rest(), if self.stop == Stop::No => {
-                    self.sink.halt();
-                    self.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
-                    control.stop();
-                    control.flush(&socket);
-                }
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    return Ok(Followed::Broken(Broken::Timeout));
                 }
             }
         }

@@ -51,6 +51,7 @@ struct Call {
 
 const PAUSE: Call = Call {
     name: "pause",
+    // The first three go on side by side.
     steps: &["guest quiesced", "streams at rest", "events at rest", "VM paused"],
     vmm: "VM paused",
 };
