@@ -157,10 +157,8 @@ impl Relay {
                 return Ok(true);
             }
             let at = At { timeline: self.timeline, epoch: self.epoch, offset: self.received };
-            let connected = tokio::select! {
-                connected = self.connections.open(at) => connected.map_err(Ended::Guest)?,
-                () = self.flow.asked_to_rest() => return Ok(false),
-            };
+            let connected = self.connections.open(at, &mut self.flow).await.map_err(Ended::Guest)?;
+            let Some(connected) = connected else { return Ok(false) };
             let broken = match self.follow(connected).await? {
                 Followed::Complete => return Ok(true),
                 Followed::Rested => return Ok(false),

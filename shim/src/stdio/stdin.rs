@@ -137,9 +137,8 @@ impl StdinRelay {
             // OPEN names the final offset if it is known.
             let offset = if self.ended { self.end() } else { 0 };
             let at = At { timeline, epoch: self.epoch, offset };
-            let connected = tokio::select! {
-                connected = self.connections.open(at) => connected?,
-                () = self.flow.asked_to_rest() => return Ok(Followed::Rested),
+            let Some(connected) = self.connections.open(at, &mut self.flow).await? else {
+                return Ok(Followed::Rested);
             };
             let broken = match self.follow(connected).await {
                 Ok(followed) => return Ok(followed),
