@@ -15,6 +15,7 @@ pub mod machines;
 pub mod memory;
 pub mod output;
 pub mod pause;
+pub mod pauses;
 pub mod pods;
 pub mod rest;
 pub mod rotation;

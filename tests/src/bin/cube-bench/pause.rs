@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::Read,
+    io::{Read, Write},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -28,6 +28,9 @@ use crate::{
 };
 
 const ROUNDS: usize = 25;
+
+/// Execs with three streams each, of the 300 that an agent gives stdio to.
+const COUNTS: [usize; 3] = [1, 10, 100];
 
 /// What flows to each busy reader before the next pause: it begins with all buffers as full as they get.
 const BETWEEN: u64 = 2 << 20;
@@ -68,6 +71,43 @@ pub(crate) fn measure(table: &mut Table, backends: &[Backend]) {
         });
         measure_on(table, *backend);
     }
+    measure_many(table);
+}
+
+/// What a stream costs that only has to be stopped, and opened again.
+fn measure_many(table: &mut Table) {
+    table.group("pause and resume by the number of idle execs, three streams each, process backend");
+    let lab = Lab::new(Backend::Process);
+    let mut direct = Direct::new(&lab, "c", &["sleep", "100000"]);
+    let rootfs = direct.unpack_image();
+    direct.start_shim();
+    direct.create(bind_mount(&rootfs)).unwrap();
+    direct.start().unwrap();
+    let mut execs = Vec::new();
+    for count in COUNTS {
+        while execs.len() < count {
+            execs.push(exec(&direct, &format!("e{}", execs.len()), &["cat"]));
+        }
+        let [mut pauses, mut resumes] = [const { Samples::new() }; 2];
+        for _ in 0..ROUNDS {
+            // Answers once it has its connection again.
+            execs.iter_mut().for_each(|(_, ends)| echo(ends));
+            pauses.push(timed(|| direct.pause().unwrap()).0 * 1e3);
+            resumes.push(timed(|| direct.resume().unwrap()).0 * 1e3);
+        }
+        table.add(format!("{count} execs: pause"), "ms", pauses);
+        table.add(format!("{count} execs: resume"), "ms", resumes);
+    }
+    direct.kill(9).unwrap();
+    direct.wait().unwrap();
+    drop(execs);
+    direct.delete().unwrap();
+    direct.finish();
+}
+
+fn echo(Ends { stdin, stdout, .. }: &mut Ends) {
+    stdin.write_all(b"x").unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
 }
 
 fn measure_on(table: &mut Table, backend: Backend) {
