@@ -137,6 +137,8 @@ pub(super) struct Owner {
     working: usize,
     /// A pause that waits for them.
     waiting_pause: Option<(String, Reply<()>)>,
+    /// Execs to be started at the end of a pause, which came between Exec and Start.
+    waiting_starts: Vec<(ProcessId, Reply<u32>)>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Deletes that came during a pause.
@@ -185,6 +187,7 @@ impl Owner {
             vm: None,
             working: 0,
             waiting_pause: None,
+            waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
             refused: 0,

@@ -121,6 +121,9 @@ impl Owner {
     /// Carries out what came during a pause, as far as it has to wait no longer.
     pub(super) fn serve_those_that_waited(&mut self) {
         if !self.state.is_pause() {
+            for (process, reply) in std::mem::take(&mut self.waiting_starts) {
+                self.start(process, reply);
+            }
             for (request, reply) in std::mem::take(&mut self.waiting_kills) {
                 self.kill(request, reply);
             }

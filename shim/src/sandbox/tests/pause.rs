@@ -171,6 +171,19 @@ async fn other_kills_wait_for_the_resume() {
 }
 
 #[tokio::test]
+async fn an_exec_that_is_there_is_started_with_the_resume() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    within(lab.sandbox.exec(lab.exec_request("e1"))).await.unwrap();
+    lab.pause().await.unwrap();
+    let mut start = Box::pin(lab.sandbox.start(exec("c1", "e1")));
+    assert!(timeout(Duration::from_millis(20), &mut start).await.is_err());
+    lab.resume().await.unwrap();
+    within(start).await.unwrap();
+    assert_eq!(lab.status_of(exec("c1", "e1")).await, Status::Running);
+}
+
+#[tokio::test]
 async fn an_exec_that_has_exited_is_deleted_with_the_resume() {
     let lab = Lab::new().await;
     lab.run("c1").await;
