@@ -28,6 +28,10 @@ const PARENT: &str = "cube";
 /// Controllers that containers' limits need. Those that the host does not have are left out.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
+/// How often to look at what should happen. The kernel tells of it, too, but for each file at most once in
+/// 10 ms (kernel/cgroup/cgroup.c, CGROUP_FILE_NOTIFY_MIN_INTV): of a freeze that soon follows a thaw, late.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// The cgroup of one sandbox. A name only: it need not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxCgroup {
@@ -231,7 +235,7 @@ impl SandboxCgroup {
             if left.is_zero() {
                 return Ok(false);
             }
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            let timeout = PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO);
             match poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], timeout) {
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(errno) => return Err(failed("cannot poll", &path)(errno.into())),

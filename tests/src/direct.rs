@@ -16,7 +16,8 @@ use containerd_shim_protos::{
     Client, TaskClient,
     api::{
         CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest, KillRequest,
-        Mount, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
+        Mount, PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, StateResponse,
+        WaitRequest,
     },
     shim::event::Envelope,
     shim_sync::{Events, create_events},
@@ -205,6 +206,18 @@ impl<'lab> Direct<'lab> {
     pub fn kill(&self, signal: u32) -> ttrpc::Result<()> {
         let request = KillRequest { id: self.id.clone(), signal, ..Default::default() };
         self.task().kill(self.context(), &request).map(drop)
+    }
+
+    /// Pauses the sandbox.
+    pub fn pause(&self) -> ttrpc::Result<()> {
+        let request = PauseRequest { id: self.id.clone(), ..Default::default() };
+        self.task().pause(self.context(), &request).map(drop)
+    }
+
+    /// Sets the paused sandbox going again.
+    pub fn resume(&self) -> ttrpc::Result<()> {
+        let request = ResumeRequest { id: self.id.clone(), ..Default::default() };
+        self.task().resume(self.context(), &request).map(drop)
     }
 
     /// Deletes the task.

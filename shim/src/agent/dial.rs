@@ -1,10 +1,13 @@
 //! Opening connections to the guest.
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 use cube_protocol::hybrid::{self, HandshakeError};
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
+
+/// How long a handshake goes on that nobody waits for any more.
+const ABANDONED_LIMIT: Duration = Duration::from_secs(30);
 
 /// Opens connections to the agent of one sandbox.
 #[async_trait]
@@ -54,12 +57,24 @@ impl HybridVsock {
 #[async_trait]
 impl Dial for HybridVsock {
     async fn dial(&self, port: u32) -> Result<UnixStream, DialError> {
-        let mut socket = UnixStream::connect(&self.path)
-            .await
-            .map_err(|source| DialError::Connect { path: self.path.clone(), source })?;
-        hybrid::connect(&mut socket, port).await.map_err(|source| DialError::Handshake { port, source })?;
-        Ok(socket)
+        // A task, which goes on when the caller gives up: vhost-device-vsock (0.3.0) does not survive a
+        // socket that is closed before it has written `OK` there, and no byte ever gets through again.
+        let dialing = tokio::spawn(timeout(ABANDONED_LIMIT, connect(self.path.clone(), port)));
+        let ended = |kind| DialError::Handshake { port, source: HandshakeError::Io(io::Error::from(kind)) };
+        match dialing.await {
+            Ok(Ok(connected)) => connected,
+            Ok(Err(_elapsed)) => Err(ended(io::ErrorKind::TimedOut)),
+            // The runtime is shutting down.
+            Err(_) => Err(ended(io::ErrorKind::Interrupted)),
+        }
     }
+}
+
+async fn connect(path: PathBuf, port: u32) -> Result<UnixStream, DialError> {
+    let connected = UnixStream::connect(&path).await;
+    let mut socket = connected.map_err(|source| DialError::Connect { path, source })?;
+    hybrid::connect(&mut socket, port).await.map_err(|source| DialError::Handshake { port, source })?;
+    Ok(socket)
 }
 
 #[cfg(test)]
@@ -86,6 +101,28 @@ mod tests {
         let mut bytes = Vec::new();
         connection.read_to_end(&mut bytes).await.unwrap();
         assert_eq!((bytes.as_slice(), vmm.await.unwrap()), (&b"hello"[..], 1025));
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_nobody_waits_for_is_not_broken_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let dial = HybridVsock::new(&path);
+        let vmm = async {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            hybrid::requested_port(&mut socket).await.unwrap();
+            socket
+        };
+        let mut socket = tokio::select! {
+            socket = vmm => socket,
+            _ = dial.dial(1025) => unreachable!("it is not answered"),
+        };
+        let mut byte = [0];
+        let closed = timeout(Duration::from_millis(20), socket.read(&mut byte)).await;
+        assert!(closed.is_err(), "before the answer");
+        socket.write_all(b"OK 1\n").await.unwrap();
+        assert_eq!(socket.read(&mut byte).await.unwrap(), 0, "after it");
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! Pausing and resuming a sandbox: the order of the steps, and the way back.
 //!
 //! ```text
-//! pause:  no more polls for events, Quiesce, streams to rest, VMM pauses
+//! pause:  no more polls for events, Quiesce with the streams to rest, VMM pauses
 //! resume: VMM resumes, polls for events, Thaw, streams flow
 //! ```
 //!
@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use cube_protocol::guest::{QuiesceRequest, QuiesceResponse, ThawRequest};
-use tokio::time::timeout;
+use tokio::{time::timeout, try_join};
 use tracing::{error, warn};
 
 use super::{job::Guest, steps::Steps};
@@ -44,7 +44,8 @@ pub(super) struct Failed {
 pub(super) async fn pause(guest: &Guest, timeline: u64) -> Result<QuiesceResponse, Failed> {
     let mut steps = Steps::begin();
     let paused = async {
-        let rest = come_to_rest(guest, &mut steps).await?;
+        let rest = come_to_rest(guest, &steps).await?;
+        steps.done("all at rest");
         guest.machine.pause().await?;
         steps.done("VM paused");
         Ok(rest)
@@ -84,20 +85,37 @@ pub(super) async fn quiesce(guest: &Guest, sync: bool) -> Result<QuiesceResponse
     Ok(answer.await?)
 }
 
-/// Brings the guest to rest, and all that connects to it. Undone by [`wake`], also after an error.
-pub(super) async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<QuiesceResponse, Error> {
+/// Freezes the guest while the streams come to rest. Neither needs the other: what processes write once
+/// their streams have stopped is kept by the guest. An agent that has no output to send has its one thread
+/// free for Quiesce, and the processes of a full pipe stand still by themselves.
+///
+/// The offsets in the answer may be from before the streams have stopped. Undone by [`wake`], also after an
+/// error.
+pub(super) async fn come_to_rest(guest: &Guest, steps: &Steps) -> Result<QuiesceResponse, Error> {
     guest.agent.hold_events();
-    let rest = quiesce(guest, false).await?;
-    steps.done("guest quiesced");
+    let quiesced = async {
+        let rest = quiesce(guest, false).await?;
+        steps.reached("guest quiesced");
+        Ok(rest)
+    };
+    let (rest, (), ()) = try_join!(quiesced, streams_to_rest(guest, steps), events_to_rest(guest, steps))?;
+    Ok(rest)
+}
+
+async fn streams_to_rest(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     if timeout(REST_LIMIT, guest.flows.rest()).await.is_err() {
         warn!("pausing with streams that do not come to rest: is there a disk that hangs?");
     }
-    steps.done("streams at rest");
+    steps.reached("streams at rest");
+    Ok(())
+}
+
+async fn events_to_rest(guest: &Guest, steps: &Steps) -> Result<(), Error> {
     if timeout(REST_LIMIT, guest.agent.events_held()).await.is_err() {
         warn!("pausing with a poll for events that the guest does not answer");
     }
-    steps.done("events at rest");
-    Ok(rest)
+    steps.reached("events at rest");
+    Ok(())
 }
 
 /// Sets everything going again that [`come_to_rest`] and the VMM have stopped.

@@ -76,6 +76,7 @@ async fn write(
         Some(rest) => rest,
         None => {
             pause::come_to_rest(guest, steps).await?;
+            steps.done("all at rest");
             let rest = pause::quiesce(guest, true).await?;
             steps.done("disks of the guest written out");
             guest.machine.pause().await?;

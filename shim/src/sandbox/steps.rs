@@ -15,9 +15,13 @@ impl Steps {
 
     /// `step` has been done since the last.
     pub(super) fn done(&mut self, step: &str) {
-        let now = Instant::now();
-        let took_us = (now - self.0).as_micros();
+        self.reached(step);
+        self.0 = Instant::now();
+    }
+
+    /// `step` has been done since the last that is [`done`](Steps::done), beside others.
+    pub(super) fn reached(&self, step: &str) {
+        let took_us = self.0.elapsed().as_micros();
         debug!(took_us, "{step}");
-        self.0 = now;
     }
 }

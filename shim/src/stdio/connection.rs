@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::status::Counters;
+use super::{flow::Member, status::Counters};
 use crate::agent::{Dial, DialError, printable};
 
 /// Time for one dial, and for the handshake after it.
@@ -154,18 +154,25 @@ impl Connections {
         Connections { endpoint, counters, attempt, backoff: BACKOFF_MIN, connected: None }
     }
 
-    /// Opens the stream at `offset`, trying until it works or cannot work any more. Cancel safe: the
-    /// guest may have seen an attempt, which the next one replaces.
-    pub(super) async fn open(&mut self, at: At) -> Result<Connected, Broken> {
+    /// Opens the stream at `offset`, trying until it works or cannot work any more, or until `flow` asks
+    /// for rest, which is `None`. An attempt that has begun is not given up for that, but a connection be
+    /// closed as every other is: a VM that is saved with one half open is not restored reliably.
+    ///
+    /// Cancel safe: the guest may have seen an attempt, which the next one replaces.
+    pub(super) async fn open(&mut self, at: At, flow: &mut Member) -> Result<Option<Connected>, Broken> {
         loop {
-            match self.try_open(at).await {
+            let broken = match self.try_open(at).await {
                 Ok(connected) => {
                     self.counters.connections.add(1);
                     self.counters.connected.set(1);
                     self.connected = Some(Instant::now());
-                    return Ok(connected);
+                    return Ok(Some(connected));
                 }
-                Err(broken) => self.failed(broken).await?,
+                Err(broken) => broken,
+            };
+            tokio::select! {
+                again = self.failed(broken) => again?,
+                () = flow.asked_to_rest() => return Ok(None),
             }
         }
     }

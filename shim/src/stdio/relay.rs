@@ -157,10 +157,8 @@ impl Relay {
                 return Ok(true);
             }
             let at = At { timeline: self.timeline, epoch: self.epoch, offset: self.received };
-            let connected = tokio::select! {
-                connected = self.connections.open(at) => connected.map_err(Ended::Guest)?,
-                () = self.flow.asked_to_rest() => return Ok(false),
-            };
+            let connected = self.connections.open(at, &mut self.flow).await.map_err(Ended::Guest)?;
+            let Some(connected) = connected else { return Ok(false) };
             let broken = match self.follow(connected).await? {
                 Followed::Complete => return Ok(true),
                 Followed::Rested => return Ok(false),
@@ -245,6 +243,18 @@ impl Relay {
             }
             let deadline = if let Stop::Asked(deadline) = self.stop { Some(deadline) } else { None };
             tokio::select! {
+                // What would be read and stored before a STOP is seen is what a pause waits for; nor may a
+                // guest put a deadline off by sending on and on.
+                biased;
+                () = self.flow.asked_to_rest(), if self.stop == Stop::No => {
+                    self.sink.halt();
+                    self.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
+                    control.stop();
+                    control.flush(&socket);
+                }
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    return Ok(Followed::Broken(Broken::Timeout));
+                }
                 permit = self.sink.chunks.reserve(), if !self.pending.is_empty() => {
                     let permit = permit.map_err(|_| Ended::Sink)?;
                     if let Some(chunk) = self.pending.pop_front() {
@@ -269,15 +279,6 @@ impl Relay {
                         Ok(Read::End) => return Ok(Followed::Broken(Broken::Closed)),
                         Err(e) => return Ok(Followed::Broken(e.into())),
                     }
-                }
-                () = self.flow.asked_to_rest(), if self.stop == Stop::No => {
-                    self.sink.halt();
-                    self.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
-                    control.stop();
-                    control.flush(&socket);
-                }
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    return Ok(Followed::Broken(Broken::Timeout));
                 }
             }
         }

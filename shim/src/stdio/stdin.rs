@@ -139,9 +139,8 @@ impl StdinRelay {
             // OPEN names the final offset if it is known.
             let offset = if self.ended { self.end() } else { 0 };
             let at = At { timeline, epoch: self.epoch, offset };
-            let connected = tokio::select! {
-                connected = self.connections.open(at) => connected?,
-                () = self.flow.asked_to_rest() => return Ok(Followed::Rested),
+            let Some(connected) = self.connections.open(at, &mut self.flow).await? else {
+                return Ok(Followed::Rested);
             };
             let broken = match self.follow(connected).await {
                 Ok(followed) => return Ok(followed),
@@ -202,6 +201,15 @@ impl StdinRelay {
                 self.source.let_end();
             }
             tokio::select! {
+                // As in the relay of output.
+                biased;
+                () = self.flow.asked_to_rest(), if progress.stop == Stop::No => {
+                    progress.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
+                    progress.outgoing.extend_from_slice(&Header::new(Kind::Stop, 0).encode());
+                }
+                () = sleep_until(progress.stop.deadline()), if progress.stop != Stop::No => {
+                    return Err(Broken::Timeout);
+                }
                 ready = socket.writable(), if !progress.outgoing.is_empty() => {
                     ready?;
                     write_some(&socket, &mut progress.outgoing)?;
@@ -214,13 +222,6 @@ impl StdinRelay {
                             Stop::No | Stop::Asked(_) => Err(Broken::Closed),
                         };
                     }
-                }
-                () = self.flow.asked_to_rest(), if progress.stop == Stop::No => {
-                    progress.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
-                    progress.outgoing.extend_from_slice(&Header::new(Kind::Stop, 0).encode());
-                }
-                () = sleep_until(progress.stop.deadline()), if progress.stop != Stop::No => {
-                    return Err(Broken::Timeout);
                 }
                 bytes = self.source.read(room), if room > 0 && !self.ended => self.take(bytes),
                 closed = self.close.changed(), if !closing => {

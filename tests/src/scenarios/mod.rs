@@ -16,6 +16,7 @@ pub mod machines;
 pub mod memory;
 pub mod output;
 pub mod pause;
+pub mod pauses;
 pub mod pods;
 pub mod rest;
 pub mod restore;

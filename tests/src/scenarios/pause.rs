@@ -2,11 +2,12 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{self, Read, Write},
     process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
 };
@@ -113,10 +114,9 @@ pub fn pauses_in_full_flow_cost_and_double_no_byte(backend: Backend) {
     let write = format!("cube-test-writer stream 1 {bytes} 2 {bytes}");
     let wait = "trap 'exit 143' TERM; while :; do sleep 0.1; done";
     let mut init = piped(&mut lab.run_command(&["--rm"], "c", &["sh", "-c", &format!("{write}; {wait}")]));
-    let readers = compared(&mut init);
-    lab.wait_for_state("c", Some("RUNNING"));
+    let readers = compared(&lab, &mut init);
     let mut exec = piped(&mut lab.exec_command(&[], "c", &["sh", "-c", &write]));
-    let exec_readers = compared(&mut exec);
+    let exec_readers = compared(&lab, &mut exec);
     let copier = Copier::start(&lab);
     let mut terminal = Terminal::start(&mut lab.exec_command(&["--tty"], "c", &["sh"]));
     terminal.wait_for("# ", lab.limit());
@@ -157,9 +157,36 @@ fn piped(command: &mut Command) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-fn compared(child: &mut Child) -> JoinHandle<(u64, u64)> {
+/// Returns once there is something to compare.
+fn compared(lab: &Lab, child: &mut Child) -> JoinHandle<(u64, u64)> {
     let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-    thread::spawn(move || compare_both(out, err, |_| ()))
+    let (out, begun) = Heralded::new(out);
+    let comparing = thread::spawn(move || compare_both(out, err, |_| ()));
+    begun.recv_timeout(lab.limit()).expect("nothing comes");
+    comparing
+}
+
+/// A reader that tells of its first bytes: a `ctr` that has not got that far is refused by a pause.
+struct Heralded<R> {
+    reader: R,
+    first: Option<mpsc::Sender<()>>,
+}
+
+impl<R: Read> Heralded<R> {
+    fn new(reader: R) -> (Heralded<R>, mpsc::Receiver<()>) {
+        let (first, begun) = mpsc::channel();
+        (Heralded { reader, first: Some(first) }, begun)
+    }
+}
+
+impl<R: Read> Read for Heralded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.reader.read(buffer)?;
+        if let Some(first) = self.first.take() {
+            first.send(()).ok();
+        }
+        Ok(n)
+    }
 }
 
 /// `cat` in the container, fed without end.
@@ -174,7 +201,8 @@ impl Copier {
     fn start(lab: &Lab) -> Copier {
         let mut command = lab.exec_command(&[], "c", &["cat"]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (mut stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (mut stdout, begun) = Heralded::new(stdout);
         let enough = Arc::new(AtomicBool::new(false));
         let feeder = thread::spawn({
             let enough = enough.clone();
@@ -200,6 +228,7 @@ impl Copier {
                 at += n as u64;
             }
         });
+        begun.recv_timeout(lab.limit()).expect("nothing is copied");
         Copier { child, enough, feeder, checker }
     }
 

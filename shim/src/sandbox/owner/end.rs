@@ -93,14 +93,15 @@ impl Owner {
         // A paused guest has output that the log has not: it goes on first.
         let paused = self.state == SandboxState::Paused && id.is_init() && self.is_main(&id.container);
         if self.state.is_pause() && !paused {
-            return drop(reply.send(Err(self.wrong_state("it must be resumed first"))));
+            // Refused, it would not come again: ctr and CRI delete an exec once, whatever the answer.
+            return self.waiting_deletes.push((id, reply));
         }
         let Some(exit) = self.begin_delete(&id) else {
             return drop(reply.send(Err(not_found("container", &id.container))));
         };
         let deleted = Deleted { pid: self.pid, exit };
         let removal = self.removal(&id);
-        self.kill_those_that_waited();
+        self.serve_those_that_waited();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
         let resume = self.guest.clone().filter(|_| paused);
         let timeline = self.disk.timeline;

@@ -25,7 +25,7 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
+    Deleted, ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
     SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
@@ -167,8 +167,12 @@ pub(super) struct Owner {
     rest: Option<QuiesceResponse>,
     /// Disks of the VM.
     disks: Vec<Disk>,
+    /// Execs to be started at the end of a pause, which came between Exec and Start.
+    waiting_starts: Vec<(ProcessId, Reply<u32>)>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
+    /// Deletes that came during a pause.
+    waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -215,7 +219,9 @@ impl Owner {
             waiting: None,
             rest: None,
             disks: Vec::new(),
+            waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
+            waiting_deletes: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),

@@ -135,16 +135,22 @@ impl Owner {
         } else if result.is_ok() {
             return Err(self.ended_meanwhile());
         }
-        self.kill_those_that_waited();
+        self.serve_those_that_waited();
         result
     }
 
-    /// Carries out the kills that came during a pause, if it is over.
-    pub(super) fn kill_those_that_waited(&mut self) {
+    /// Carries out what came during a pause, as far as it has to wait no longer.
+    pub(super) fn serve_those_that_waited(&mut self) {
         if !self.state.is_pause() {
+            for (process, reply) in std::mem::take(&mut self.waiting_starts) {
+                self.start(process, reply);
+            }
             for (request, reply) in std::mem::take(&mut self.waiting_kills) {
                 self.kill(request, reply);
             }
+        }
+        for (process, reply) in std::mem::take(&mut self.waiting_deletes) {
+            self.delete(process, reply);
         }
     }
 }

@@ -15,6 +15,12 @@ use crate::{
 
 impl Owner {
     pub(super) fn start(&mut self, id: ProcessId, reply: Reply<u32>) {
+        // Refused, it would hang its client: containerd's waits for the end of the FIFOs when a start has
+        // failed, before it deletes the exec. Only who comes with a new exec is refused.
+        if self.state.is_pause() && !id.is_init() && self.known(&id).is_ok_and(|p| p.phase == Phase::Created)
+        {
+            return self.waiting_starts.push((id, reply));
+        }
         let guest = self.guest_of(&id).and_then(|guest| {
             let process = self.known(&id)?;
             if process.phase != Phase::Created {

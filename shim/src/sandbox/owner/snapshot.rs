@@ -61,7 +61,7 @@ impl Owner {
         if self.state == SandboxState::Snapshotting {
             self.state = if runs { SandboxState::Running } else { SandboxState::Paused };
         }
-        self.kill_those_that_waited();
+        self.serve_those_that_waited();
         let taken = match result {
             Ok(taken) => taken,
             Err(failed) => return drop(reply.send(Err(failed.error))),

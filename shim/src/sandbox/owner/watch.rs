@@ -140,7 +140,7 @@ impl Owner {
                 self.publish_exit(&id, exit);
             }
         }
-        self.kill_those_that_waited();
+        self.serve_those_that_waited();
         self.begin_waiting();
     }
 

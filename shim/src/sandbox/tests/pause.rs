@@ -171,6 +171,41 @@ async fn other_kills_wait_for_the_resume() {
 }
 
 #[tokio::test]
+async fn an_exec_that_is_there_is_started_with_the_resume() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    within(lab.sandbox.exec(lab.exec_request("e1"))).await.unwrap();
+    lab.pause().await.unwrap();
+    let mut start = Box::pin(lab.sandbox.start(exec("c1", "e1")));
+    assert!(timeout(Duration::from_millis(20), &mut start).await.is_err());
+    lab.resume().await.unwrap();
+    within(start).await.unwrap();
+    assert_eq!(lab.status_of(exec("c1", "e1")).await, Status::Running);
+}
+
+#[tokio::test]
+async fn an_exec_that_has_exited_is_deleted_with_the_resume() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    for id in ["e1", "e2"] {
+        within(lab.sandbox.exec(lab.exec_request(id))).await.unwrap();
+        lab.sandbox.start(exec("c1", id)).await.unwrap();
+        lab.guest().exit("c1", id, 3);
+        assert_eq!(lab.wait(exec("c1", id)).await, 3);
+    }
+    lab.pause().await.unwrap();
+    let mut patient = Box::pin(lab.sandbox.delete(exec("c1", "e1")));
+    assert!(timeout(Duration::from_millis(20), &mut patient).await.is_err());
+    let impatient = timeout(Duration::from_millis(20), lab.sandbox.delete(exec("c1", "e2"))).await;
+    assert!(impatient.is_err());
+    lab.resume().await.unwrap();
+    assert_eq!(patient.await.unwrap().exit.status, 3);
+    while lab.sandbox.state(exec("c1", "e2")).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
 async fn kills_that_wait_are_answered_when_the_vm_dies() {
     let lab = Lab::paused().await;
     let mut term = Box::pin(lab.kill(init("c1"), 15));

@@ -10,9 +10,11 @@ mod flow;
 mod growth;
 mod latency;
 mod memory;
+mod pause;
 mod pipeline;
 mod polling;
 mod runc;
+mod steps;
 mod table;
 mod throughput;
 
@@ -28,11 +30,12 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench.json");
 /// A part of the table, chosen by name on the command line; all without.
 type Part = (&'static str, fn(&mut Table, &[Backend]));
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("throughput", throughput_everywhere),
     ("latency", |table, _| latency::measure(table)),
     ("runc", |table, _| runc::measure(table)),
     ("create", |table, _| create::measure(table)),
+    ("pause", pause::measure),
     ("memory", memory::measure),
     ("growth", |table, _| growth::measure(table)),
 ];

@@ -33,6 +33,12 @@ impl Samples {
     pub(crate) fn over(&self, other: &Samples) -> Samples {
         self.0.iter().zip(&other.0).map(|(mine, others)| mine / others).collect()
     }
+
+    /// Each sample less the one of the same round, which is a part of it.
+    pub(crate) fn without(&self, part: &Samples) -> Samples {
+        assert_eq!(self.0.len(), part.0.len(), "a round is missing");
+        self.0.iter().zip(&part.0).map(|(mine, part)| mine - part).collect()
+    }
 }
 
 impl FromIterator<f64> for Samples {
