@@ -256,6 +256,13 @@ impl Agent {
         self.polling.send_replace(Polling::On);
     }
 
+    /// Resolves when events are followed, that is not between [`hold_events`](Agent::hold_events) and
+    /// [`follow_events`](Agent::follow_events): a guest at rest is asked nothing. Cancel safe.
+    pub async fn following(&self) {
+        // We hold a sender: it cannot fail.
+        let _ = self.polling.subscribe().wait_for(|polling| *polling == Polling::On).await;
+    }
+
     /// How the connection has fared, from memory.
     pub fn link(&self) -> LinkStatus {
         LinkStatus {

@@ -1,6 +1,6 @@
 //! What can go wrong, and the exit codes that scripts rely on.
 
-use std::{io, process::ExitCode};
+use std::{io, process::ExitCode, time::Duration};
 
 use cube_shim::{
     config::ConfigError,
@@ -55,7 +55,7 @@ pub(crate) enum CliError {
     )]
     ShimSilent { sandbox: Name, pid: i32 },
     #[error(
-        "the shim of sandbox {sandbox} (process {pid}) refuses to tell its status; it may be of another version of Cubebox than cubecli"
+        "the shim of sandbox {sandbox} (process {pid}) refuses to answer; it may be of another version of Cubebox than cubecli"
     )]
     ShimRefuses {
         sandbox: Name,
@@ -63,6 +63,10 @@ pub(crate) enum CliError {
         #[source]
         source: ttrpc::Error,
     },
+    #[error("sandbox {sandbox}: {reason}")]
+    WrongState { sandbox: Name, reason: String },
+    #[error("sandbox {sandbox} is not ready after {limit:?}: {waits_for}")]
+    NotReady { sandbox: Name, limit: Duration, waits_for: String },
     #[error("{0} of the things to remove could not be removed, see above")]
     Incomplete(usize),
 }

@@ -9,10 +9,12 @@ mod ls;
 mod namespace;
 mod print;
 mod sandboxes;
+mod shim;
 mod status;
 mod table;
 mod task;
 mod time;
+mod wait;
 
 use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
 
@@ -43,6 +45,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         }
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

@@ -3,6 +3,7 @@
 mod create;
 mod end;
 mod pause;
+mod ready;
 mod run;
 mod status;
 mod watch;
@@ -26,6 +27,7 @@ use super::{
     ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
+    ready::{Ready, SandboxReadiness},
     status::VmStatus,
 };
 use crate::{
@@ -104,6 +106,7 @@ struct Container {
     stats: Option<Any>,
     /// When containerd was last told that it is out of memory.
     oom: Option<Instant>,
+    ready: Ready,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
 }
@@ -138,6 +141,8 @@ pub(super) struct Owner {
     waiting_pause: Option<(String, Reply<()>)>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
+    /// Those who wait for the sandbox to be ready.
+    waiting_ready: Vec<Reply<SandboxReadiness>>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -183,6 +188,7 @@ impl Owner {
             working: 0,
             waiting_pause: None,
             waiting_kills: Vec::new(),
+            waiting_ready: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
@@ -200,6 +206,7 @@ impl Owner {
                 Some(event) = self.guest_events.recv() => self.guest_event(event),
                 () = sleep_until(wake) => self.look_around(),
             }
+            self.answer_ready();
         }
         self.clean_up().await;
     }
@@ -211,6 +218,7 @@ impl Owner {
             Message::VmmExited(exit) => self.vmm_exited(&exit),
             Message::ProcessExited(id, exit) => self.process_exited(&id, exit),
             Message::KillOverdue(id) => self.kill_overdue(&id),
+            Message::Probed(container, found) => self.probed(&container, found),
         }
     }
 
@@ -251,6 +259,8 @@ impl Owner {
                 drop(reply.send(closed));
             }
             Request::Status(reply) => drop(reply.send(Ok(self.status()))),
+            Request::WhenReady(reply) => self.when_ready(reply),
+            Request::Readiness(reply) => drop(reply.send(self.readiness())),
             Request::Shutdown(reply) => {
                 self.done = self.containers.is_empty();
                 drop(reply.send(Ok(())));

@@ -7,21 +7,14 @@ use std::{fs::File, io, io::Write, time::Duration};
 
 use cube_shim::{
     config::Config,
-    control::{
-        sandbox::{StatusRequest, StatusResponse},
-        sandbox_ttrpc::SandboxClient,
-    },
-};
-use tokio::{net::UnixStream, time::timeout};
-use ttrpc::{
-    r#async::{Client, transport::Socket},
-    context,
+    control::sandbox::{StatusRequest, StatusResponse},
 };
 
 use crate::{
     args::StatusArgs,
     error::CliError,
     sandboxes::{self, Sandbox},
+    shim::Shim,
 };
 
 /// Time that a shim has to answer: it gives its guest a second, and answers the rest from memory.
@@ -39,17 +32,7 @@ pub(crate) fn run(config: &Config, args: &StatusArgs, mut output: File) -> Resul
 }
 
 async fn ask(sandbox: &Sandbox) -> Result<StatusResponse, CliError> {
-    let name = sandbox.name();
-    let connected = UnixStream::connect(sandbox.dir.socket()?).await;
-    let stream = connected.map_err(|source| CliError::ShimGone { sandbox: name.clone(), source })?;
-    let pid = stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or_default();
-    let client = SandboxClient::new(Client::new(Socket::new(stream)));
     let request = StatusRequest::new();
-    match timeout(DEADLINE, client.status(context::with_duration(DEADLINE), &request)).await {
-        Ok(Ok(status)) => Ok(status),
-        Ok(Err(source @ ttrpc::Error::RpcStatus(_))) => {
-            Err(CliError::ShimRefuses { sandbox: name, pid, source })
-        }
-        Ok(Err(_)) | Err(_) => Err(CliError::ShimSilent { sandbox: name, pid }),
-    }
+    let shim = Shim::connect(sandbox).await?;
+    shim.call(DEADLINE, async |client, context| client.status(context, &request).await).await
 }
