@@ -16,6 +16,7 @@ pub mod memory;
 pub mod output;
 pub mod pause;
 pub mod pods;
+pub mod ready;
 pub mod rest;
 pub mod rotation;
 pub mod scale;
