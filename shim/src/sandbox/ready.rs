@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use cube_protocol::guest::{ProbeRequest, probe_response::Outcome};
+use futures::FutureExt;
 use tokio::{
     sync::{mpsc, oneshot},
+    task::AbortHandle,
     time::sleep,
 };
 use ttrpc::Code;
@@ -14,6 +16,7 @@ use crate::{
     agent::{AgentError, printable},
     annotations::Probe,
     errors::chain,
+    state::now_ns,
 };
 
 /// Time for one attempt, and how much longer the guest's answer may take.
@@ -38,12 +41,27 @@ pub(super) struct Ready {
     /// `None`: it is ready when it runs.
     pub(super) probe: Option<Probe>,
     pub(super) state: Readiness,
+    job: Option<AbortHandle>,
 }
 
 impl Ready {
     /// Of a container that does not run yet.
     pub(super) fn new(probe: Option<Probe>) -> Ready {
-        Ready { probe, state: Readiness::Waiting("it has not been started".into()) }
+        Ready { probe, state: Readiness::Waiting("it has not been started".into()), job: None }
+    }
+
+    /// The container runs in `guest` now, for the first time or again: it is ready, or [`watch`] begins.
+    pub(super) fn begin(&mut self, guest: Guest, container: String, owner: mpsc::Sender<Message>) {
+        if let Some(job) = self.job.take() {
+            job.abort();
+        }
+        self.state = match self.probe.clone() {
+            None => Readiness::Since(now_ns()),
+            Some(probe) => {
+                self.job = Some(tokio::spawn(watch(guest, container, probe, owner)).abort_handle());
+                Readiness::Waiting("it has not been probed yet".into())
+            }
+        };
     }
 }
 
@@ -58,7 +76,7 @@ pub enum SandboxReadiness {
 
 /// Tries until the container is ready or has ended, and tells `owner` what has come of it whenever that
 /// changes. Pauses and lost connections are waited out.
-pub(super) async fn watch(guest: Guest, container: String, probe: Probe, owner: mpsc::Sender<Message>) {
+async fn watch(guest: Guest, container: String, probe: Probe, owner: mpsc::Sender<Message>) {
     tokio::select! {
         () = ended(&owner, &container) => {}
         () = probe_until_ready(&guest, &container, &probe, &owner) => {}
@@ -112,6 +130,7 @@ async fn attempt(guest: &Guest, container: &str, probe: &Probe) -> Option<Result
         // The guest is at rest, or the container has just ended: both are the owner's to tell.
         Err(AgentError::Refused { status, .. }) if status.code() == Code::FAILED_PRECONDITION => None,
         Err(AgentError::Transport { .. }) => None,
-        Err(e) => Some(Err(printable(&chain(&e)))),
+        // Unless it was paused while it was being asked.
+        Err(e) => guest.agent.following().now_or_never().map(|()| Err(printable(&chain(&e)))),
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     sandbox::{
         Reply,
         process::Phase,
-        ready::{self, Readiness, SandboxReadiness},
+        ready::{Readiness, SandboxReadiness},
     },
     state::now_ns,
 };
@@ -14,15 +14,8 @@ use crate::{
 impl Owner {
     /// Container `id` runs now: it is ready, or its probe begins.
     pub(super) fn watch_ready(&mut self, id: &str) {
-        let (Some(container), Some(guest)) = (self.containers.get_mut(id), self.guest.clone()) else {
-            return;
-        };
-        match container.ready.probe.clone() {
-            None => container.ready.state = Readiness::Since(now_ns()),
-            Some(probe) => {
-                container.ready.state = Readiness::Waiting("it has not been probed yet".into());
-                tokio::spawn(ready::watch(guest, id.into(), probe, self.owner.clone()));
-            }
+        if let (Some(container), Some(guest)) = (self.containers.get_mut(id), self.guest.clone()) {
+            container.ready.begin(guest, id.into(), self.owner.clone());
         }
     }
 
