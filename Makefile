@@ -2,13 +2,14 @@
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: setup build demo test test-containerd soak bench install check clean
+.PHONY: setup build demo test test-containerd test-ch soak bench install check clean
 
 setup:          ; scripts/setup
 build: setup    ; scripts/build
 demo: build     ; scripts/demo
 test: build     ; scripts/test
 test-containerd: build ; scripts/test-containerd
+test-ch: build  ; scripts/test-ch
 soak: build     ; scripts/soak
 bench: build    ; scripts/bench
 check:          ; scripts/check

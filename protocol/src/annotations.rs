@@ -35,11 +35,15 @@ pub const READY_TCP: &str = "cube.ready.tcp";
 /// The container is ready when a program in it ends with 0: `["/bin/check","-q"]`.
 pub const READY_EXEC: &str = "cube.ready.exec";
 
+/// Name of a snapshot below `snapshot.dir`, or its path there: the sandbox goes on from it, and its rootfs is
+/// that of the snapshot.
+pub const SNAPSHOT_RESTORE: &str = "cube.snapshot.restore";
+
 /// What every annotation of ours begins with. An unknown one is refused by name.
 pub const PREFIX: &str = "cube.";
 
 /// Every annotation that this version knows.
-pub const KNOWN: [&str; 10] = [
+pub const KNOWN: [&str; 11] = [
     LOG_FORWARDING,
     LOG_MODE,
     ALLOW_VSOCK,
@@ -47,6 +51,7 @@ pub const KNOWN: [&str; 10] = [
     MEMORY_MIB,
     ROOTFS_MODE,
     ROOTFS_SIZE,
+    SNAPSHOT_RESTORE,
     READY_HTTP,
     READY_TCP,
     READY_EXEC,

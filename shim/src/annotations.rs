@@ -23,6 +23,8 @@ pub struct Annotations {
     pub rootfs_size: u64,
     /// How it shows that it is ready; `None`: it is when it runs.
     pub ready: Option<Probe>,
+    /// The snapshot from which the sandbox goes on: its name, or its path in the store.
+    pub restore: Option<String>,
 }
 
 /// Size of a writable disk that nobody has asked for. It takes what is written, not more.
@@ -41,6 +43,7 @@ impl Default for Annotations {
             rootfs_block: false,
             rootfs_size: ROOTFS_SIZE,
             ready: None,
+            restore: None,
         }
     }
 }
@@ -97,6 +100,7 @@ pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<An
             name::READY_HTTP => parsed.add_probe(Probe::http(value)?)?,
             name::READY_TCP => parsed.add_probe(Probe::tcp(value)?)?,
             name::READY_EXEC => parsed.add_probe(Probe::exec(value)?)?,
+            name::SNAPSHOT_RESTORE => parsed.restore = Some(value.into()),
             _ => return Err(AnnotationError::Unknown(key.into())),
         }
     }
@@ -188,6 +192,7 @@ mod tests {
             (name::ROOTFS_MODE, "block"),
             (name::ROOTFS_SIZE, "512Mi"),
             (name::READY_TCP, "5432"),
+            (name::SNAPSHOT_RESTORE, "one"),
         ]);
         let expected = Annotations {
             log_forwarding: false,
@@ -197,6 +202,7 @@ mod tests {
             rootfs_block: true,
             rootfs_size: 512 << 20,
             ready: Some(Probe::Tcp(([127, 0, 0, 1], 5432).into())),
+            restore: Some("one".into()),
         };
         assert_eq!(parsed, Ok(expected));
     }

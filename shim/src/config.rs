@@ -30,6 +30,8 @@ pub struct Config {
     pub log: Log,
     /// Disks of sandboxes whose rootfs is packed.
     pub rootfs: Rootfs,
+    /// Snapshots of sandboxes.
+    pub snapshot: Snapshot,
 }
 
 /// The `vmm` key.
@@ -115,6 +117,15 @@ pub struct Rootfs {
     pub cache_limit: u64,
 }
 
+/// The `[snapshot]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Snapshot {
+    /// The snapshot store: as large as the memory of the sandboxes, so not on a tmpfs. Mode 0700. On the
+    /// file system of `rootfs.cache_dir`, packed layers are shared, and disks where it can share blocks.
+    pub dir: PathBuf,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -125,7 +136,14 @@ impl Default for Config {
             tools: Tools::default(),
             log: Log::default(),
             rootfs: Rootfs::default(),
+            snapshot: Snapshot::default(),
         }
+    }
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Snapshot { dir: "/var/lib/cube/snapshots".into() }
     }
 }
 

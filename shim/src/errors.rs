@@ -6,8 +6,8 @@ use ttrpc::Code;
 
 use crate::{
     agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
-    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, state::StateError,
-    stdio::StdioError, vmm::VmmError,
+    options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, snapshot::SnapshotError,
+    state::StateError, stdio::StdioError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -98,6 +98,12 @@ pub enum Error {
     /// The call was ended by a SIGKILL or a `shim delete`.
     #[error("the sandbox was killed while it was being created")]
     Killed,
+    /// No sandbox can be made from the snapshot, as it was asked for.
+    #[error("cannot restore: {reason}")]
+    Restore {
+        /// Why, and what would work.
+        reason: String,
+    },
     /// The VMM ended unexpectedly.
     #[error("the VM of sandbox {id:?} has ended: {description}")]
     VmmEnded {
@@ -139,6 +145,9 @@ pub enum Error {
     /// The rootfs or a volume cannot be given to the guest.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// A snapshot cannot be made or used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The sandbox's cgroup cannot be made or removed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -156,13 +165,14 @@ impl Error {
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::NotReady { .. } => Code::FAILED_PRECONDITION,
+            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
             Error::Vmm(vmm) => vmm_code(vmm),
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
+            Error::Snapshot(snapshot) => snapshot_code(snapshot),
             Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
             Error::Stdio(_) | Error::StateFile(_) | Error::Config(_) | Error::Cgroup(_) | Error::Task(_) => {
                 Code::UNKNOWN
@@ -181,6 +191,19 @@ fn vmm_code(error: &VmmError) -> Code {
         | VmmError::Restore { .. } => Code::FAILED_PRECONDITION,
         VmmError::Ended { .. } => Code::UNAVAILABLE,
         _ => Code::UNKNOWN,
+    }
+}
+
+fn snapshot_code(error: &SnapshotError) -> Code {
+    match error {
+        SnapshotError::Name(_) | SnapshotError::Outside { .. } => Code::INVALID_ARGUMENT,
+        SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
+        SnapshotError::NotFound { .. } => Code::NOT_FOUND,
+        SnapshotError::Manifest { .. }
+        | SnapshotError::Format { .. }
+        | SnapshotError::Protocol { .. }
+        | SnapshotError::Damaged { .. } => Code::FAILED_PRECONDITION,
+        SnapshotError::Io { .. } => Code::UNKNOWN,
     }
 }
 

@@ -108,6 +108,13 @@ impl TaskEvent {
         TaskEvent::new(topics::TASK_RESUMED_EVENT_TOPIC, &event)
     }
 
+    /// A snapshot was taken; `path` is what containerd gave.
+    pub fn checkpointed(container_id: &str, path: &str) -> TaskEvent {
+        let (container_id, checkpoint) = (container_id.into(), path.into());
+        let event = message::TaskCheckpointed { container_id, checkpoint, ..Default::default() };
+        TaskEvent::new(topics::TASK_CHECKPOINTED_EVENT_TOPIC, &event)
+    }
+
     /// The kernel killed a process of the container for want of memory.
     pub fn oom(container_id: &str) -> TaskEvent {
         let event = message::TaskOOM { container_id: container_id.into(), ..Default::default() };

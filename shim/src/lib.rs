@@ -16,6 +16,7 @@ pub mod logging;
 pub mod options;
 pub mod rootfs;
 pub mod sandbox;
+pub mod snapshot;
 pub mod state;
 pub mod stdio;
 pub mod task;

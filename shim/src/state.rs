@@ -59,6 +59,16 @@ pub struct ContainerState {
     pub log_dir: Option<PathBuf>,
     /// When containerd asked for it, nanoseconds since 1970.
     pub created_ns: u64,
+    /// Its id in the guest, if that is another one: it was restored from a snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_id: Option<String>,
+}
+
+impl ContainerState {
+    /// The id in the guest of the container that is `id` for containerd.
+    pub fn guest_id<'a>(&'a self, id: &'a str) -> &'a str {
+        self.guest_id.as_deref().unwrap_or(id)
+    }
 }
 
 /// A run directory or state file that cannot be used.
@@ -243,8 +253,12 @@ mod tests {
     use super::*;
 
     fn example() -> State {
-        let container =
-            ContainerState { bundle: "/b/c1".into(), log_dir: Some("/l/c1".into()), created_ns: 7 };
+        let container = ContainerState {
+            bundle: "/b/c1".into(),
+            log_dir: Some("/l/c1".into()),
+            created_ns: 7,
+            guest_id: None,
+        };
         State {
             format: FORMAT,
             namespace: "default".into(),

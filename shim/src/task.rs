@@ -2,6 +2,8 @@
 //!
 //! The service is registered under the names of versions 2 and 3, whose messages are the same.
 
+mod checkpoint;
+
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
@@ -20,7 +22,7 @@ use crate::{
     errors::{Error, chain},
     events::timestamp,
     options,
-    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, Status, Stdio},
+    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest, Status, Stdio},
 };
 
 /// The service name that `create_task` of containerd-shim-protos uses, and the one before it.
@@ -72,10 +74,6 @@ fn init(container: String) -> Result<ProcessId, Error> {
     process(container, String::new())
 }
 
-fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
-    Err(Error::Unimplemented { what: what.into(), hint: "" }.into())
-}
-
 /// containerd takes Unimplemented from Create for a shim of version 2, and tries again in vain.
 fn never_unimplemented(error: Error) -> ttrpc::Error {
     match error.code() {
@@ -90,13 +88,14 @@ impl TaskService {
     async fn try_create(&self, request: api::CreateTaskRequest) -> Result<u32, Error> {
         check_id("container id", &request.id)?;
         options::config_path(request.options.as_ref())?;
-        for (field, value) in
-            [("checkpoint", &request.checkpoint), ("parent_checkpoint", &request.parent_checkpoint)]
-        {
-            if !value.is_empty() {
-                return Err(Error::Unimplemented { what: format!("{field} {value:?}"), hint: "" });
-            }
+        if !request.parent_checkpoint.is_empty() {
+            let what = format!("parent_checkpoint {:?}", request.parent_checkpoint);
+            return Err(Error::Unimplemented { what, hint: "" });
         }
+        let restore = match request.checkpoint.as_str() {
+            "" => None,
+            dir => Some(checkpoint::read(dir).await?),
+        };
         let bundle = PathBuf::from(&request.bundle);
         if !bundle.is_absolute() {
             let reason = "it must be an absolute path";
@@ -108,7 +107,9 @@ impl TaskService {
             stdout: request.stdout,
             stderr: request.stderr,
         };
-        self.sandbox.create(CreateRequest { id: request.id, bundle, rootfs: request.rootfs, stdio }).await
+        self.sandbox
+            .create(CreateRequest { id: request.id, bundle, rootfs: request.rootfs, stdio, restore })
+            .await
     }
 }
 
@@ -268,8 +269,20 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Checkpoint")
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: api::CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        info!(id = request.id, path = request.path, "checkpoint");
+        let id = init(request.id)?.container;
+        // A container that does not exist has no snapshot.
+        self.sandbox.pid(id.clone()).await?;
+        let wanted = checkpoint::Wanted::read(request.path, request.options.as_ref())?;
+        let checkpoint = Some((id, wanted.path().to_owned()));
+        let snapshot = self.sandbox.snapshot(SnapshotRequest { name: None, checkpoint }).await?;
+        wanted.write(&snapshot).await?;
+        Ok(Empty::new())
     }
 }
 

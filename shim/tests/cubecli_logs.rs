@@ -362,7 +362,7 @@ fn logs_in_another_mount_namespace_are_found_by_the_pid_of_a_process_in_it() {
 /// Writes `total` bytes as the shim does, as fast as it can, in odd sizes. Returns them.
 fn write_with_rotation(dir: &std::path::Path, segments: u32, total: usize) -> Vec<u8> {
     let limits = Limits { segment_bytes: 64 << 10, segments };
-    let mut writer = LogWriter::create(Arc::new(LogDir::open(dir).unwrap()), "stdout", limits).unwrap();
+    let mut writer = LogWriter::create(Arc::new(LogDir::open(dir).unwrap()), "stdout", limits, 0).unwrap();
     let mut state = 1u32;
     let mut random = move || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

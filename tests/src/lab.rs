@@ -192,6 +192,7 @@ impl Lab {
              [guest]\nkernel = '{guest}/vmlinuz'\nvmlinux = '{guest}/vmlinux'\ninitrd = '{guest}/initrd.img'\n\
              [tools]\nagent = '{}'\nmkfs_erofs = '{}'\n\
              [rootfs]\ncache_dir = '{}'\n{}\n\
+             [snapshot]\ndir = '{dir}/snapshots'\n\
              [log]\ndir = '{log_dir}'\n{}\n{extra}\n",
             self.setup.backend.name(),
             self.setup.agent.display(),

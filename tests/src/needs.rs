@@ -1,11 +1,8 @@
 //! What a test needs of the machine, and why it is skipped where that is missing.
 
-use std::{
-    env,
-    fs::File,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
-    path::PathBuf,
-};
+use std::{env, path::PathBuf};
+
+use cube_shim::vmm::kvm;
 
 use cube_shim::config::VmmChoice;
 
@@ -61,7 +58,7 @@ impl Backend {
             return Some("not root".to_owned());
         }
         match self {
-            Backend::CloudHypervisor => kvm().err().map(|e| format!("KVM does not work here: {e}")),
+            Backend::CloudHypervisor => kvm::probe().err().map(|e| e.to_string()),
             Backend::Process | Backend::Qemu => None,
         }
     }
@@ -71,21 +68,4 @@ impl Backend {
 pub fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
-}
-
-mod ioctls {
-    // KVM_CREATE_VM and KVM_CREATE_VCPU of linux/kvm.h.
-    nix::ioctl_write_int_bad!(create_vm, nix::request_code_none!(0xae, 0x01));
-    nix::ioctl_write_int_bad!(create_vcpu, nix::request_code_none!(0xae, 0x41));
-}
-
-/// Makes a VM with a virtual CPU: /dev/kvm exists on hosts where that fails.
-fn kvm() -> std::io::Result<()> {
-    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
-    // SAFETY: both calls take an integer, and answer with a new descriptor that nobody else owns.
-    unsafe {
-        let vm = OwnedFd::from_raw_fd(ioctls::create_vm(kvm.as_raw_fd(), 0)?);
-        OwnedFd::from_raw_fd(ioctls::create_vcpu(vm.as_raw_fd(), 0)?);
-    }
-    Ok(())
 }

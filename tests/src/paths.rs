@@ -30,6 +30,11 @@ pub fn image() -> PathBuf {
     built(named("CUBE_IMAGE", "test-image.tar"))
 }
 
+/// The script of `make demo`: `CUBE_DEMO`.
+pub fn demo() -> PathBuf {
+    built(named("CUBE_DEMO", "../scripts/demo"))
+}
+
 /// The shim.
 pub fn shim() -> PathBuf {
     built(bin_dir().join("containerd-shim-cube-v2"))

@@ -7,7 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        exactness, exits, isolation, lifecycle, machines, memory, output, rest, snapshots, survival, terminal,
+        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
+        snapshots, survival, terminal,
     },
 };
 
@@ -39,6 +40,13 @@ fn main() -> ExitCode {
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
         rest::a_guest_at_rest_has_written_its_disks_and_wakes_up_with_the_time_and_name_it_is_given,
+        pause::a_paused_task_stands_still_until_it_is_resumed,
+        pause::a_paused_task_can_be_killed_and_deleted,
+        pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
+        pause::pauses_in_full_flow_cost_and_double_no_byte,
+        restore::clones_go_on_with_their_streams_and_so_does_the_original,
+        restore::a_clone_can_be_snapshotted_like_any_other,
+        restore::what_cannot_be_snapshotted_or_restored_says_why,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
         snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,
@@ -49,5 +57,6 @@ fn main() -> ExitCode {
         exactness::logs_and_readers_get_every_byte,
         exactness::reconnects_change_nothing,
         exactness::a_rotated_log_is_the_end_of_the_stream,
+        demo::the_demo_comes_to_its_end_and_leaves_nothing,
     ])
 }

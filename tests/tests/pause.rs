@@ -2,7 +2,12 @@
 
 use std::process::ExitCode;
 
-use cube_tests::{cases, needs::Backend, runner, scenarios::pause};
+use cube_tests::{
+    cases,
+    needs::Backend,
+    runner,
+    scenarios::{pause, restore},
+};
 
 fn main() -> ExitCode {
     let mut cases = cases![Backend::Process =>
@@ -11,6 +16,7 @@ fn main() -> ExitCode {
         pause::a_signal_waits_for_the_resume,
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
+        restore::what_cannot_be_snapshotted_or_restored_says_why,
     ];
     cases.extend(cases![Backend::Qemu =>
         pause::a_paused_task_stands_still_until_it_is_resumed,

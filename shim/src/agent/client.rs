@@ -196,6 +196,8 @@ pub struct LinkStatus {
 struct Counters {
     reconnects: AtomicU64,
     last_event: AtomicU64,
+    /// The timeline that the events are of.
+    timeline: AtomicU64,
 }
 
 impl std::fmt::Debug for Agent {
@@ -211,7 +213,6 @@ pub struct Link {
     counters: Arc<Counters>,
     polling: watch::Sender<Polling>,
     boot_id: u64,
-    timeline: u64,
 }
 
 impl Agent {
@@ -227,6 +228,7 @@ impl Agent {
         let (clients, hello) = connect(&*dial, limit).await?;
         let (sender, receiver) = watch::channel(Some(clients));
         let counters = Arc::<Counters>::default();
+        counters.timeline.store(hello.timeline, Ordering::Relaxed);
         let polling = watch::Sender::new(Polling::On);
         let link = Link {
             dial,
@@ -234,7 +236,6 @@ impl Agent {
             counters: counters.clone(),
             polling: polling.clone(),
             boot_id: hello.boot_id,
-            timeline: hello.timeline,
         };
         Ok((Agent { clients: receiver, counters, polling }, link, hello))
     }
@@ -261,6 +262,14 @@ impl Agent {
     pub async fn following(&self) {
         // We hold a sender: it cannot fail.
         let _ = self.polling.subscribe().wait_for(|polling| *polling == Polling::On).await;
+    }
+
+    /// Polls for the events of another timeline, after number `after`. For a guest that was restored, once
+    /// it is thawed; events were held before.
+    pub fn follow_events_of(&self, timeline: u64, after: u64) {
+        self.counters.timeline.store(timeline, Ordering::Relaxed);
+        self.counters.last_event.store(after, Ordering::Relaxed);
+        self.follow_events();
     }
 
     /// How the connection has fared, from memory.
@@ -406,7 +415,7 @@ impl Link {
     }
 
     async fn follow(&self, events: &mpsc::Sender<GuestEvent>) -> Result<(), AgentError> {
-        let (mut after, mut refused) = (0, 0_u64);
+        let mut refused = 0_u64;
         let mut pace = Pace::new();
         loop {
             let clients = self.clients.borrow().clone();
@@ -415,10 +424,11 @@ impl Link {
                 None => self.reconnect().await?,
             };
             self.may_poll().await;
+            let mut after = self.counters.last_event.load(Ordering::Relaxed);
             let request = EventsRequest {
                 after,
                 timeout_ms: POLL.0.as_millis() as u32,
-                timeline: self.timeline,
+                timeline: self.counters.timeline.load(Ordering::Relaxed),
                 ..Default::default()
             };
             let begun = Instant::now();

@@ -159,7 +159,7 @@ mod tests {
         errors::Error,
         sandbox::{Rootfs, RootfsRequest, Selected},
         state::{ContainerState, FORMAT, State},
-        vmm::VmSpec,
+        vmm::{Disk, VmSpec},
     };
 
     /// Counts how often a sandbox is destroyed.
@@ -184,6 +184,10 @@ mod tests {
             unreachable!()
         }
 
+        fn restore_disks(&self, _: &Config, _: &RunDir, _: &[Disk]) -> Result<Vec<Disk>, Error> {
+            unreachable!()
+        }
+
         fn release_rootfs(&self, _: &RunDir, _: &str) -> Result<(), Error> {
             unreachable!()
         }
@@ -202,7 +206,7 @@ mod tests {
             fs::create_dir_all(&bundle).unwrap();
             let address = format!("unix://{}", run_dir.socket().unwrap().display());
             fs::write(bundle.join(ADDRESS_FILE), address).unwrap();
-            ((*id).to_owned(), ContainerState { bundle, log_dir: None, created_ns: 1 })
+            ((*id).to_owned(), ContainerState { bundle, log_dir: None, created_ns: 1, guest_id: None })
         };
         let state = State {
             format: FORMAT,

@@ -10,7 +10,7 @@ use crate::{
     agent::{Agent, Dial, dial::HybridVsock},
     config,
     state::{ContainerState, RunDir, State},
-    stdio::{Flows, LogConfig, ProcessIo, StdioConfig},
+    stdio::{Begin, Flows, LogConfig, ProcessIo, StdioConfig},
     vmm::VSOCK_SOCKET,
 };
 
@@ -38,7 +38,8 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     cube_fault::point("cleanup.log_recovered");
     let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
     let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CONNECT_LIMIT).await else { return };
-    join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
+    let ids = state.containers.iter().map(|(id, container)| container.guest_id(id));
+    join_all(ids.map(|id| kill(&agent, id))).await;
     cube_fault::point("cleanup.containers_killed");
     let flows = Flows::on(state.timeline);
     let drains = logs.into_iter().flatten().map(|mut io| {
@@ -65,12 +66,14 @@ async fn recover(
     let config = StdioConfig {
         namespace: state.namespace.clone(),
         container_id: id.into(),
+        guest_container_id: container.guest_id(id).into(),
         exec_id: String::new(),
         terminal: false,
         stdin: String::new(),
         stdout: String::new(),
         stderr: String::new(),
         log: Some(log),
+        begin: Begin::default(),
     };
     ProcessIo::recover(config).await.ok()
 }

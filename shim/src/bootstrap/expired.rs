@@ -128,7 +128,7 @@ mod tests {
         let dir = RunDir::of(&config.run_dir, "address", "default", "living");
         fs::create_dir_all(&config.run_dir).unwrap();
         dir.create().unwrap();
-        let container = ContainerState { bundle: "/b".into(), log_dir: None, created_ns: 1 };
+        let container = ContainerState { bundle: "/b".into(), log_dir: None, created_ns: 1, guest_id: None };
         dir.save(&State {
             format: FORMAT,
             namespace: "default".into(),

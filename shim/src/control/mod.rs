@@ -7,10 +7,11 @@ mod status;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use tracing::info;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use self::sandbox::{StatusRequest, StatusResponse, WaitReadyRequest, WaitReadyResponse};
-use crate::sandbox::{Sandbox, SandboxReadiness};
+use crate::sandbox::{Sandbox, SandboxReadiness, SnapshotRequest};
 
 /// Longest time that a caller may wait for a sandbox to be ready.
 const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -58,5 +59,20 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
             SandboxReadiness::Waiting(what) => (false, what),
         };
         Ok(WaitReadyResponse { ready, waits_for, ..Default::default() })
+    }
+
+    async fn snapshot(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::SnapshotRequest,
+    ) -> ttrpc::Result<sandbox::SnapshotResponse> {
+        info!(name = request.name, "snapshot");
+        let name = Some(request.name).filter(|name| !name.is_empty());
+        let taken = self.sandbox.snapshot(SnapshotRequest { name, checkpoint: None }).await?;
+        Ok(sandbox::SnapshotResponse {
+            name: taken.manifest.name,
+            disk_bytes: taken.disk_bytes,
+            ..Default::default()
+        })
     }
 }

@@ -62,15 +62,21 @@ pub struct LogWriter {
 }
 
 impl LogWriter {
-    /// Begins the log of `stream` ("stdout" or "stderr") at offset 0, in a directory without one.
-    pub fn create(dir: Arc<LogDir>, stream: &'static str, limits: Limits) -> Result<LogWriter, LogError> {
+    /// Begins the log of `stream` ("stdout" or "stderr") at stream offset `from`, in a directory without
+    /// one.
+    pub fn create(
+        dir: Arc<LogDir>,
+        stream: &'static str,
+        limits: Limits,
+        from: u64,
+    ) -> Result<LogWriter, LogError> {
         let mut writer = LogWriter {
             dir,
             stream,
             limits,
             identity: Identity::default(),
             retained: Arc::default(),
-            next_offset: 0,
+            next_offset: from,
             next_number: 1,
             current: None,
         };

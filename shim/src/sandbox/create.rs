@@ -15,21 +15,22 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Host, Identity, Message, Plan, ProcessId, Rootfs, RootfsRequest,
+    Host, Identity, Message, Plan, ProcessId, Rootfs, RootfsRequest, Selected,
     job::{self, Guest, stdio_config, stream},
     machine::Machine,
+    restore::Restored,
     size, spec,
     steps::Steps,
 };
 use crate::{
-    agent::{Agent, Dial, GuestEvent},
+    agent::{Agent, Dial, GuestEvent, Link},
     cgroup::SandboxCgroup,
     config::{Config, VmmChoice},
     errors::{Error, chain},
     rootfs::{Share, block::BlockRequest},
     state::State,
     stdio::{Flows, LogConfig, ProcessIo},
-    vmm::VmSpec,
+    vmm::{Disk, VmSpec, Vmm},
 };
 
 /// Time from the VMM's start to the agent's first answer. Emulation on a busy host needs most of it.
@@ -63,6 +64,8 @@ pub(super) struct Created {
     pub(super) guest_pid: u32,
     /// The VM, if this container's creation booted it.
     pub(super) booted: Option<Booted>,
+    /// If it was restored: how it goes on.
+    pub(super) restored: Option<Restored>,
 }
 
 /// A VM that has just been booted.
@@ -77,18 +80,35 @@ pub(super) struct Booted {
     pub(super) hello: HelloResponse,
     /// The task that follows the guest's events; to be aborted when the VM has ended.
     pub(super) link: JoinHandle<()>,
+    /// Its disks.
+    pub(super) disks: Vec<Disk>,
+}
+
+/// A VM whose agent has answered.
+pub(super) struct Reached {
+    pub(super) vmm: Box<dyn Vmm>,
+    pub(super) backend: String,
+    pub(super) reason: String,
+    pub(super) shared_mount: SharedMount,
+    pub(super) dial: Arc<dyn Dial>,
+    pub(super) agent: Agent,
+    pub(super) link: Link,
+    pub(super) hello: HelloResponse,
 }
 
 impl Creation {
     /// Creates the container. `abort` ends the attempt. On an error nothing is left, and for the
     /// first container that means nothing of the sandbox.
     pub(super) async fn run(mut self, mut abort: oneshot::Receiver<()>) -> Result<Created, Error> {
-        let result = match self.prepare(&mut abort).await {
-            Ok((rootfs, io)) => tokio::select! {
-                result = self.create(rootfs, io) => result,
-                _ = abort => Err(Error::Killed),
+        let result = match self.plan.restore.take() {
+            Some(snapshot) => self.restore(&snapshot, abort).await,
+            None => match self.prepare(&mut abort).await {
+                Ok((rootfs, io)) => tokio::select! {
+                    result = self.create(rootfs, io) => result,
+                    _ = abort => Err(Error::Killed),
+                },
+                Err(e) => Err(e),
             },
-            Err(e) => Err(e),
         };
         if let Err(e) = &result {
             warn!(container = self.plan.request.id, "cannot create the container: {}", chain(e));
@@ -134,8 +154,13 @@ impl Creation {
         steps.done("spec checked, cgroup and rootfs made");
         self.plan.spec = spec;
         let process = self.process();
-        let stdio =
-            stdio_config(&self.identity.namespace, &process, &self.plan.request.stdio, self.log.clone());
+        let stdio = stdio_config(
+            &self.identity.namespace,
+            &process,
+            process.container.clone(),
+            &self.plan.request.stdio,
+            self.log.clone(),
+        );
         let io = ProcessIo::prepare(stdio).await?;
         cube_fault::point("create.stdio_prepared");
         steps.done("stdio prepared");
@@ -206,7 +231,7 @@ impl Creation {
         cube_fault::point("create.container_made");
         steps.done("container created in the guest");
         io.start(guest.dial.clone(), &guest.flows);
-        Ok(Created { io, guest_pid, booted })
+        Ok(Created { io, guest_pid, booted, restored: None })
     }
 
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
@@ -226,11 +251,31 @@ impl Creation {
             cmdline: String::new(),
             restore: None,
         };
+        let Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello } =
+            self.reach(vm, &mut steps).await?;
+        let shared_mounts = if share { vec![shared_mount] } else { Vec::new() };
+        // From now on it is the link that connects again.
+        let link = link.run(self.events.clone());
+        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
+        prepared.inspect_err(|_| link.abort())?;
+        cube_fault::point("create.guest_ready");
+        steps.done("guest prepared");
+        info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
+
+        let pid = vmm.pid();
+        let machine = Machine::watch(vmm, self.owner.clone());
+        let guest = Guest { agent, machine, dial, flows: Flows::on(hello.timeline), alias: None };
+        Ok(Booted { guest, pid, backend, reason, hello, link, disks: rootfs.disks.clone() })
+    }
+
+    /// Starts the VM, and waits for its agent.
+    pub(super) async fn reach(&self, vm: VmSpec, steps: &mut Steps) -> Result<Reached, Error> {
         let (host, config) = (self.host.clone(), self.config.clone());
+        let (vcpus, memory_mib, restores) = (vm.vcpus, vm.memory_mib, vm.restore.is_some());
         // It may run programs to find out what works here.
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
-        let (backend, reason, mut vmm) = (selected.backend, selected.reason, selected.vmm);
-        info!(backend, reason, vcpus = size.vcpus, memory_mib = size.memory_mib, "booting");
+        let Selected { mut vmm, backend, reason, shared_mount } = selected;
+        info!(backend, reason, vcpus, memory_mib, restores, "booting");
         steps.done("VMM chosen");
         vmm.boot().await?;
         cube_fault::point("create.vmm_spawned");
@@ -245,19 +290,7 @@ impl Creation {
             }
         };
         steps.done("agent reached");
-        let shared_mounts = if share { vec![selected.shared_mount] } else { Vec::new() };
-        // From now on it is the link that connects again.
-        let link = link.run(self.events.clone());
-        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
-        prepared.inspect_err(|_| link.abort())?;
-        cube_fault::point("create.guest_ready");
-        steps.done("guest prepared");
-        info!(agent = hello.agent_version, kernel = hello.kernel_release, "the guest is ready");
-
-        let pid = vmm.pid();
-        let machine = Machine::watch(vmm, self.owner.clone());
-        let guest = Guest { agent, machine, dial, flows: Flows::on(hello.timeline) };
-        Ok(Booted { guest, pid, backend, reason, hello, link })
+        Ok(Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello })
     }
 
     async fn roll_back(&self) {
@@ -274,7 +307,7 @@ impl Creation {
         }
     }
 
-    fn process(&self) -> ProcessId {
+    pub(super) fn process(&self) -> ProcessId {
         ProcessId { container: self.plan.request.id.clone(), exec: String::new() }
     }
 }

@@ -61,6 +61,10 @@ pub(super) struct Guest {
     /// Changes to cut every connection.
     cut: watch::Sender<u32>,
     quiesces: watch::Sender<u32>,
+    /// Whether it was restored.
+    pub(super) quiesced: AtomicBool,
+    /// What the last Thaw asked for.
+    pub(super) thaw: Mutex<guest::ThawRequest>,
 }
 
 impl Guest {
@@ -79,6 +83,8 @@ impl Guest {
             news: Notify::new(),
             cut: watch::Sender::new(0),
             quiesces: watch::Sender::new(0),
+            quiesced: AtomicBool::new(false),
+            thaw: Mutex::default(),
         }
     }
 
@@ -211,6 +217,11 @@ impl Task for Service {
         Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
+    async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
+        self.0.called("State", &request.id, &request.exec_id).await?;
+        Ok(api::StateResponse { pid: 17, ..Default::default() })
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
         self.0.called("Shutdown", "", "").await?;
         Ok(Empty::new())
@@ -224,6 +235,7 @@ impl guest_ttrpc::Guest for Service {
             protocol: MessageField::some(self.0.protocol.into()),
             boot_id: 1,
             timeline: 2,
+            quiesced: self.0.quiesced.load(Ordering::Relaxed),
             ..Default::default()
         })
     }
@@ -248,8 +260,13 @@ impl guest_ttrpc::Guest for Service {
         Ok(guest::QuiesceResponse::new())
     }
 
-    async fn thaw(&self, _: &TtrpcContext, _: guest::ThawRequest) -> ttrpc::Result<guest::ThawResponse> {
+    async fn thaw(
+        &self,
+        _: &TtrpcContext,
+        request: guest::ThawRequest,
+    ) -> ttrpc::Result<guest::ThawResponse> {
         self.0.called("Thaw", "", "").await?;
+        *self.0.thaw.lock().unwrap() = request;
         Ok(guest::ThawResponse::new())
     }
 
@@ -303,6 +320,8 @@ pub(super) struct FakeVmm {
     paused: watch::Sender<bool>,
     /// Whether a pause fails.
     pub(super) sticks: Arc<AtomicBool>,
+    /// Whether a snapshot fails.
+    pub(super) sticks_in_snapshots: Arc<AtomicBool>,
     boots: bool,
 }
 
@@ -355,8 +374,14 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
-    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
-        Err(VmmError::CannotSnapshot { backend: "fake", reason: "it is none" })
+    async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
+        assert!(self.is_paused(), "memory changes while it is written");
+        if self.sticks_in_snapshots.load(Ordering::Relaxed) {
+            let source = VmmError::Timeout { what: "writing", limit: Duration::ZERO };
+            return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
+        }
+        std::fs::write(dir.join("memory-ranges"), "memory").unwrap();
+        Ok(())
     }
 
     async fn add_disk(&self, _: &Disk) -> Result<(), VmmError> {
@@ -391,6 +416,7 @@ impl FakeHost {
                 alive: watch::Sender::new(true),
                 paused: watch::Sender::new(false),
                 sticks: Arc::default(),
+                sticks_in_snapshots: Arc::default(),
                 boots,
             },
             guest: Arc::new(guest),
@@ -414,6 +440,10 @@ impl Host for FakeHost {
         // What is made is known to the state file before.
         assert!(request.run_dir.load()?.unwrap().containers.contains_key(&request.id));
         Ok(Rootfs { share: true, ..Default::default() })
+    }
+
+    fn restore_disks(&self, _: &Config, _: &RunDir, snapshot: &[Disk]) -> Result<Vec<Disk>, Error> {
+        Ok(snapshot.to_vec())
     }
 
     fn release_rootfs(&self, _: &RunDir, id: &str) -> Result<(), Error> {

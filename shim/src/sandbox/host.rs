@@ -15,7 +15,7 @@ use crate::{
     errors::Error,
     rootfs::{
         Plan, Prepared, Share,
-        block::{BlockRequest, SandboxDisks},
+        block::{self, BlockRequest, SandboxDisks},
     },
     state::RunDir,
     vmm::{self, Disk, VmSpec, Vmm},
@@ -72,6 +72,11 @@ pub trait Host: Send + Sync + 'static {
     /// minutes if it has to pack an image, which [`BlockRequest::cancel`] ends.
     fn prepare_rootfs(&self, request: RootfsRequest, spec: &mut Value) -> Result<Rootfs, Error>;
 
+    /// Makes the disks of a sandbox from those of a snapshot. Undone by [`Host::destroy`]. Takes the time to
+    /// copy what guests have written, where the file system cannot share it.
+    fn restore_disks(&self, config: &Config, run_dir: &RunDir, snapshot: &[Disk])
+    -> Result<Vec<Disk>, Error>;
+
     /// Unmounts and removes what was prepared for container `id`. May be repeated.
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error>;
 
@@ -109,6 +114,15 @@ impl Host for LinuxHost {
         plan.rewrite_spec(spec);
         let Prepared { guest_mounts, disks } = prepared;
         Ok(Rootfs { guest_mounts, disks, share: plan.needs_share() })
+    }
+
+    fn restore_disks(
+        &self,
+        config: &Config,
+        run_dir: &RunDir,
+        snapshot: &[Disk],
+    ) -> Result<Vec<Disk>, Error> {
+        Ok(block::restore_disks(&config.rootfs.cache_dir, run_dir.path(), snapshot)?)
     }
 
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {

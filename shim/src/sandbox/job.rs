@@ -7,6 +7,7 @@ use containerd_shim_protos::{
     api::{self, Status},
     protobuf::{MessageField, well_known_types::any::Any},
 };
+use cube_protocol::guest::QuiesceResponse;
 use futures::future::join_all;
 use tokio::{
     task::spawn_blocking,
@@ -16,14 +17,15 @@ use tracing::warn;
 use ttrpc::Code;
 
 use super::{
-    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine, pause,
-    process::Stdio,
+    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, SnapshotRequest, create::Created,
+    machine::Machine, pause, process::Stdio, snapshot::Taken,
 };
 use crate::{
     agent::{Agent, AgentError, Clients, Dial},
     errors::{Error, chain},
+    snapshot::Listed,
     state::RunDir,
-    stdio::{Flows, LogConfig, ProcessIo, StdioConfig},
+    stdio::{Begin, Flows, LogConfig, ProcessIo, StdioConfig},
 };
 
 /// Deadlines of calls to the guest. An emulated guest takes its time to set a container up.
@@ -53,8 +55,9 @@ pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
     Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
-    Paused { id: String, result: Result<(), pause::Failed>, reply: Reply<()> },
+    Paused { id: String, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
     Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
+    Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
 }
@@ -67,7 +70,10 @@ impl Report {
             | Report::Execed { .. }
             | Report::Started { .. }
             | Report::Deleted { .. } => true,
-            Report::Paused { .. } | Report::Resumed { .. } | Report::Stats { .. } => false,
+            Report::Paused { .. }
+            | Report::Resumed { .. }
+            | Report::Snapshotted { .. }
+            | Report::Stats { .. } => false,
         }
     }
 }
@@ -81,18 +87,50 @@ pub(super) struct Guest {
     pub(super) dial: Arc<dyn Dial>,
     /// Whether the streams flow, and on which timeline.
     pub(super) flows: Flows,
+    /// Of a guest that was restored: the id of its container for containerd, and in the guest.
+    pub(super) alias: Option<Arc<(String, String)>>,
+}
+
+impl Guest {
+    /// The id in the guest of what is container `id` for containerd.
+    pub(super) fn inside(&self, id: String) -> String {
+        match &self.alias {
+            Some(alias) if alias.0 == id => alias.1.clone(),
+            _ => id,
+        }
+    }
+
+    /// The id for containerd of what is container `id` in the guest.
+    pub(super) fn outside(&self, id: &str) -> String {
+        match &self.alias {
+            Some(alias) if alias.1 == id => alias.0.clone(),
+            _ => id.into(),
+        }
+    }
 }
 
 /// What the stdio module needs to know of a process.
 pub(super) fn stdio_config(
     namespace: &str,
     process: &ProcessId,
+    guest_container_id: String,
     stdio: &Stdio,
     log: Option<LogConfig>,
 ) -> StdioConfig {
     let Stdio { terminal, stdin, stdout, stderr } = stdio.clone();
     let (container_id, exec_id) = (process.container.clone(), process.exec.clone());
-    StdioConfig { namespace: namespace.into(), container_id, exec_id, terminal, stdin, stdout, stderr, log }
+    StdioConfig {
+        namespace: namespace.into(),
+        container_id,
+        guest_container_id,
+        exec_id,
+        terminal,
+        stdin,
+        stdout,
+        stderr,
+        log,
+        begin: Begin::default(),
+    }
 }
 
 /// How the agent is told that it must make a stream: any text but the empty one does.
@@ -103,10 +141,11 @@ pub(super) fn stream(wanted: bool) -> String {
 /// Registers an exec in the guest and begins to relay its stdio.
 pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) -> Result<ProcessIo, Error> {
     let ExecRequest { process, spec, stdio } = request;
-    let mut io = ProcessIo::prepare(stdio_config(&namespace, &process, &stdio, None)).await?;
+    let inside = guest.inside(process.container.clone());
+    let mut io = ProcessIo::prepare(stdio_config(&namespace, &process, inside.clone(), &stdio, None)).await?;
     let wanted = io.wanted();
     let call = api::ExecProcessRequest {
-        id: process.container,
+        id: inside,
         exec_id: process.exec,
         terminal: stdio.terminal,
         stdin: stream(wanted.stdin),
@@ -130,7 +169,7 @@ pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) 
 /// Lets a created process run. Gives its pid in the guest.
 pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error> {
     let ProcessId { container, exec } = process;
-    let call = api::StartRequest { id: container, exec_id: exec, ..Default::default() };
+    let call = api::StartRequest { id: guest.inside(container), exec_id: exec, ..Default::default() };
     cube_fault::point("run.before_start");
     let deadline = Instant::now() + START_LIMIT;
     let mut lost = false;
@@ -188,7 +227,11 @@ pub(super) async fn create(agent: &Agent, call: api::CreateTaskRequest) -> Resul
     }
 }
 
-async fn state(agent: &Agent, container: &str, exec: &str) -> Result<api::StateResponse, AgentError> {
+pub(super) async fn state(
+    agent: &Agent,
+    container: &str,
+    exec: &str,
+) -> Result<api::StateResponse, AgentError> {
     let call = api::StateRequest { id: container.into(), exec_id: exec.into(), ..Default::default() };
     agent.call("State", CALL_LIMIT, call, |c, ctx, call| async move { c.task.state(ctx, &call).await }).await
 }
@@ -199,7 +242,7 @@ pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) 
     let limit = if sigkill { SIGKILL_LIMIT } else { CALL_LIMIT };
     let ProcessId { container, exec } = request.process;
     let call = api::KillRequest {
-        id: container,
+        id: guest.inside(container),
         exec_id: exec,
         signal: request.signal,
         all: request.all,
@@ -227,7 +270,7 @@ pub(super) async fn kill(guest: Guest, request: KillRequest, last_resort: bool) 
 
 /// Metrics of a container.
 pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
-    let call = api::StatsRequest { id, ..Default::default() };
+    let call = api::StatsRequest { id: guest.inside(id), ..Default::default() };
     let answer = guest
         .agent
         .call("Stats", STATS_LIMIT, call, |c, ctx, call| async move { c.task.stats(ctx, &call).await })
@@ -237,6 +280,7 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
 
 /// Changes limits.
 pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(), Error> {
+    let id = guest.inside(id);
     let call = api::UpdateTaskRequest { id, resources: MessageField::some(resources), ..Default::default() };
     let send = |c: Clients, ctx, call| async move { c.task.update(ctx, &call).await };
     guest.agent.call("Update", CALL_LIMIT, call, send).await?;
@@ -246,7 +290,8 @@ pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(
 /// Sets a window size.
 pub(super) async fn resize(guest: Guest, process: ProcessId, width: u32, height: u32) -> Result<(), Error> {
     let ProcessId { container, exec } = process;
-    let call = api::ResizePtyRequest { id: container, exec_id: exec, width, height, ..Default::default() };
+    let id = guest.inside(container);
+    let call = api::ResizePtyRequest { id, exec_id: exec, width, height, ..Default::default() };
     let send = |c: Clients, ctx, call| async move { c.task.resize_pty(ctx, &call).await };
     guest.agent.call("ResizePty", CALL_LIMIT, call, send).await?;
     Ok(())
@@ -334,7 +379,8 @@ async fn forget(guest: &Guest, processes: &[ProcessId], containers: &[String]) {
         &inits
     };
     for ProcessId { container, exec } in targets.iter().cloned() {
-        let call = api::DeleteRequest { id: container, exec_id: exec, ..Default::default() };
+        let id = guest.inside(container);
+        let call = api::DeleteRequest { id, exec_id: exec, ..Default::default() };
         let answer = guest
             .agent
             .call("Delete", DELETE_LIMIT, call, |c, ctx, call| async move { c.task.delete(ctx, &call).await })

@@ -1,6 +1,6 @@
 //! A running VMM, shared by the owner and its jobs.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -37,6 +37,11 @@ impl Machine {
     /// Lets the virtual CPUs run again. Does nothing if they do.
     pub(super) async fn resume(&self) -> Result<(), VmmError> {
         self.0.resume().await
+    }
+
+    /// Writes memory and devices of the paused VM to the empty directory `dir`.
+    pub(super) async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
+        self.0.snapshot(dir).await
     }
 
     /// Ends the VMM with SIGKILL; returns when it is gone.

@@ -15,7 +15,9 @@ mod owner;
 mod pause;
 mod process;
 mod ready;
+mod restore;
 pub mod size;
+mod snapshot;
 pub mod spec;
 mod status;
 mod steps;
@@ -42,6 +44,7 @@ use crate::{
     config::Config,
     errors::Error,
     events::Publisher,
+    snapshot::Listed,
     state::RunDir,
 };
 
@@ -86,6 +89,8 @@ pub struct CreateRequest {
     pub rootfs: Vec<Mount>,
     /// Its init process's stdio.
     pub stdio: Stdio,
+    /// The snapshot to go on from; an annotation may name it, too.
+    pub restore: Option<String>,
 }
 
 /// A [`CreateRequest`] with what its bundle says.
@@ -94,6 +99,8 @@ struct Plan {
     request: CreateRequest,
     spec: Value,
     annotations: Annotations,
+    /// The snapshot to go on from.
+    restore: Option<String>,
 }
 
 /// What Exec asks for, ids checked.
@@ -118,6 +125,15 @@ pub struct KillRequest {
     pub all: bool,
 }
 
+/// What a snapshot is wanted of.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotRequest {
+    /// Its name in the store; `None` makes one of the sandbox's id and the time.
+    pub name: Option<String>,
+    /// For containerd's Checkpoint: the container that was named, and the path for the event.
+    pub checkpoint: Option<(String, String)>,
+}
+
 /// A process that was deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deleted {
@@ -137,6 +153,7 @@ enum Request {
     Kill(KillRequest, Reply<()>),
     Pause(String, Reply<()>),
     Resume(String, Reply<()>),
+    Snapshot(SnapshotRequest, Reply<Listed>),
     Delete(ProcessId, Reply<Deleted>),
     Wait(ProcessId, Reply<Exit>),
     State(ProcessId, Reply<ProcessState>),
@@ -197,7 +214,8 @@ impl Sandbox {
         let plan = spawn_blocking(|| -> Result<Plan, Error> {
             let spec = spec::load(&request.bundle)?;
             let annotations = annotations::parse(spec::annotations(&spec)?)?;
-            Ok(Plan { request, spec, annotations })
+            let restore = request.restore.clone().or_else(|| annotations.restore.clone());
+            Ok(Plan { request, spec, annotations, restore })
         });
         let plan = Box::new(plan.await??);
         self.ask(|reply| Request::Create(plan, reply)).await
@@ -227,6 +245,12 @@ impl Sandbox {
     /// Lets a paused sandbox go on.
     pub async fn resume(&self, id: String) -> Result<(), Error> {
         self.ask(|reply| Request::Resume(id, reply)).await
+    }
+
+    /// Takes a snapshot. The sandbox stands still while memory and disks are written, and is then as it
+    /// was before: running, or paused.
+    pub async fn snapshot(&self, request: SnapshotRequest) -> Result<Listed, Error> {
+        self.ask(|reply| Request::Snapshot(request, reply)).await
     }
 
     /// Removes a process that does not run; for init, the whole container, and for the sandbox's main

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use cube_protocol::guest::{QuiesceRequest, ThawRequest};
+use cube_protocol::guest::{QuiesceRequest, QuiesceResponse, ThawRequest};
 use tokio::time::timeout;
 use tracing::{error, warn};
 
@@ -22,6 +22,9 @@ use crate::{
 
 /// Time for the guest to freeze its processes, and how much longer its answer may take.
 const QUIESCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+
+/// The same for a guest that also writes out its disks.
+const SYNC: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
 
 /// Time for the streams, and for the last poll of events. A stream that is late, because a disk of the
 /// host hangs, keeps its connection: what is on it is still there after the pause.
@@ -38,15 +41,18 @@ pub(super) struct Failed {
 }
 
 /// Brings the sandbox to rest, and stops its VM.
-pub(super) async fn pause(guest: &Guest, timeline: u64) -> Result<(), Failed> {
+pub(super) async fn pause(guest: &Guest, timeline: u64) -> Result<QuiesceResponse, Failed> {
     let mut steps = Steps::begin();
     let paused = async {
-        come_to_rest(guest, &mut steps).await?;
+        let rest = come_to_rest(guest, &mut steps).await?;
         guest.machine.pause().await?;
         steps.done("VM paused");
-        Ok(())
+        Ok(rest)
     };
-    let Err(error) = paused.await else { return Ok(()) };
+    let error = match paused.await {
+        Ok(rest) => return Ok(rest),
+        Err(error) => error,
+    };
     match wake(guest, timeline, &mut steps).await {
         Ok(()) => Err(Failed { error, runs: true }),
         Err(e) => {
@@ -68,19 +74,20 @@ pub(super) async fn resume(guest: &Guest, timeline: u64) -> Result<(), Error> {
     woken
 }
 
-async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<(), Error> {
+/// Lets nothing run in the guest, and with `sync` has it write out its disks. Can be repeated.
+pub(super) async fn quiesce(guest: &Guest, sync: bool) -> Result<QuiesceResponse, Error> {
+    let (limit, margin) = if sync { SYNC } else { QUIESCE };
+    let request = QuiesceRequest { sync, timeout_ms: limit.as_millis() as u32, ..Default::default() };
+    let answer = guest.agent.call("Quiesce", limit + margin, request, |c, ctx, call| async move {
+        c.guest.quiesce(ctx, &call).await
+    });
+    Ok(answer.await?)
+}
+
+/// Brings the guest to rest, and all that connects to it. Undone by [`wake`], also after an error.
+pub(super) async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<QuiesceResponse, Error> {
     guest.agent.hold_events();
-    let (limit, margin) = QUIESCE;
-    let request = QuiesceRequest { timeout_ms: limit.as_millis() as u32, ..Default::default() };
-    guest
-        .agent
-        .call(
-            "Quiesce",
-            limit + margin,
-            request,
-            |c, ctx, call| async move { c.guest.quiesce(ctx, &call).await },
-        )
-        .await?;
+    let rest = quiesce(guest, false).await?;
     steps.done("guest quiesced");
     if timeout(REST_LIMIT, guest.flows.rest()).await.is_err() {
         warn!("pausing with streams that do not come to rest: is there a disk that hangs?");
@@ -90,10 +97,11 @@ async fn come_to_rest(guest: &Guest, steps: &mut Steps) -> Result<(), Error> {
         warn!("pausing with a poll for events that the guest does not answer");
     }
     steps.done("events at rest");
-    Ok(())
+    Ok(rest)
 }
 
-async fn wake(guest: &Guest, timeline: u64, steps: &mut Steps) -> Result<(), Error> {
+/// Sets everything going again that [`come_to_rest`] and the VMM have stopped.
+pub(super) async fn wake(guest: &Guest, timeline: u64, steps: &mut Steps) -> Result<(), Error> {
     guest.machine.resume().await?;
     steps.done("VM resumed");
     // First: this is also what connects again if that has to be.

@@ -13,7 +13,7 @@ use super::{
     fakes::{FakeHost, Fault, Guest, PID},
 };
 use crate::{
-    config::Config,
+    config::{self, Config},
     errors::{Error, chain},
     events::{Publisher, tests as containerd},
     state::RunDir,
@@ -23,6 +23,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 mod pause;
 mod ready;
+mod restore;
+mod snapshot;
 
 struct Lab {
     dir: TempDir,
@@ -49,7 +51,9 @@ impl Lab {
         let publisher = Publisher::new(socket.to_str().unwrap(), "default");
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
-        let (sandbox, over) = Sandbox::spawn(identity, Config::default(), host.clone(), publisher.clone());
+        let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
+        let config = Config { snapshot, ..Default::default() };
+        let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }
 
@@ -57,7 +61,7 @@ impl Lab {
         let bundle = self.dir.path().join("bundles").join(id);
         fs::create_dir_all(&bundle).unwrap();
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default() }
+        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default(), restore: None }
     }
 
     async fn create(&self, id: &str) -> Result<u32, Error> {

@@ -38,6 +38,8 @@ pub(super) struct Endpoint {
     pub(super) container_id: String,
     pub(super) exec_id: String,
     pub(super) stream: stream::Stream,
+    /// Every attempt must be higher.
+    pub(super) attempt: u64,
     pub(super) dial: Arc<dyn Dial>,
 }
 
@@ -148,7 +150,7 @@ impl Connections {
     /// does not know how often it has dialled, has the higher attempt.
     pub(super) fn new(endpoint: Endpoint, counters: Arc<Counters>) -> Connections {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let attempt = u64::try_from(now.as_micros()).unwrap_or(u64::MAX / 2);
+        let attempt = u64::try_from(now.as_micros()).unwrap_or(u64::MAX / 2).max(endpoint.attempt);
         Connections { endpoint, counters, attempt, backoff: BACKOFF_MIN, connected: None }
     }
 

@@ -47,6 +47,12 @@ impl Flows {
         Flows { order, tally: watch::Sender::new(Tally::default()) }
     }
 
+    /// For streams of a guest that is at rest.
+    pub fn at_rest() -> Flows {
+        let order = watch::Sender::new(Order { flow: Flow::Rest, generation: 0 });
+        Flows { order, tally: watch::Sender::new(Tally::default()) }
+    }
+
     /// Asks every stream to come to rest; resolves when all of them are, or when they are told to flow
     /// again. A stream whose guest or disk does not answer takes seconds or for ever: bound it. Those that
     /// are late come to rest when they can, those that come later begin at rest. Cancel safe.

@@ -67,6 +67,8 @@ pub struct StdioConfig {
     pub namespace: String,
     /// Container whose process it is.
     pub container_id: String,
+    /// Its id in the guest: another one if that was restored from a snapshot.
+    pub guest_container_id: String,
     /// Empty for the init process.
     pub exec_id: String,
     /// One stream for both directions of output, and no stderr.
@@ -80,6 +82,21 @@ pub struct StdioConfig {
     /// Log directory of the container, to be created; `None` for execs, terminals and containers
     /// with log forwarding off.
     pub log: Option<LogConfig>,
+    /// Where the streams begin.
+    pub begin: Begin,
+}
+
+/// Where the streams of a process begin: at 0, unless the process was running before, in another sandbox.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Begin {
+    /// Bytes of stdin that the process has taken.
+    pub stdin: u64,
+    /// First byte of stdout, or of the terminal's output, that the guest still has.
+    pub stdout: u64,
+    /// The same of stderr.
+    pub stderr: u64,
+    /// The highest attempt that any of the streams was opened with.
+    pub attempt: u64,
 }
 
 /// Where and how the log of an init process is kept.
@@ -179,9 +196,9 @@ impl ProcessIo {
         let stderr = if config.terminal { "" } else { &config.stderr };
         let stderr = uri::parse_output(stderr).map_err(invalid("stderr", &config.stderr))?;
         let stdin = stdin.map(|path| Stdin::open(&path)).transpose()?;
-        let logs = output::create_logs(config.log.clone()).await?;
+        let logs = output::create_logs(config.log.clone(), config.begin).await?;
         let (outlets, program) = output::open_outlets(&config, stdout, stderr).await?;
-        let outputs = output::assemble(config.terminal, logs, outlets)?;
+        let outputs = output::assemble(config.terminal, logs, outlets, config.begin)?;
         let (phase, _) = watch::channel(Phase::Running);
         Ok(ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new() })
     }
@@ -192,9 +209,18 @@ impl ProcessIo {
     /// The index tells where each log ends; the next OPEN goes on there.
     pub async fn recover(config: StdioConfig) -> Result<ProcessIo, StdioError> {
         let logs = output::recover_logs(config.log.clone()).await?;
-        let outputs = output::assemble(config.terminal, logs, [None, None])?;
+        let outputs = output::assemble(config.terminal, logs, [None, None], config.begin)?;
         let (phase, _) = watch::channel(Phase::Running);
         Ok(ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() })
+    }
+
+    /// For a process of the guest that nobody here knows: what it writes is taken, counted and dropped, so
+    /// that it does not wait for a reader that never comes. `streams` are those of its outputs.
+    pub fn discard(config: StdioConfig, streams: &[Stream]) -> ProcessIo {
+        let outputs =
+            streams.iter().map(|stream| Output::discarded_by_design(*stream, config.begin)).collect();
+        let (phase, _) = watch::channel(Phase::Running);
+        ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() }
     }
 
     /// Which streams to ask the agent for.
@@ -207,9 +233,10 @@ impl ProcessIo {
     /// of the sandbox rest, so do these. Once.
     pub fn start(&mut self, dial: Arc<dyn Dial>, flows: &Flows) {
         let endpoint = |stream| Endpoint {
-            container_id: self.config.container_id.clone(),
+            container_id: self.config.guest_container_id.clone(),
             exec_id: self.config.exec_id.clone(),
             stream,
+            attempt: self.config.begin.attempt,
             dial: dial.clone(),
         };
         let phases = Phases::new(self.phase.subscribe(), flows.watch());
@@ -222,7 +249,8 @@ impl ProcessIo {
         {
             let endpoint = endpoint(Stream::STDIN);
             let (close, flow) = (close.subscribe(), flows.join());
-            let relay = StdinRelay::new(endpoint, source, close, flow, counters.clone());
+            let relay =
+                StdinRelay::new(endpoint, source, self.config.begin.stdin, close, flow, counters.clone());
             self.tasks.spawn(relay.run(phases));
         }
     }

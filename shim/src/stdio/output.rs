@@ -6,7 +6,7 @@ use cube_protocol::stream::Stream;
 use tokio::task::JoinSet;
 
 use super::{
-    LogConfig, StdioConfig, StdioError, cannot,
+    Begin, LogConfig, StdioConfig, StdioError, cannot,
     connection::Endpoint,
     direct::Direct,
     feed::Feed,
@@ -38,6 +38,8 @@ pub(super) struct Output {
     name: &'static str,
     stream: Stream,
     counters: Arc<Counters>,
+    /// Stream offset of the first byte.
+    begin: u64,
     retained: Option<Arc<Retained>>,
     /// Taken by [`Output::start`].
     parts: Option<Parts>,
@@ -58,6 +60,14 @@ struct Log {
 }
 
 impl Output {
+    /// One that has nowhere to go.
+    pub(super) fn discarded_by_design(stream: Stream, begin: Begin) -> Output {
+        let index = usize::from(stream == Stream::STDERR);
+        let begin = [begin.stdout, begin.stderr][index];
+        let parts = Some(Parts { log: None, outlet: None });
+        Output { name: NAMES[index], stream, counters: Arc::default(), begin, retained: None, parts }
+    }
+
     pub(super) fn name(&self) -> &'static str {
         self.name
     }
@@ -120,7 +130,7 @@ impl Output {
         let Some(Parts { log, outlet }) = self.parts.take() else { return };
         let (name, counters) = (self.name, self.counters.clone());
         let Some(Log { thread, sink, epoch }) = log else {
-            let (sink, end) = sink::channel(0);
+            let (sink, end) = sink::channel(self.begin);
             let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
             tasks.spawn(direct.run(end));
             tasks.spawn(Relay::new(endpoint, 0, sink, flow, counters).run(phases));
@@ -152,10 +162,13 @@ pub(super) fn assemble(
     terminal: bool,
     logs: Both<LogWriter>,
     outlets: Both<Outlet>,
+    begin: Begin,
 ) -> Result<Vec<Output>, StdioError> {
     let streams = [if terminal { Stream::TERMINAL } else { Stream::STDOUT }, Stream::STDERR];
     let mut outputs = Vec::new();
-    for (((name, stream), writer), outlet) in NAMES.into_iter().zip(streams).zip(logs).zip(outlets) {
+    let begins = [begin.stdout, begin.stderr];
+    let all = NAMES.into_iter().zip(streams).zip(begins).zip(logs).zip(outlets);
+    for ((((name, stream), begin), writer), outlet) in all {
         if writer.is_none() && outlet.is_none() {
             continue;
         }
@@ -163,7 +176,7 @@ pub(super) fn assemble(
         let retained = writer.as_ref().map(LogWriter::retained);
         let log = writer.map(|writer| start_log(writer, name, &counters)).transpose();
         let log = log.map_err(cannot("cannot start a thread for the log of", Path::new(name)))?;
-        outputs.push(Output { name, stream, counters, retained, parts: Some(Parts { log, outlet }) });
+        outputs.push(Output { name, stream, counters, begin, retained, parts: Some(Parts { log, outlet }) });
     }
     Ok(outputs)
 }
@@ -177,8 +190,13 @@ fn start_log(writer: LogWriter, name: &'static str, counters: &Arc<Counters>) ->
 }
 
 /// Begins new logs in a new directory.
-pub(super) async fn create_logs(config: Option<LogConfig>) -> Result<Both<LogWriter>, StdioError> {
-    open_logs(config, LogDir::create, LogWriter::create).await
+pub(super) async fn create_logs(
+    config: Option<LogConfig>,
+    begin: Begin,
+) -> Result<Both<LogWriter>, StdioError> {
+    let from = move |stream| if stream == NAMES[0] { begin.stdout } else { begin.stderr };
+    let create = move |dir, stream, limits| LogWriter::create(dir, stream, limits, from(stream));
+    open_logs(config, LogDir::create, create).await
 }
 
 /// Opens the logs that another process has left.
@@ -189,7 +207,7 @@ pub(super) async fn recover_logs(config: Option<LogConfig>) -> Result<Both<LogWr
 async fn open_logs(
     config: Option<LogConfig>,
     open_dir: fn(&Path) -> Result<LogDir, LogError>,
-    open_log: fn(Arc<LogDir>, &'static str, Limits) -> Result<LogWriter, LogError>,
+    open_log: impl Fn(Arc<LogDir>, &'static str, Limits) -> Result<LogWriter, LogError> + Send + 'static,
 ) -> Result<Both<LogWriter>, StdioError> {
     let Some(LogConfig { dir: path, segment_bytes, segments }) = config else { return Ok([None, None]) };
     let limits = Limits { segment_bytes, segments };

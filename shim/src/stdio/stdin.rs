@@ -80,9 +80,11 @@ enum Followed {
 }
 
 impl StdinRelay {
+    /// The first byte of `source` is at stream offset `begin`.
     pub(super) fn new(
         endpoint: Endpoint,
         source: Source,
+        begin: u64,
         close: watch::Receiver<bool>,
         flow: Member,
         counters: Arc<Counters>,
@@ -96,7 +98,7 @@ impl StdinRelay {
             close,
             flow,
             kept: BytesMut::new(),
-            acknowledged: 0,
+            acknowledged: begin,
             ended: false,
             epoch: 0,
         }

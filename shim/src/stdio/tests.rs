@@ -62,12 +62,14 @@ impl Place {
         StdioConfig {
             namespace: "ns".into(),
             container_id: "id".into(),
+            guest_container_id: "id".into(),
             exec_id: String::new(),
             terminal: false,
             stdin: String::new(),
             stdout: String::new(),
             stderr: String::new(),
             log: None,
+            begin: Begin::default(),
         }
     }
 

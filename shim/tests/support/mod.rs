@@ -80,7 +80,12 @@ impl Host {
     pub fn sandbox(&self, id: &str, log_dir: PathBuf) -> RunDir {
         let dir = RunDir::of(&self.path("run"), "/test", "default", id);
         dir.create().unwrap();
-        let container = ContainerState { bundle: self.path("bundle"), log_dir: Some(log_dir), created_ns: 1 };
+        let container = ContainerState {
+            bundle: self.path("bundle"),
+            log_dir: Some(log_dir),
+            created_ns: 1,
+            guest_id: None,
+        };
         dir.save(&State {
             format: FORMAT,
             namespace: "default".into(),

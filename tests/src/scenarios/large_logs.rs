@@ -66,7 +66,7 @@ impl Logs {
     fn write(&self, id: &str, bytes: u64) {
         let dir = Arc::new(LogDir::create(&self.dir(id)).unwrap());
         let limits = Limits { segment_bytes: bytes * 9 / 32, segments: 4 };
-        let mut writer = LogWriter::create(dir, "stdout", limits).unwrap();
+        let mut writer = LogWriter::create(dir, "stdout", limits, 0).unwrap();
         let mut at = 0;
         while at < bytes / LINE {
             let lines: Vec<u8> = (at..at + 1024).flat_map(line).collect();
@@ -184,7 +184,7 @@ pub fn a_last_line_of_any_length_takes_constant_memory(_: Backend) {
     for (id, bytes) in [("short", 1_usize << 20), ("long", longest)] {
         let dir = Arc::new(LogDir::create(&logs.dir(id)).unwrap());
         let limits = Limits { segment_bytes: 16 << 20, segments: u32::MAX };
-        let mut writer = LogWriter::create(dir, "stdout", limits).unwrap();
+        let mut writer = LogWriter::create(dir, "stdout", limits, 0).unwrap();
         writer.append(&mut &mut [IoSlice::new(b"first\n")][..]).unwrap();
         let part = vec![b'x'; 1 << 20];
         for _ in 0..bytes >> 20 {

@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod counters;
+pub mod demo;
 pub mod disks;
 pub mod exactness;
 pub mod exits;
@@ -18,6 +19,7 @@ pub mod pause;
 pub mod pods;
 pub mod ready;
 pub mod rest;
+pub mod restore;
 pub mod rotation;
 pub mod scale;
 pub mod snapshots;

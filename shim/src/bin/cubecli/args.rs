@@ -29,6 +29,13 @@ It is ready when each of its containers has been started and, where the containe
 annotations cube.ready.http, cube.ready.tcp and cube.ready.exec, that probe has succeeded once. It is an
 error if the sandbox's main container exits, or another one before it is ready.";
 
+const SNAPSHOT: &str = "\
+Take a snapshot of a sandbox, which runs on; prints the snapshot's name
+
+Memory and disks are captured at one instant, for which the sandbox stands still. Only sandboxes on Cloud
+Hypervisor whose rootfs is on disks of their own (annotation cube.rootfs.mode=block) can be snapshotted. A
+snapshot holds all that is in the sandbox's memory, secrets included.";
+
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
 #[command(name = "cubecli", version, after_help = EXIT_CODES, arg_required_else_help = true)]
@@ -67,6 +74,11 @@ pub(crate) enum CubeboxCommand {
     /// Wait until a sandbox is ready
     #[command(long_about = WAIT)]
     Wait(WaitArgs),
+    /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
+    #[command(long_about = SNAPSHOT)]
+    Snapshot(SnapshotArgs),
+    /// List the snapshots, or remove one
+    Snapshots(SnapshotsArgs),
     /// Remove what is left: logs beyond their retention, directories of sandboxes that are gone
     Gc(GcArgs),
 }
@@ -109,6 +121,29 @@ pub(crate) struct WaitArgs {
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct SnapshotArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
+    /// Name of the snapshot [default: the ID and the time]
+    pub(crate) name: Option<String>,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct SnapshotsArgs {
+    /// Remove this snapshot; sandboxes that were restored from it go on
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rm: Option<String>,
+    /// Print a JSON array with the manifests instead of a table
+    #[arg(long, conflicts_with = "rm")]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

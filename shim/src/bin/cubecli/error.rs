@@ -8,6 +8,7 @@ use cube_shim::{
         locate::{LocateError, Name},
         reader::ReadError,
     },
+    snapshot::SnapshotError,
     state::StateError,
 };
 
@@ -55,7 +56,7 @@ pub(crate) enum CliError {
     )]
     ShimSilent { sandbox: Name, pid: i32 },
     #[error(
-        "the shim of sandbox {sandbox} (process {pid}) refuses to answer; it may be of another version of Cubebox than cubecli"
+        "the shim of sandbox {sandbox} (process {pid}) does not know this call; it may be of another version of Cubebox than cubecli"
     )]
     ShimRefuses {
         sandbox: Name,
@@ -63,10 +64,12 @@ pub(crate) enum CliError {
         #[source]
         source: ttrpc::Error,
     },
-    #[error("sandbox {sandbox}: {reason}")]
-    WrongState { sandbox: Name, reason: String },
     #[error("sandbox {sandbox} is not ready after {limit:?}: {waits_for}")]
     NotReady { sandbox: Name, limit: Duration, waits_for: String },
+    #[error("sandbox {sandbox}: {text}")]
+    Refused { sandbox: Name, text: String },
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("{0} of the things to remove could not be removed, see above")]
     Incomplete(usize),
 }
@@ -77,7 +80,8 @@ impl CliError {
             CliError::Locate(LocateError::Invalid { .. }) => 2,
             CliError::Locate(LocateError::NotFound { .. })
             | CliError::NoProcess(_)
-            | CliError::NoSandbox { .. } => 3,
+            | CliError::NoSandbox { .. }
+            | CliError::Snapshot(SnapshotError::NotFound { .. }) => 3,
             CliError::Locate(LocateError::Ambiguous { .. }) | CliError::Ambiguous { .. } => 4,
             _ => 1,
         })

@@ -18,6 +18,7 @@ use cube_shim::{
         block::{Cache, SandboxDisks},
         mountinfo,
     },
+    snapshot::Store,
     state::{RunDir, StateError},
 };
 use nix::mount::{MntFlags, umount2};
@@ -35,6 +36,7 @@ pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), Cl
         Gc { tasks: Tasks::new()?, dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
     gc.run_dirs(&config.run_dir)?;
     gc.disks(config)?;
+    gc.snapshots(config)?;
     if config.log.dir.as_os_str() != locate::BUNDLE {
         gc.logs(config)?;
     }
@@ -121,6 +123,19 @@ impl Gc {
             self.say(&line).map_err(CliError::Output)?;
         }
         Ok(())
+    }
+
+    /// Removes snapshots that were left half made.
+    fn snapshots(&mut self, config: &Config) -> Result<(), CliError> {
+        match Store::at(&config.snapshot.dir).collect(self.dry_run) {
+            Ok(removed) => removed.iter().try_for_each(|path| {
+                self.say(&format!("{} (a part of a snapshot)", path.display())).map_err(CliError::Output)
+            }),
+            Err(e) => {
+                self.failed(&e);
+                Ok(())
+            }
+        }
     }
 
     fn logs(&mut self, config: &Config) -> Result<(), CliError> {

@@ -10,6 +10,7 @@ mod namespace;
 mod print;
 mod sandboxes;
 mod shim;
+mod snapshot;
 mod status;
 mod table;
 mod task;
@@ -46,6 +47,12 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
+            snapshot::take(&config, &args, output)
+        }
+        Command::Cubebox { command: CubeboxCommand::Snapshots(args) } => {
+            snapshot::list(&config, &args, output)
+        }
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

@@ -1,18 +1,17 @@
-//! A connection to the shim of a sandbox.
+//! Asking the shim of a sandbox for what containerd's Task API has no call for.
 
 use std::time::Duration;
 
 use cube_shim::{control::sandbox_ttrpc::SandboxClient, log::locate::Name};
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{
-    Code,
     r#async::{Client, transport::Socket},
     context::{self, Context},
 };
 
 use crate::{error::CliError, sandboxes::Sandbox};
 
-/// The service of one shim.
+/// A shim that listens.
 pub(crate) struct Shim {
     sandbox: Name,
     pid: i32,
@@ -20,6 +19,7 @@ pub(crate) struct Shim {
 }
 
 impl Shim {
+    /// Connects to the shim of `sandbox`.
     pub(crate) async fn connect(sandbox: &Sandbox) -> Result<Shim, CliError> {
         let name = sandbox.name();
         let connected = UnixStream::connect(sandbox.dir.socket()?).await;
@@ -28,27 +28,32 @@ impl Shim {
         Ok(Shim { sandbox: name, pid, client: SandboxClient::new(Client::new(Socket::new(stream))) })
     }
 
-    /// The sandbox's own name.
-    pub(crate) fn sandbox(&self) -> Name {
-        self.sandbox.clone()
-    }
-
-    /// Makes a call that the shim has to answer within `limit`.
-    pub(crate) async fn call<T>(
+    /// Makes the call that `send` makes; it must be answered within `limit`.
+    pub(crate) async fn call<T, F>(
         &self,
         limit: Duration,
-        call: impl AsyncFnOnce(&SandboxClient, Context) -> ttrpc::Result<T>,
-    ) -> Result<T, CliError> {
-        let (sandbox, pid) = (self.sandbox(), self.pid);
-        match timeout(limit, call(&self.client, context::with_duration(limit))).await {
+        send: impl FnOnce(SandboxClient, Context) -> F,
+    ) -> Result<T, CliError>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        let (sandbox, pid) = (self.sandbox.clone(), self.pid);
+        match timeout(limit, send(self.client.clone(), context::with_duration(limit))).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::FAILED_PRECONDITION => {
-                Err(CliError::WrongState { sandbox, reason: status.message().to_owned() })
-            }
-            Ok(Err(source @ ttrpc::Error::RpcStatus(_))) => {
+            Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == ttrpc::Code::UNIMPLEMENTED => {
+                let source = ttrpc::Error::RpcStatus(status);
                 Err(CliError::ShimRefuses { sandbox, pid, source })
+            }
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => {
+                Err(CliError::Refused { sandbox, text: status.message().to_owned() })
             }
             Ok(Err(_)) | Err(_) => Err(CliError::ShimSilent { sandbox, pid }),
         }
     }
+}
+
+/// Runs what talks to shims.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(CliError::Runtime)?.block_on(work)
 }

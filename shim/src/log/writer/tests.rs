@@ -21,7 +21,7 @@ impl Log {
     fn create(limits: Limits) -> Log {
         let root = tempfile::tempdir().unwrap();
         let dir = LogDir::create(&root.path().join("id")).unwrap();
-        let writer = LogWriter::create(Arc::new(dir), "stdout", limits).unwrap();
+        let writer = LogWriter::create(Arc::new(dir), "stdout", limits, 0).unwrap();
         Log { root, writer }
     }
 
@@ -409,7 +409,7 @@ fn on_a_full_disk_old_segments_go_first_then_the_writer_waits_and_nothing_is_dou
     let Some((dir, _point)) = small_disk(400 << 10) else { return };
     let dir = Arc::new(dir);
     let limits = Limits { segment_bytes: 64 << 10, segments: 100 };
-    let mut writer = LogWriter::create(dir.clone(), "stdout", limits).unwrap();
+    let mut writer = LogWriter::create(dir.clone(), "stdout", limits, 0).unwrap();
     for _ in 0..100 {
         append_pattern(&mut writer, 10_000);
     }
@@ -450,7 +450,7 @@ fn a_writer_that_dies_between_data_and_index_on_a_full_disk_leaves_a_log_that_re
     let Some((dir, _point)) = small_disk(400 << 10) else { return };
     let dir = Arc::new(dir);
     let limits = Limits { segment_bytes: 64 << 10, segments: 100 };
-    let mut writer = LogWriter::create(dir.clone(), "stdout", limits).unwrap();
+    let mut writer = LogWriter::create(dir.clone(), "stdout", limits, 0).unwrap();
     append_pattern(&mut writer, 100_000);
     // Fill the index's page with records, which takes less than a page of data: one per millisecond.
     while writer.current.as_ref().is_some_and(|segment| segment.index_len + RECORD_LEN as u64 <= 4096) {

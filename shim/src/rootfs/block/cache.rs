@@ -228,8 +228,11 @@ fn publish(new: &Path, image: &Path) -> Result<(), RootfsError> {
 }
 
 fn make_dir(dir: &Path) -> Result<(), RootfsError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(failed("cannot create", dir))
+    match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+        // It was there, and is gone before it could be seen to be a directory.
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        made => made.map_err(failed("cannot create", dir)),
+    }
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {

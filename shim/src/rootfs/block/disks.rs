@@ -72,6 +72,11 @@ impl SandboxDisks {
         self.dir.join(format!("{}.ext4", serial(id, "writable")))
     }
 
+    /// The disk of a snapshot that the guest knows by `serial`.
+    pub(super) fn restored(&self, serial: &str) -> PathBuf {
+        self.dir.join(format!("{serial}.restored"))
+    }
+
     /// Removes the disks of container `id`. May be repeated.
     pub fn remove_container(&self, id: &str) -> Result<(), RootfsError> {
         for path in [self.image(id), self.writable(id)] {

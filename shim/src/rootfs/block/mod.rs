@@ -145,6 +145,26 @@ impl BlockRequest {
     }
 }
 
+/// Makes disks of a sandbox from those of a snapshot, in their order: a copy of each that the guest writes
+/// to, which shares its blocks where the file system can; the others are used where they are, or linked.
+/// Undone by [`SandboxDisks`], also after an error.
+pub fn restore_disks(cache_dir: &Path, run_dir: &Path, snapshot: &[Disk]) -> Result<Vec<Disk>, RootfsError> {
+    let cache = Cache::open(cache_dir)?;
+    cache.remove_orphans(false)?;
+    let disks = SandboxDisks::create(run_dir, &cache)?;
+    let restored = snapshot.iter().map(|disk| {
+        let path = disks.restored(&disk.serial);
+        if disk.read_only {
+            // Its name in the store may go while the sandbox runs.
+            let linked = std::fs::hard_link(&disk.path, &path).is_ok();
+            return Ok(if linked { Disk { path, ..disk.clone() } } else { disk.clone() });
+        }
+        crate::snapshot::copy(&disk.path, &path).map_err(super::failed("cannot copy a disk to", &path))?;
+        Ok(Disk { path, ..disk.clone() })
+    });
+    restored.collect()
+}
+
 /// When to give up.
 #[derive(Debug)]
 pub(in crate::rootfs) struct Limits {

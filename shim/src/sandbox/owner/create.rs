@@ -1,6 +1,6 @@
 //! Create, as the owner sees it.
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use containerd_shim_protos::{events::task as message, protobuf::MessageField};
 use tokio::sync::oneshot;
@@ -51,7 +51,8 @@ impl Owner {
         let log = self.log_config(&plan);
         let bundle = plan.request.bundle.clone();
         let log_dir = log.as_ref().map(|log| log.dir.clone());
-        let on_disk = ContainerState { bundle: bundle.clone(), log_dir, created_ns: now_ns() };
+        let on_disk =
+            ContainerState { bundle: bundle.clone(), log_dir, created_ns: now_ns(), guest_id: None };
         self.disk.containers.insert(id.clone(), on_disk);
         if let Err(e) = self.identity.run_dir.create().and_then(|()| self.identity.run_dir.save(&self.disk)) {
             self.disk.containers.remove(id);
@@ -69,6 +70,7 @@ impl Owner {
             oom: None,
             ready: Ready::new(plan.annotations.ready.clone()),
             abort: Some(abort),
+            restored: None,
         };
         self.containers.insert(id.clone(), container);
         self.idle_since = None;
@@ -106,7 +108,7 @@ impl Owner {
     }
 
     pub(super) fn created(&mut self, id: &str, result: Result<Created, Error>) -> Result<u32, Error> {
-        let Created { io, guest_pid, booted } = match result {
+        let Created { io, guest_pid, booted, restored } = match result {
             Ok(created) => created,
             Err(e) => {
                 self.forget_container(id);
@@ -116,9 +118,13 @@ impl Owner {
                 return Err(e);
             }
         };
-        if let Some(Booted { guest, pid, backend, reason, hello, link }) = booted {
+        if let Some(Booted { guest, pid, backend, reason, hello, link, disks }) = booted {
+            self.disks = disks;
             self.disk.vmm_pid = pid;
-            self.disk.timeline = hello.timeline;
+            self.disk.timeline = restored.as_ref().map_or(hello.timeline, |restored| restored.timeline);
+            if let (Some(alias), Some(container)) = (&guest.alias, self.disk.containers.get_mut(id)) {
+                container.guest_id = Some(alias.1.clone());
+            }
             self.disk.backend = backend.clone();
             self.vm = Some(VmStatus::new(backend, reason, pid, &hello));
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
@@ -131,6 +137,7 @@ impl Owner {
         container.init.guest_pid = guest_pid;
         container.abort = None;
         container.init.io = Some(io);
+        container.restored = restored.map(Arc::new);
         let Stdio { terminal, stdin, stdout, stderr } = container.init.stdio.clone();
         let stdio = message::TaskIO { stdin, stdout, stderr, terminal, ..Default::default() };
         self.publisher.publish(TaskEvent::create(&message::TaskCreate {

@@ -44,7 +44,7 @@ impl Owner {
             Ok(_) if self.state.is_pause() && !(sigkill && last_resort) => {
                 self.waiting_kills.push((request, reply));
             }
-            Ok(guest) if self.state == SandboxState::Paused => {
+            Ok(guest) if matches!(self.state, SandboxState::Paused | SandboxState::Snapshotting) => {
                 answer_later(reply, async move {
                     guest.machine.kill().await;
                     Ok(())

@@ -5,6 +5,7 @@ mod end;
 mod pause;
 mod ready;
 mod run;
+mod snapshot;
 mod status;
 mod watch;
 
@@ -16,6 +17,7 @@ use std::{
 };
 
 use containerd_shim_protos::{api::Mount, protobuf::well_known_types::any::Any};
+use cube_protocol::guest::QuiesceResponse;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
@@ -24,10 +26,12 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request, Status,
+    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
+    SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
     ready::{Ready, SandboxReadiness},
+    restore::Restored,
     status::VmStatus,
 };
 use crate::{
@@ -36,7 +40,9 @@ use crate::{
     errors::{Error, chain},
     events::{Publisher, TaskEvent},
     sandbox::Exit,
+    snapshot::Listed,
     state::{FORMAT, State, now_ns},
+    vmm::Disk,
 };
 
 /// Events of the guest that may wait for the owner.
@@ -55,6 +61,8 @@ enum SandboxState {
     Paused,
     /// A job is setting everything going again.
     Resuming,
+    /// A job is taking a snapshot.
+    Snapshotting,
     /// The main container is being deleted, and everything with it.
     Stopping,
     /// The VM has ended, or could not be booted.
@@ -70,6 +78,7 @@ impl SandboxState {
             SandboxState::Pausing => "pausing",
             SandboxState::Paused => "paused",
             SandboxState::Resuming => "resuming",
+            SandboxState::Snapshotting => "snapshotting",
             SandboxState::Stopping => "stopping",
             SandboxState::Stopped => "stopped",
         }
@@ -83,6 +92,7 @@ impl SandboxState {
             SandboxState::Pausing => "being paused",
             SandboxState::Paused => "paused",
             SandboxState::Resuming => "being resumed",
+            SandboxState::Snapshotting => "being snapshotted",
             SandboxState::Stopping => "being stopped",
             SandboxState::Stopped => "stopped",
         }
@@ -90,7 +100,16 @@ impl SandboxState {
 
     /// Whether nothing can be asked of the guest for a while.
     fn is_pause(self) -> bool {
-        matches!(self, SandboxState::Pausing | SandboxState::Paused | SandboxState::Resuming)
+        match self {
+            SandboxState::Pausing
+            | SandboxState::Paused
+            | SandboxState::Resuming
+            | SandboxState::Snapshotting => true,
+            SandboxState::Creating
+            | SandboxState::Running
+            | SandboxState::Stopping
+            | SandboxState::Stopped => false,
+        }
     }
 }
 
@@ -109,6 +128,8 @@ struct Container {
     ready: Ready,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
+    /// If it was restored: how it goes on, and what takes the output of its processes that nobody knows.
+    restored: Option<Arc<Restored>>,
 }
 
 impl Container {
@@ -116,6 +137,12 @@ impl Container {
     fn process(&mut self, exec: &str) -> Option<&mut Process> {
         if exec.is_empty() { Some(&mut self.init) } else { self.execs.get_mut(exec) }
     }
+}
+
+/// What brings the sandbox to rest as soon as nothing is under way that changes it.
+enum Waiting {
+    Pause(String, Reply<()>),
+    Snapshot(SnapshotRequest, Reply<Listed>),
 }
 
 /// See the module.
@@ -137,8 +164,12 @@ pub(super) struct Owner {
     vm: Option<VmStatus>,
     /// Jobs under way that change the sandbox.
     working: usize,
-    /// A pause that waits for them.
-    waiting_pause: Option<(String, Reply<()>)>,
+    /// What waits for them.
+    waiting: Option<Waiting>,
+    /// The guest at rest, while the sandbox is paused.
+    rest: Option<QuiesceResponse>,
+    /// Disks of the VM.
+    disks: Vec<Disk>,
     /// Kills that wait for the end of a pause.
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Those who wait for the sandbox to be ready.
@@ -186,7 +217,9 @@ impl Owner {
             link: None,
             vm: None,
             working: 0,
-            waiting_pause: None,
+            waiting: None,
+            rest: None,
+            disks: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_ready: Vec::new(),
             refused: 0,
@@ -231,6 +264,7 @@ impl Owner {
             Request::Kill(request, reply) => self.kill(request, reply),
             Request::Pause(id, reply) => self.pause(id, reply),
             Request::Resume(id, reply) => self.resume(id, reply),
+            Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Delete(process, reply) => self.delete(process, reply),
             Request::Wait(process, reply) => match self.known(&process) {
                 Ok(process) => process.wait(reply),
@@ -273,7 +307,7 @@ impl Owner {
             self.working -= 1;
         }
         self.take(report);
-        self.begin_pause();
+        self.begin_waiting();
     }
 
     fn take(&mut self, report: Report) {
@@ -291,6 +325,7 @@ impl Owner {
             }
             Report::Paused { id, result, reply } => drop(reply.send(self.paused(&id, result))),
             Report::Resumed { id, result, reply } => drop(reply.send(self.resumed(&id, result))),
+            Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
                 cube_fault::point("delete.before_reply");
@@ -317,7 +352,7 @@ impl Owner {
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
         let status = match (status, state) {
             (Status::Running, SandboxState::Pausing) => Status::Pausing,
-            (Status::Running, SandboxState::Paused | SandboxState::Resuming) => Status::Paused,
+            (Status::Running, state) if state.is_pause() => Status::Paused,
             (status, _) => status,
         };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })

@@ -1,6 +1,8 @@
 //! Pause and Resume, as the owner sees them.
 
-use super::{Owner, SandboxState, init_of, wrong_phase};
+use cube_protocol::guest::QuiesceResponse;
+
+use super::{Owner, SandboxState, Waiting, init_of, wrong_phase};
 use crate::{
     errors::Error,
     events::TaskEvent,
@@ -18,27 +20,36 @@ impl Owner {
             Ok(()) => {
                 // What changes the sandbox is refused from now on. What is under way is awaited.
                 self.state = SandboxState::Pausing;
-                self.waiting_pause = Some((id, reply));
-                self.begin_pause();
+                self.waiting = Some(Waiting::Pause(id, reply));
+                self.begin_waiting();
             }
             Err(e) => drop(reply.send(Err(e))),
         }
     }
 
-    /// Begins the pause that was asked for, once nothing else is under way.
-    pub(super) fn begin_pause(&mut self) {
+    /// Begins what was asked for, once nothing else is under way.
+    pub(super) fn begin_waiting(&mut self) {
         if self.working > 0 {
             return;
         }
-        let Some((id, reply)) = self.waiting_pause.take() else { return };
-        let (SandboxState::Pausing, Some(guest)) = (self.state, self.guest.clone()) else {
-            return drop(reply.send(Err(self.wrong_state("its VM has ended meanwhile"))));
-        };
-        let timeline = self.disk.timeline;
-        self.later(async move {
-            let result = pause::pause(&guest, timeline).await;
-            Report::Paused { id, result, reply }
-        });
+        let Some(waiting) = self.waiting.take() else { return };
+        let guest = self.guest.clone().filter(|_| self.state.is_pause());
+        match (waiting, guest) {
+            (Waiting::Pause(id, reply), Some(guest)) => {
+                let timeline = self.disk.timeline;
+                self.later(async move {
+                    let result = pause::pause(&guest, timeline).await;
+                    Report::Paused { id, result, reply }
+                });
+            }
+            (Waiting::Snapshot(request, reply), Some(guest)) => self.take_snapshot(guest, request, reply),
+            (Waiting::Pause(_, reply), None) => drop(reply.send(Err(self.ended_meanwhile()))),
+            (Waiting::Snapshot(_, reply), None) => drop(reply.send(Err(self.ended_meanwhile()))),
+        }
+    }
+
+    pub(super) fn ended_meanwhile(&self) -> Error {
+        self.wrong_state("its VM has ended meanwhile")
     }
 
     fn admit_pause(&mut self, id: &str) -> Result<(), Error> {
@@ -60,9 +71,16 @@ impl Owner {
         Err(Error::Unimplemented { what: format!("{what} a single member of a pod"), hint })
     }
 
-    pub(super) fn paused(&mut self, id: &str, result: Result<(), pause::Failed>) -> Result<(), Error> {
+    pub(super) fn paused(
+        &mut self,
+        id: &str,
+        result: Result<QuiesceResponse, pause::Failed>,
+    ) -> Result<(), Error> {
         let (state, result) = match result {
-            Ok(()) => (SandboxState::Paused, Ok(())),
+            Ok(rest) => {
+                self.rest = Some(rest);
+                (SandboxState::Paused, Ok(()))
+            }
             Err(pause::Failed { error, runs: true }) => (SandboxState::Running, Err(error)),
             Err(pause::Failed { error, runs: false }) => (SandboxState::Paused, Err(error)),
         };
@@ -95,6 +113,9 @@ impl Owner {
 
     pub(super) fn resumed(&mut self, id: &str, result: Result<(), Error>) -> Result<(), Error> {
         let state = if result.is_ok() { SandboxState::Running } else { SandboxState::Paused };
+        if result.is_ok() {
+            self.rest = None;
+        }
         self.settle(SandboxState::Resuming, state, result, TaskEvent::resumed(id))
     }
 
@@ -112,7 +133,7 @@ impl Owner {
                 self.publisher.publish(event);
             }
         } else if result.is_ok() {
-            return Err(self.wrong_state("its VM has ended meanwhile"));
+            return Err(self.ended_meanwhile());
         }
         self.kill_those_that_waited();
         result

@@ -8,6 +8,7 @@ use crate::{
         ExecRequest, ProcessId, Reply,
         job::{self, Guest, Report},
         process::{Phase, Process},
+        restore,
     },
     stdio::ProcessIo,
 };
@@ -23,10 +24,18 @@ impl Owner {
             Ok(guest)
         });
         match guest {
-            Ok(guest) => self.work(async move {
-                let result = job::start(guest, id.clone()).await;
-                Report::Started { process: id, result, reply }
-            }),
+            Ok(guest) => {
+                let restored = self.containers.get(&id.container).and_then(|c| c.restored.clone());
+                let restored = restored.filter(|_| id.is_init());
+                let guest_pid = self.known(&id).map_or(0, |process| process.guest_pid);
+                self.work(async move {
+                    let result = match restored {
+                        Some(restored) => restore::thaw(&guest, &restored).await.map(|()| guest_pid),
+                        None => job::start(guest, id.clone()).await,
+                    };
+                    Report::Started { process: id, result, reply }
+                })
+            }
             Err(e) => drop(reply.send(Err(e))),
         }
     }

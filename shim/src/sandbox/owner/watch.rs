@@ -46,8 +46,14 @@ impl Owner {
         }
     }
 
+    /// The id for containerd of what is container `id` in the guest.
+    fn outside(&self, id: &str) -> String {
+        self.guest.as_ref().map_or_else(|| id.into(), |guest| guest.outside(id))
+    }
+
     fn told_exit(&mut self, exit: &TaskExit) {
-        let id = ProcessId { container: exit.container_id.clone(), exec: exit.exec_id.clone() };
+        let container = self.outside(&exit.container_id);
+        let id = ProcessId { container, exec: exit.exec_id.clone() };
         let created_ns = self.disk.containers.get(&id.container).map(|container| container.created_ns);
         let container = self.containers.get_mut(&id.container);
         let process = container.and_then(|container| container.process(&id.exec));
@@ -60,15 +66,16 @@ impl Owner {
     }
 
     fn told_oom(&mut self, oom: &TaskOom) {
-        let Some(container) = self.containers.get_mut(&oom.container_id) else {
-            return debug!("OOM in the unknown container {:?}", oom.container_id);
+        let id = self.outside(&oom.container_id);
+        let Some(container) = self.containers.get_mut(&id) else {
+            return debug!("OOM in the unknown container {id:?}");
         };
         if container.oom.is_some_and(|told| told.elapsed() < OOM_INTERVAL) {
             return;
         }
         container.oom = Some(Instant::now());
-        info!(container = oom.container_id, count = oom.count, "out of memory");
-        self.publisher.publish(TaskEvent::oom(&oom.container_id));
+        info!(container = id, count = oom.count, "out of memory");
+        self.publisher.publish(TaskEvent::oom(&id));
     }
 
     /// The time is up in which a process that got SIGKILL must have exited.
@@ -134,7 +141,7 @@ impl Owner {
             }
         }
         self.kill_those_that_waited();
-        self.begin_pause();
+        self.begin_waiting();
     }
 
     pub(super) fn end_of_guest(&mut self) {

@@ -1,0 +1,116 @@
+//! Snapshot, as the owner sees it.
+
+use cube_protocol::version;
+use jiff::Timestamp;
+
+use super::{Owner, SandboxState, Waiting};
+use crate::{
+    events::TaskEvent,
+    sandbox::{
+        Reply, SnapshotRequest,
+        job::{Guest, Report},
+        pause,
+        process::Phase,
+        snapshot::{self, Subject, Taken},
+    },
+    snapshot::{Container, Listed, Manifest, Origin, Store},
+    state::now_ns,
+};
+
+impl Owner {
+    pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<Listed>) {
+        match (self.state, &self.guest) {
+            (SandboxState::Running | SandboxState::Paused, Some(_)) => {
+                // What changes the sandbox is refused from now on. What is under way is awaited.
+                self.state = SandboxState::Snapshotting;
+                self.waiting = Some(Waiting::Snapshot(request, reply));
+                self.begin_waiting();
+            }
+            _ => drop(reply.send(Err(self.wrong_state("it must be running or paused for a snapshot")))),
+        }
+    }
+
+    pub(super) fn take_snapshot(&mut self, guest: Guest, request: SnapshotRequest, reply: Reply<Listed>) {
+        let name = request.name.clone().unwrap_or_else(|| self.snapshot_name());
+        let manifest = self.manifest(&guest, name);
+        let subject = Subject {
+            guest,
+            timeline: self.disk.timeline,
+            paused: self.rest.clone(),
+            disks: self.disks.clone(),
+            manifest,
+        };
+        let store = Store::at(&self.config.snapshot.dir);
+        self.later(async move {
+            let result = snapshot::take(subject, store).await;
+            Report::Snapshotted { request, result, reply }
+        });
+    }
+
+    pub(super) fn snapshotted(
+        &mut self,
+        request: SnapshotRequest,
+        result: Result<Taken, pause::Failed>,
+        reply: Reply<Listed>,
+    ) {
+        let runs = match &result {
+            Ok(_) => self.rest.is_none(),
+            Err(failed) => failed.runs,
+        };
+        // If the VM has ended meanwhile, that has been told already.
+        if self.state == SandboxState::Snapshotting {
+            self.state = if runs { SandboxState::Running } else { SandboxState::Paused };
+        }
+        self.kill_those_that_waited();
+        let taken = match result {
+            Ok(taken) => taken,
+            Err(failed) => return drop(reply.send(Err(failed.error))),
+        };
+        let publisher = self.publisher.clone();
+        tokio::spawn(async move {
+            let completed = snapshot::complete(taken).await;
+            if let (Ok(_), Some((id, path))) = (&completed, &request.checkpoint) {
+                publisher.publish(TaskEvent::checkpointed(id, path));
+            }
+            drop(reply.send(completed));
+        });
+    }
+
+    fn snapshot_name(&self) -> String {
+        let time = Timestamp::now().strftime("%Y%m%d%H%M%S%3f").to_string();
+        let id: String = self.identity.id.chars().take(50).collect();
+        format!("{}-{time}", id.trim_end_matches(['.', '_', '-']))
+    }
+
+    fn manifest(&self, guest: &Guest, name: String) -> Manifest {
+        let vm = self.vm.as_ref();
+        let containers =
+            self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running);
+        Manifest {
+            format: Manifest::FORMAT,
+            name,
+            created_ns: now_ns(),
+            cubebox: env!("CARGO_PKG_VERSION").into(),
+            agent: vm.map(|vm| vm.agent_version.clone()).unwrap_or_default(),
+            protocol: vm.map_or(version::CURRENT, |vm| vm.agent_protocol).to_string(),
+            origin: Origin {
+                namespace: self.identity.namespace.clone(),
+                sandbox: self.identity.id.clone(),
+                timeline: self.disk.timeline,
+                backend: self.disk.backend.clone(),
+            },
+            containers: containers
+                .map(|(id, container)| Container {
+                    id: guest.inside(id.clone()),
+                    pid: container.init.guest_pid,
+                    terminal: container.init.stdio.terminal,
+                    execs: container.execs.keys().cloned().collect(),
+                })
+                .collect(),
+            last_event: 0,
+            streams: Vec::new(),
+            disks: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Create from a snapshot: the sandbox goes on where the snapshot was taken, once it is started.
+//!
+//! A guest that was restored is quiesced. It is asked for the offsets of its streams, which are those of the
+//! very instant of the snapshot, and nothing of it runs before Start thaws it: with the time, with randomness
+//! that no other clone gets, with its own name, and on a timeline of its own.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use cube_protocol::{
+    guest::{QuiesceResponse, StreamInfo, ThawRequest},
+    stream::Stream,
+};
+use tokio::{sync::oneshot, task::spawn_blocking};
+use tracing::{info, warn};
+
+use super::{
+    create::{Booted, Created, Creation, Reached},
+    job::{self, Guest, stdio_config},
+    machine::Machine,
+    pause, spec,
+    steps::Steps,
+};
+use crate::{
+    errors::{Error, chain},
+    snapshot::{Manifest, Store},
+    state::now_ns,
+    stdio::{Begin, Flows, ProcessIo, StdioConfig},
+    vmm::{Disk, VmSpec},
+};
+
+/// Time for the guest to let its processes run.
+const THAW_LIMIT: Duration = Duration::from_secs(10);
+
+/// Random bytes for the guest's generator, which wants 32 at least.
+const ENTROPY: usize = 64;
+
+/// How a container that was restored goes on when it is started.
+pub(super) struct Restored {
+    /// The timeline that begins then.
+    pub(super) timeline: u64,
+    /// Number of the last event from before the snapshot.
+    last_event: u64,
+    /// Of the sandbox; empty keeps the guest's.
+    hostname: String,
+    /// Takes the output of processes that nobody here knows, for as long as the container is there.
+    _strays: Vec<ProcessIo>,
+}
+
+impl Creation {
+    /// Makes the sandbox from the snapshot `name`. `abort` ends what may take long.
+    pub(super) async fn restore(
+        &mut self,
+        name: &str,
+        abort: oneshot::Receiver<()>,
+    ) -> Result<Created, Error> {
+        if self.joins.is_some() {
+            return Err(Error::Unimplemented {
+                what: "restoring a container into a sandbox that runs".into(),
+                hint: ": restore it as a sandbox of its own",
+            });
+        }
+        let (manifest, dir, disks) = self.open(name).await?;
+        tokio::select! {
+            created = self.go_on(&manifest, dir, disks) => created,
+            _ = abort => Err(Error::Killed),
+        }
+    }
+
+    /// Reads the snapshot, and makes what the sandbox needs on the host.
+    async fn open(&self, name: &str) -> Result<(Manifest, PathBuf, Vec<Disk>), Error> {
+        let store = Store::at(&self.config.snapshot.dir);
+        let (host, config, cgroup) = (self.host.clone(), self.config.clone(), self.state.cgroup.clone());
+        let (name, run_dir) = (name.to_owned(), self.identity.run_dir.clone());
+        let opened = spawn_blocking(move || -> Result<_, Error> {
+            let (manifest, dir) = store.open(store.resolve(&name)?)?;
+            host.create_cgroup(&cgroup)?;
+            let files = manifest.disks.iter().map(|disk| Disk {
+                path: dir.join(&disk.file),
+                serial: disk.serial.clone(),
+                read_only: disk.read_only,
+            });
+            let disks = host.restore_disks(&config, &run_dir, &files.collect::<Vec<_>>())?;
+            Ok((manifest, dir, disks))
+        });
+        opened.await?
+    }
+
+    async fn go_on(&self, manifest: &Manifest, dir: PathBuf, disks: Vec<Disk>) -> Result<Created, Error> {
+        let [container] = &manifest.containers[..] else {
+            let count = manifest.containers.len();
+            let what = format!("a snapshot with {count} containers");
+            return Err(Error::Unimplemented { what, hint: ": one that runs is needed" });
+        };
+        let stdio = &self.plan.request.stdio;
+        if container.terminal != stdio.terminal {
+            let needed = if container.terminal { "with a terminal" } else { "without a terminal" };
+            let reason = format!("the snapshot {:?} must be restored {needed}", manifest.name);
+            return Err(Error::Restore { reason });
+        }
+        let mut steps = Steps::begin();
+        let vm = VmSpec {
+            sandbox_id: self.identity.id.clone(),
+            run_dir: self.identity.run_dir.path().into(),
+            cgroup: self.state.cgroup.clone(),
+            // Those of the snapshot are in force.
+            vcpus: self.config.vm.vcpus,
+            memory_mib: self.config.vm.memory_mib,
+            share: None,
+            disks: disks.clone(),
+            cmdline: String::new(),
+            restore: Some(dir.join("vm")),
+        };
+        let Reached { vmm, backend, reason, dial, agent, link, hello, .. } =
+            self.reach(vm, &mut steps).await?;
+        if !hello.quiesced {
+            let reason = format!("the guest of the snapshot {:?} was not at rest", manifest.name);
+            return Err(Error::Restore { reason });
+        }
+        agent.hold_events();
+        let pid = vmm.pid();
+        let machine = Machine::watch(vmm, self.owner.clone());
+        let id = self.plan.request.id.clone();
+        let alias = Some(Arc::new((id, container.id.clone())));
+        let guest = Guest { agent, machine, dial, flows: Flows::at_rest(), alias };
+        let rest = pause::quiesce(&guest, false).await?;
+        let guest_pid = job::state(&guest.agent, &container.id, "").await?.pid;
+        steps.done("guest asked where it is");
+
+        let (io, strays) = self.streams(&guest, &container.id, &rest).await?;
+        let restored = Restored {
+            timeline: new_timeline()?,
+            last_event: rest.last_event,
+            hostname: spec::hostname(&self.plan.spec).to_owned(),
+            _strays: strays,
+        };
+        steps.done("stdio prepared");
+        info!(snapshot = manifest.name, of = manifest.origin.sandbox, "restored");
+        let link = link.run(self.events.clone());
+        let booted = Some(Booted { guest, pid, backend, reason, hello, link, disks });
+        Ok(Created { io, guest_pid, booted, restored: Some(restored) })
+    }
+
+    /// The stdio of the container, from where the guest is, and what takes the output of all others.
+    async fn streams(
+        &self,
+        guest: &Guest,
+        inside: &str,
+        rest: &QuiesceResponse,
+    ) -> Result<(ProcessIo, Vec<ProcessIo>), Error> {
+        let process = self.process();
+        let stdio = &self.plan.request.stdio;
+        let namespace = &self.identity.namespace;
+        let config = stdio_config(namespace, &process, inside.to_owned(), stdio, self.log.clone());
+        let begin = begin(rest, inside, "");
+        let mut io = ProcessIo::prepare(StdioConfig { begin, ..config.clone() }).await?;
+        io.start(guest.dial.clone(), &guest.flows);
+        let wanted = io.wanted();
+        let mut strays = Vec::new();
+        for stream in &rest.streams {
+            let Some(kind) = output(stream) else { continue };
+            let ours = stream.container_id == inside && stream.exec_id.is_empty();
+            let taken = if kind == Stream::STDERR { wanted.stderr } else { wanted.stdout };
+            if ours && taken {
+                continue;
+            }
+            let config = StdioConfig {
+                guest_container_id: stream.container_id.clone(),
+                exec_id: stream.exec_id.clone(),
+                begin: self::begin(rest, &stream.container_id, &stream.exec_id),
+                log: None,
+                ..config.clone()
+            };
+            let mut stray = ProcessIo::discard(config, &[kind]);
+            stray.start(guest.dial.clone(), &guest.flows);
+            strays.push(stray);
+        }
+        Ok((io, strays))
+    }
+}
+
+/// Lets a guest that was restored run. If that fails, it may be repeated.
+pub(super) async fn thaw(guest: &Guest, restored: &Restored) -> Result<(), Error> {
+    let Restored { timeline, last_event, hostname, .. } = restored;
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|e| Error::Restore { reason: no_randomness(e) })?;
+    let request = ThawRequest {
+        realtime_ns: now_ns(),
+        entropy,
+        hostname: hostname.clone(),
+        timeline: *timeline,
+        ..Default::default()
+    };
+    guest
+        .agent
+        .call("Thaw", THAW_LIMIT, request, |c, ctx, call| async move { c.guest.thaw(ctx, &call).await })
+        .await
+        .inspect_err(|e| warn!("the restored guest does not run: {}", chain(e)))?;
+    guest.agent.follow_events_of(*timeline, *last_event);
+    guest.flows.flow(*timeline);
+    Ok(())
+}
+
+/// Random, and not 0, which stands for none.
+fn new_timeline() -> Result<u64, Error> {
+    let random = getrandom::u64().map_err(|e| Error::Restore { reason: no_randomness(e) })?;
+    Ok(random.max(1))
+}
+
+fn no_randomness(error: getrandom::Error) -> String {
+    format!("the host has no random bytes: {error}")
+}
+
+fn output(stream: &StreamInfo) -> Option<Stream> {
+    match stream.stream.as_str() {
+        "stdout" => Some(Stream::STDOUT),
+        "stderr" => Some(Stream::STDERR),
+        "terminal" => Some(Stream::TERMINAL),
+        _ => None,
+    }
+}
+
+/// Where the streams of a process are.
+fn begin(rest: &QuiesceResponse, container: &str, exec: &str) -> Begin {
+    let mut begin = Begin::default();
+    for stream in rest.streams.iter().filter(|s| s.container_id == container && s.exec_id == exec) {
+        match stream.stream.as_str() {
+            "stdin" => begin.stdin = stream.acked_offset,
+            "stderr" => begin.stderr = stream.acked_offset,
+            _ => begin.stdout = stream.acked_offset,
+        }
+        begin.attempt = begin.attempt.max(stream.attempt);
+    }
+    begin
+}

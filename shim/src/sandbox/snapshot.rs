@@ -1,0 +1,117 @@
+//! Taking a snapshot of a sandbox: memory, devices and disks at one instant.
+//!
+//! The sandbox stands still while they are written, and no longer: digests and the rest come afterwards,
+//! in [`complete`].
+
+use cube_protocol::guest::QuiesceResponse;
+use tokio::task::spawn_blocking;
+use tracing::warn;
+
+use super::{
+    job::Guest,
+    pause::{self, Failed},
+    steps::Steps,
+};
+use crate::{
+    errors::{Error, chain},
+    snapshot::{Draft, Listed, Manifest, Store, StreamPosition},
+    vmm::Disk,
+};
+
+/// What to take a snapshot of.
+pub(super) struct Subject {
+    pub(super) guest: Guest,
+    pub(super) timeline: u64,
+    /// The guest at rest, if it is: then it stays so.
+    pub(super) paused: Option<QuiesceResponse>,
+    pub(super) disks: Vec<Disk>,
+    pub(super) manifest: Manifest,
+}
+
+/// What was taken, and has no name yet.
+pub(super) struct Taken {
+    draft: Draft,
+    disks: Vec<Disk>,
+    manifest: Manifest,
+}
+
+/// Takes the snapshot. The sandbox is then as it was before, paused or not; also after most errors.
+pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed> {
+    let Subject { guest, timeline, paused, disks, mut manifest } = subject;
+    let runs = paused.is_none();
+    let unchanged = |error| Failed { error, runs };
+    let name = manifest.name.clone();
+    let begun = spawn_blocking(move || store.begin(&name)).await;
+    let draft = begun.map_err(Error::from).and_then(|draft| Ok(draft?)).map_err(unchanged)?;
+
+    let mut steps = Steps::begin();
+    let written = write(&guest, paused, &draft, &disks, &mut steps).await;
+    let woken = if runs { pause::wake(&guest, timeline, &mut steps).await } else { Ok(()) };
+    let result = match (written, woken) {
+        (Ok(rest), Ok(())) => {
+            manifest.last_event = rest.last_event;
+            manifest.streams = rest.streams.into_iter().map(position).collect();
+            return Ok(Taken { draft, disks, manifest });
+        }
+        (Err(error), Ok(())) => Failed { error, runs },
+        (written, Err(error)) => {
+            if let Err(e) = written {
+                warn!("the snapshot failed: {}", chain(&e));
+            }
+            Failed { error, runs: false }
+        }
+    };
+    discard(draft).await;
+    Err(result)
+}
+
+async fn write(
+    guest: &Guest,
+    paused: Option<QuiesceResponse>,
+    draft: &Draft,
+    disks: &[Disk],
+    steps: &mut Steps,
+) -> Result<QuiesceResponse, Error> {
+    let rest = match paused {
+        Some(rest) => rest,
+        None => {
+            pause::come_to_rest(guest, steps).await?;
+            let rest = pause::quiesce(guest, true).await?;
+            steps.done("disks of the guest written out");
+            guest.machine.pause().await?;
+            steps.done("VM paused");
+            rest
+        }
+    };
+    guest.machine.snapshot(&draft.vm_dir()).await?;
+    steps.done("memory and devices written");
+    let copies = draft.copies(disks);
+    spawn_blocking(move || copies.make()).await??;
+    steps.done("disks copied");
+    Ok(rest)
+}
+
+/// Gives the snapshot its name, once all of it is on disk.
+pub(super) async fn complete(taken: Taken) -> Result<Listed, Error> {
+    let Taken { draft, disks, manifest } = taken;
+    let finished = spawn_blocking(move || draft.finish(manifest, &disks)).await;
+    Ok(finished??)
+}
+
+async fn discard(draft: Draft) {
+    match spawn_blocking(move || draft.discard()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => warn!("a part of a snapshot stays: {}", chain(&e)),
+        Err(e) => warn!("a part of a snapshot stays: {e}"),
+    }
+}
+
+fn position(stream: cube_protocol::guest::StreamInfo) -> StreamPosition {
+    StreamPosition {
+        container: stream.container_id,
+        exec: stream.exec_id,
+        stream: stream.stream,
+        acknowledged: stream.acked_offset,
+        end: stream.end_offset,
+    }
+}

@@ -1,0 +1,109 @@
+//! Snapshots of a sandbox.
+
+use std::sync::atomic::Ordering;
+
+use super::*;
+use crate::{
+    sandbox::SnapshotRequest,
+    snapshot::{Listed, Store},
+};
+
+impl Lab {
+    async fn running() -> Lab {
+        let lab = Lab::new().await;
+        lab.run("c1").await;
+        lab
+    }
+
+    fn store(&self) -> Store {
+        Store::at(&self.dir.path().join("snapshots"))
+    }
+
+    async fn snapshot(&self, name: &str) -> Result<Listed, Error> {
+        let name = Some(name.to_owned()).filter(|name| !name.is_empty());
+        within(self.sandbox.snapshot(SnapshotRequest { name, checkpoint: None })).await
+    }
+
+    async fn state(&self) -> &'static str {
+        within(self.sandbox.status()).await.unwrap().state
+    }
+
+    fn called(&self) -> Vec<String> {
+        let calls = self.guest().calls.lock().unwrap();
+        calls.iter().filter(|call| ["Quiesce", "Thaw"].contains(&call.as_str())).cloned().collect()
+    }
+}
+
+#[tokio::test]
+async fn a_sandbox_runs_on_after_a_snapshot_which_is_in_the_store() {
+    let lab = Lab::running().await;
+    let taken = lab.snapshot("one").await.unwrap();
+    assert_eq!((lab.state().await, lab.host.vmm.is_paused()), ("running", false));
+    // The second one writes out the disks, once the streams are at rest.
+    assert_eq!(lab.called(), ["Quiesce", "Quiesce", "Thaw"]);
+    let (manifest, dir) = lab.store().open("one").unwrap();
+    assert_eq!(manifest, taken.manifest);
+    assert_eq!((manifest.containers[0].id.as_str(), manifest.containers[0].pid), ("c1", 17));
+    assert_eq!((manifest.origin.sandbox.as_str(), manifest.origin.timeline), ("c1", 2));
+    assert_eq!(fs::read(dir.join("vm/memory-ranges")).unwrap(), b"memory");
+    lab.guest().exit("c1", "", 3);
+    assert_eq!(lab.wait(init("c1")).await, 3, "events are followed again");
+}
+
+#[tokio::test]
+async fn a_snapshot_without_a_name_gets_one_and_each_another() {
+    let lab = Lab::running().await;
+    let (first, second) = (lab.snapshot("").await.unwrap(), lab.snapshot("").await.unwrap());
+    assert!(first.manifest.name.starts_with("c1-20") && first.manifest.name != second.manifest.name);
+    assert_eq!(lab.store().list().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_paused_sandbox_stays_paused() {
+    let lab = Lab::running().await;
+    within(lab.sandbox.pause("c1".into())).await.unwrap();
+    lab.snapshot("one").await.unwrap();
+    assert_eq!((lab.state().await, lab.host.vmm.is_paused()), ("paused", true));
+    assert_eq!(lab.called(), ["Quiesce"]);
+    within(lab.sandbox.resume("c1".into())).await.unwrap();
+    lab.snapshot("two").await.unwrap();
+    assert_eq!(lab.state().await, "running");
+}
+
+#[tokio::test]
+async fn a_snapshot_that_fails_leaves_the_sandbox_as_it_was_and_no_part_of_itself() {
+    let lab = Lab::running().await;
+    lab.host.vmm.sticks_in_snapshots.store(true, Ordering::Relaxed);
+    for state in ["running", "paused"] {
+        if state == "paused" {
+            within(lab.sandbox.pause("c1".into())).await.unwrap();
+        }
+        let error = chain(&lab.snapshot("one").await.unwrap_err());
+        assert!(error.contains("cannot write a snapshot"), "{error}");
+        assert_eq!((lab.state().await, lab.host.vmm.is_paused()), (state, state == "paused"));
+        let left: Vec<_> = fs::read_dir(lab.dir.path().join("snapshots")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    lab.host.vmm.sticks_in_snapshots.store(false, Ordering::Relaxed);
+    lab.snapshot("one").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_name_that_cannot_be_had_costs_the_sandbox_nothing() {
+    let lab = Lab::running().await;
+    lab.snapshot("one").await.unwrap();
+    let before = lab.called();
+    assert_eq!(lab.snapshot("one").await.unwrap_err().code(), Code::ALREADY_EXISTS);
+    assert_eq!(lab.snapshot("../one").await.unwrap_err().code(), Code::INVALID_ARGUMENT);
+    assert_eq!((lab.state().await, lab.called()), ("running", before));
+}
+
+#[tokio::test]
+async fn what_does_not_run_has_no_snapshot() {
+    let lab = Lab::new().await;
+    assert_eq!(lab.snapshot("one").await.unwrap_err().code(), Code::FAILED_PRECONDITION);
+    lab.run("c1").await;
+    lab.host.vmm.die();
+    lab.wait(init("c1")).await;
+    assert_eq!(lab.snapshot("one").await.unwrap_err().code(), Code::FAILED_PRECONDITION);
+}

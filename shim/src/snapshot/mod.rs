@@ -1,0 +1,117 @@
+//! The snapshot store: `snapshot.dir` of the configuration.
+//!
+//! ```text
+//! <dir>/<name>/manifest.json    what it is, and the digest of every other file
+//!              vm/              memory and devices, as the VMM has written them
+//!              disks/<serial>   block disks at the same instant
+//! <dir>/.<name>.new/            one that is being made; locked (flock) for as long
+//! ```
+//!
+//! A snapshot has the whole memory of the sandbox in it, keys and all: directories are 0700, files 0600.
+//! It is complete and on disk when it gets its name, and is never changed afterwards.
+
+mod copy;
+mod manifest;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::{io, path::PathBuf};
+
+pub(crate) use self::copy::copy;
+pub use self::{
+    manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition},
+    store::{Copies, Draft, Listed, Store},
+};
+
+/// A snapshot that cannot be made, read or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A file operation failed.
+    #[error("{action} {path}")]
+    Io {
+        /// What was done, "cannot create" for example.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The name is no name.
+    #[error(
+        "the snapshot name {0:?} is not valid: 1 to 76 letters and digits, with single dots, dashes or underscores between them"
+    )]
+    Name(String),
+    /// The name is taken.
+    #[error(
+        "a snapshot {name:?} {state}: choose another name, or remove it with `cubecli cubebox snapshots --rm {name}`"
+    )]
+    Exists {
+        /// The name.
+        name: String,
+        /// "exists" or "is being made".
+        state: &'static str,
+    },
+    /// The path leads to no snapshot of the store.
+    #[error(
+        "{path:?} is no snapshot in {dir}: give the name of one, as `cubecli cubebox snapshots` lists them, or its path there"
+    )]
+    Outside {
+        /// The path.
+        path: String,
+        /// The store.
+        dir: PathBuf,
+    },
+    /// There is none of this name.
+    #[error("there is no snapshot {name:?} in {dir}: `cubecli cubebox snapshots` lists them")]
+    NotFound {
+        /// The name.
+        name: String,
+        /// The store.
+        dir: PathBuf,
+    },
+    /// The manifest is none of a version that this build reads.
+    #[error("{path} is not a manifest that this version of Cubebox can read")]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        source: serde_json::Error,
+    },
+    /// The manifest has another format.
+    #[error("the snapshot {name:?} has format {found}, this version of Cubebox reads format {known}")]
+    Format {
+        /// The snapshot.
+        name: String,
+        /// Of the snapshot.
+        found: u32,
+        /// Of this build.
+        known: u32,
+    },
+    /// The agent in the snapshot speaks a protocol that this build does not.
+    #[error(
+        "the agent in the snapshot {name:?} speaks protocol {found}, this version of Cubebox speaks {known}"
+    )]
+    Protocol {
+        /// The snapshot.
+        name: String,
+        /// Of the snapshot.
+        found: String,
+        /// Of this build.
+        known: String,
+    },
+    /// A file is not what the manifest says.
+    #[error("{path} has {found} bytes, its manifest says {expected}: the snapshot is damaged")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Bytes found.
+        found: u64,
+        /// Bytes that it should have.
+        expected: u64,
+    },
+}
+
+fn failed(action: &'static str, path: &std::path::Path) -> impl FnOnce(io::Error) -> SnapshotError {
+    move |source| SnapshotError::Io { action, path: path.into(), source }
+}

@@ -1,0 +1,146 @@
+//! The contract of the store.
+
+use std::{fs, path::PathBuf};
+
+use super::*;
+use crate::vmm::Disk;
+
+struct Place {
+    dir: tempfile::TempDir,
+    store: Store,
+}
+
+fn place() -> Place {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::at(&dir.path().join("snapshots"));
+    Place { dir, store }
+}
+
+fn manifest(name: &str) -> Manifest {
+    Manifest {
+        format: 1,
+        name: name.into(),
+        created_ns: 7,
+        cubebox: "0.1.0".into(),
+        agent: "0.1.0".into(),
+        protocol: "1.1".into(),
+        origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
+        containers: Vec::new(),
+        last_event: 3,
+        streams: Vec::new(),
+        disks: Vec::new(),
+        files: Vec::new(),
+    }
+}
+
+impl Place {
+    fn disks(&self) -> Vec<Disk> {
+        [("image", true), ("writable", false)]
+            .map(|(serial, read_only)| {
+                let path = self.dir.path().join(serial);
+                fs::write(&path, serial).unwrap();
+                Disk { path, serial: serial.into(), read_only }
+            })
+            .into()
+    }
+
+    fn make(&self, name: &str) -> Listed {
+        let draft = self.store.begin(name).unwrap();
+        fs::write(draft.vm_dir().join("state.json"), "{}").unwrap();
+        let disks = self.disks();
+        draft.copies(&disks).make().unwrap();
+        draft.finish(manifest(name), &disks).unwrap()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.store.list().unwrap().into_iter().map(|listed| listed.unwrap().manifest.name).collect()
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.dir.path().join("snapshots").join(below)
+    }
+}
+
+#[test]
+fn a_snapshot_is_complete_when_it_has_its_name() {
+    let place = place();
+    let draft = place.store.begin("one").unwrap();
+    assert!(place.names().is_empty());
+    draft.discard().unwrap();
+    let made = place.make("one");
+    assert_eq!(place.names(), ["one"]);
+    let (manifest, dir) = place.store.open("one").unwrap();
+    assert_eq!(manifest, made.manifest);
+    let files: Vec<_> = manifest.files.iter().map(|file| (file.path.as_str(), file.bytes)).collect();
+    assert_eq!(files, [("vm/state.json", 2), ("disks/image", 5), ("disks/writable", 8)]);
+    // printf writable | sha256sum
+    assert!(manifest.files[2].sha256.starts_with("6ebd0a2e7fab"), "{}", manifest.files[2].sha256);
+    assert_eq!(fs::read(dir.join(&manifest.disks[1].file)).unwrap(), b"writable");
+}
+
+#[test]
+fn what_the_guest_writes_later_is_not_in_it() {
+    let place = place();
+    let (draft, disks) = (place.store.begin("one").unwrap(), place.disks());
+    draft.copies(&disks).make().unwrap();
+    fs::write(&disks[1].path, "changed!").unwrap();
+    draft.finish(manifest("one"), &disks).unwrap();
+    assert_eq!(fs::read(place.path("one/disks/writable")).unwrap(), b"writable");
+}
+
+#[test]
+fn a_name_is_had_once_and_leads_nowhere_else() {
+    let place = place();
+    place.make("one");
+    let state = |error: SnapshotError| match error {
+        SnapshotError::Exists { state, .. } => state,
+        other => panic!("{other}"),
+    };
+    assert_eq!(state(place.store.begin("one").unwrap_err()), "exists");
+    let _draft = place.store.begin("two").unwrap();
+    assert_eq!(state(place.store.begin("two").unwrap_err()), "is being made");
+    for name in ["", "..", "../x", "a/b", ".hidden"] {
+        assert!(matches!(place.store.open(name), Err(SnapshotError::Name(_))), "{name}");
+        assert!(matches!(place.store.remove(name), Err(SnapshotError::Name(_))), "{name}");
+    }
+    assert!(matches!(place.store.open("three"), Err(SnapshotError::NotFound { .. })));
+    assert!(matches!(place.store.remove("three"), Err(SnapshotError::NotFound { .. })));
+}
+
+#[test]
+fn what_was_left_half_made_goes_and_what_is_being_made_stays() {
+    let place = place();
+    fs::create_dir_all(place.path(".dead.new/vm")).unwrap();
+    fs::create_dir_all(place.path(".gone.old/vm")).unwrap();
+    let draft = place.store.begin("alive").unwrap();
+    assert_eq!(place.store.collect(true).unwrap().len(), 2);
+    assert_eq!(place.store.collect(false).unwrap(), [place.path(".dead.new"), place.path(".gone.old")]);
+    assert!(draft.vm_dir().exists() && !place.path(".dead.new").exists());
+    drop(draft);
+    fs::write(place.path(".alive.new/vm/leftover"), "x").unwrap();
+    place.make("alive");
+    assert!(!place.path("alive/vm/leftover").exists());
+    place.store.remove("alive").unwrap();
+    assert!(place.names().is_empty() && !place.path("alive").exists());
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_both_versions() {
+    let place = place();
+    place.make("one");
+    let path = place.path("one/manifest.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let refused = |from: &str, to: &str| {
+        fs::write(&path, text.replace(from, to)).unwrap();
+        place.store.open("one").unwrap_err().to_string()
+    };
+    let error = refused("\"format\": 1", "\"format\": 2");
+    assert!(error.contains("format 2") && error.contains("format 1"), "{error}");
+    let error = refused("\"protocol\": \"1.1\"", "\"protocol\": \"2.0\"");
+    assert!(error.contains("2.0") && error.contains("1.1"), "{error}");
+    refused("\"containers\"", "\"container\"");
+    fs::write(&path, &text).unwrap();
+    fs::write(place.path("one/disks/writable"), "short").unwrap();
+    let error = place.store.open("one").unwrap_err().to_string();
+    assert!(error.contains("disks/writable has 5 bytes") && error.contains("says 8"), "{error}");
+}
