@@ -113,7 +113,7 @@ async fn probe_until_ready(guest: &Guest, container: &str, probe: &Probe, owner:
 async fn attempt(guest: &Guest, container: &str, probe: &Probe) -> Option<Result<(), String>> {
     let (limit, margin) = ATTEMPT;
     let request = ProbeRequest {
-        container_id: container.into(),
+        container_id: guest.inside(container.into()),
         timeout_ms: limit.as_millis() as u32,
         attempt: Some(probe.attempt()),
         ..Default::default()
