@@ -26,6 +26,15 @@ pub const ROOTFS_MODE: &str = "cube.rootfs.mode";
 /// Size of the writable disk with `cube.rootfs.mode=block`, a number with `Mi` or `Gi`; default `10Gi`.
 pub const ROOTFS_SIZE: &str = "cube.rootfs.size";
 
+/// The container is ready when a GET is answered with a status from 200 to 399: `8080/healthz`.
+pub const READY_HTTP: &str = "cube.ready.http";
+
+/// The container is ready when a connection is taken: `5432`.
+pub const READY_TCP: &str = "cube.ready.tcp";
+
+/// The container is ready when a program in it ends with 0: `["/bin/check","-q"]`.
+pub const READY_EXEC: &str = "cube.ready.exec";
+
 /// Name of a snapshot below `snapshot.dir`, or its path there: the sandbox goes on from it, and its rootfs is
 /// that of the snapshot.
 pub const SNAPSHOT_RESTORE: &str = "cube.snapshot.restore";
@@ -34,5 +43,16 @@ pub const SNAPSHOT_RESTORE: &str = "cube.snapshot.restore";
 pub const PREFIX: &str = "cube.";
 
 /// Every annotation that this version knows.
-pub const KNOWN: [&str; 8] =
-    [LOG_FORWARDING, LOG_MODE, ALLOW_VSOCK, VCPUS, MEMORY_MIB, ROOTFS_MODE, ROOTFS_SIZE, SNAPSHOT_RESTORE];
+pub const KNOWN: [&str; 11] = [
+    LOG_FORWARDING,
+    LOG_MODE,
+    ALLOW_VSOCK,
+    VCPUS,
+    MEMORY_MIB,
+    ROOTFS_MODE,
+    ROOTFS_SIZE,
+    SNAPSHOT_RESTORE,
+    READY_HTTP,
+    READY_TCP,
+    READY_EXEC,
+];

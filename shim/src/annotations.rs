@@ -1,6 +1,10 @@
 //! The `cube.*` annotations of a container, checked.
 
+mod probe;
+
 use cube_protocol::{annotations as name, guest::LogMode};
+
+pub use probe::Probe;
 
 /// What the annotations of one container ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +21,8 @@ pub struct Annotations {
     pub rootfs_block: bool,
     /// Size in bytes of the disk that such a container writes to.
     pub rootfs_size: u64,
+    /// How it shows that it is ready; `None`: it is when it runs.
+    pub ready: Option<Probe>,
     /// The snapshot from which the sandbox goes on: its name, or its path in the store.
     pub restore: Option<String>,
 }
@@ -36,6 +42,7 @@ impl Default for Annotations {
             memory_mib: None,
             rootfs_block: false,
             rootfs_size: ROOTFS_SIZE,
+            ready: None,
             restore: None,
         }
     }
@@ -57,6 +64,14 @@ pub enum AnnotationError {
         /// What is allowed.
         rule: &'static str,
     },
+    /// More than one ready probe.
+    #[error(
+        "the container has more than one ready probe: it may have one of the annotations {}, {}, {}",
+        name::READY_HTTP,
+        name::READY_TCP,
+        name::READY_EXEC
+    )]
+    Probes,
 }
 
 /// Reads the `cube.*` annotations among `all`, the annotations of `config.json`; others are not ours.
@@ -82,11 +97,23 @@ pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<An
             }
             name::ROOTFS_MODE => parsed.rootfs_block = rootfs_block(value)?,
             name::ROOTFS_SIZE => parsed.rootfs_size = rootfs_size(value)?,
+            name::READY_HTTP => parsed.add_probe(Probe::http(value)?)?,
+            name::READY_TCP => parsed.add_probe(Probe::tcp(value)?)?,
+            name::READY_EXEC => parsed.add_probe(Probe::exec(value)?)?,
             name::SNAPSHOT_RESTORE => parsed.restore = Some(value.into()),
             _ => return Err(AnnotationError::Unknown(key.into())),
         }
     }
     Ok(parsed)
+}
+
+impl Annotations {
+    fn add_probe(&mut self, probe: Probe) -> Result<(), AnnotationError> {
+        match self.ready.replace(probe) {
+            None => Ok(()),
+            Some(_) => Err(AnnotationError::Probes),
+        }
+    }
 }
 
 fn boolean(name: &'static str, value: &str) -> Result<bool, AnnotationError> {
@@ -164,6 +191,7 @@ mod tests {
             (name::MEMORY_MIB, "512"),
             (name::ROOTFS_MODE, "block"),
             (name::ROOTFS_SIZE, "512Mi"),
+            (name::READY_TCP, "5432"),
             (name::SNAPSHOT_RESTORE, "one"),
         ]);
         let expected = Annotations {
@@ -173,9 +201,17 @@ mod tests {
             memory_mib: Some(512),
             rootfs_block: true,
             rootfs_size: 512 << 20,
+            ready: Some(Probe::Tcp(([127, 0, 0, 1], 5432).into())),
             restore: Some("one".into()),
         };
         assert_eq!(parsed, Ok(expected));
+    }
+
+    #[test]
+    fn a_container_has_one_ready_probe() {
+        let error = parse([(name::READY_TCP, "1"), (name::READY_HTTP, "1")]).unwrap_err();
+        assert_eq!(error, AnnotationError::Probes);
+        assert!(error.to_string().contains("cube.ready.exec"), "{error}");
     }
 
     #[test]

@@ -79,6 +79,14 @@ pub enum Error {
         /// What the call needs.
         needed: &'static str,
     },
+    /// A container has exited that somebody wants to be ready.
+    #[error("container {id:?} has exited with status {status}, and will not be ready")]
+    NotReady {
+        /// Its id.
+        id: String,
+        /// 0 to 255; 128 + n for death by signal n.
+        status: u32,
+    },
     /// Something that this version cannot do.
     #[error("{what} is not supported by this version of Cubebox{hint}")]
     Unimplemented {
@@ -157,7 +165,7 @@ impl Error {
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
+            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,

@@ -3,21 +3,20 @@
 
 mod support;
 
-use std::{os::unix::net::UnixListener, path::Path, sync::Arc, time::Instant};
+use std::{os::unix::net::UnixListener, time::Instant};
 
 use async_trait::async_trait;
 use cube_shim::control::{
     sandbox::{
-        Control, Events, Exit, Guest, GuestLag, Log, Process, Shim, StatusRequest, StatusResponse, Stream,
-        Vmm,
+        Control, Events, Exit, Guest, GuestLag, Log, Process, Ready, Shim, StatusRequest, StatusResponse,
+        Stream, Vmm,
     },
-    sandbox_ttrpc::{Sandbox, create_sandbox},
+    sandbox_ttrpc::Sandbox,
 };
 use protobuf::MessageField;
 use serde_json::{Value, json};
-use support::Host;
-use tokio::sync::oneshot;
-use ttrpc::r#async::{Server, TtrpcContext};
+use support::{Host, serve};
+use ttrpc::r#async::TtrpcContext;
 
 /// A shim that answers, or refuses to.
 struct Fake(Option<StatusResponse>);
@@ -28,25 +27,6 @@ impl Sandbox for Fake {
         let refusal = ttrpc::get_status(ttrpc::Code::UNIMPLEMENTED, "/cube.shim.v1.Sandbox/Status");
         self.0.clone().ok_or(ttrpc::Error::RpcStatus(refusal))
     }
-}
-
-/// Serves until what it gives is dropped.
-fn serve(socket: &Path, fake: Fake) -> oneshot::Sender<()> {
-    let address = format!("unix://{}", socket.display());
-    let (stop, stopped) = oneshot::channel();
-    let (ready, is_ready) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let service = create_sandbox(Arc::new(fake));
-            let mut server = Server::new().bind(&address).unwrap().register_service(service);
-            server.start().await.unwrap();
-            ready.send(()).unwrap();
-            let _ = stopped.await;
-        });
-    });
-    is_ready.recv_timeout(support::LIMIT).unwrap();
-    stop
 }
 
 fn example() -> StatusResponse {
@@ -72,6 +52,11 @@ fn example() -> StatusResponse {
         state: "running".into(),
         guest_pid: 12,
         streams: vec![stdout],
+        ready: MessageField::some(Ready {
+            probe: "tcp 127.0.0.1:5432".into(),
+            reason: "connection refused".into(),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let exec = Process {
@@ -122,6 +107,7 @@ fn a_status_is_a_page_for_people() {
     assert_eq!(line("guest"), "256.0 MiB memory, 0 available, agent 0 resident");
     assert_eq!(line("control"), "connected, 3 reconnects, last event 0");
     assert_eq!(line("c/sh"), "stopped - 137 at 1970-01-01T00:00:01.000000000Z");
+    assert!(text.contains("not yet: connection refused  tcp 127.0.0.1:5432"), "{text}");
     assert!(text.contains("117.7 MiB"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 130), "{text}");
 }
@@ -133,6 +119,8 @@ fn a_status_is_an_object_with_every_number_in_full_for_programs() {
     let _shim = serve(&sandbox.socket().unwrap(), Fake(Some(example())));
     let status = json_of(&host, "c");
     assert_eq!(status["vmm"]["timeline"], "0000000000000abc");
+    let ready = json!({"probe": "tcp 127.0.0.1:5432", "since": null, "reason": "connection refused"});
+    assert_eq!((&status["processes"][0]["ready"], &status["processes"][1]["ready"]), (&ready, &Value::Null));
     assert_eq!(status["processes"][1]["exec"], "sh");
     assert_eq!(status["processes"][1]["exit"]["status"], 137);
     let expected = json!({

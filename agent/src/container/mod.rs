@@ -10,16 +10,18 @@ mod error;
 mod hostname;
 mod mount_options;
 mod namespaces;
+mod network;
 mod readable;
 mod seccomp;
 mod spawn;
 mod spec;
 mod stage;
 
-use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
+use tokio::net::TcpSocket;
 
 use self::{
     cgroup::Cgroup,
@@ -192,6 +194,12 @@ impl Container {
     pub fn replace_hostname(&self, old: &str, new: &str) -> Result<(), ContainerError> {
         hostname::replace(&self.init, old, new)
             .map_err(|source| ContainerError::stage("set the host name of a container", source))
+    }
+
+    /// A socket for a TCP connection to `to`, in the network of the container.
+    pub fn tcp_socket(&self, to: SocketAddr) -> Result<TcpSocket, ContainerError> {
+        network::tcp_socket(&self.init, to)
+            .map_err(|source| ContainerError::stage("make a socket in the container's network", source))
     }
 
     /// Resolves when the kernel has killed a process of the container for want of memory, after more

@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use cube_protocol::{
     guest::{
         EventsRequest, EventsResponse, HelloRequest, HelloResponse, InfoRequest, InfoResponse,
-        PrepareSandboxRequest, PrepareSandboxResponse, QuiesceRequest, QuiesceResponse, SharedMount,
-        ThawRequest, ThawResponse,
+        PrepareSandboxRequest, PrepareSandboxResponse, ProbeRequest, ProbeResponse, QuiesceRequest,
+        QuiesceResponse, SharedMount, ThawRequest, ThawResponse,
     },
     guest_ttrpc::Guest,
     version,
@@ -20,7 +20,7 @@ use cube_protocol::{
 use tokio::{sync::Mutex, task::spawn_blocking};
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{Refused, detached, error::Error, events::Events, rest, tasks::Tasks};
+use super::{Refused, detached, error::Error, events::Events, probe, rest, tasks::Tasks};
 use crate::{
     boot::process::{HostRun, fd_path},
     guest::{
@@ -220,5 +220,11 @@ impl Guest for GuestService {
     async fn thaw(&self, _: &TtrpcContext, request: ThawRequest) -> ttrpc::Result<ThawResponse> {
         let parts = self.parts.clone();
         Ok(detached((), async move { rest::thaw(&parts, request).await }).await?)
+    }
+
+    async fn probe(&self, _: &TtrpcContext, request: ProbeRequest) -> ttrpc::Result<ProbeResponse> {
+        // It changes nothing that would have to be carried out to its end: dropped with its connection, it
+        // ends.
+        Ok(probe::probe(&self.parts, request).await?)
     }
 }

@@ -7,6 +7,7 @@ pub mod events;
 mod guest;
 pub mod ids;
 pub mod listen;
+mod probe;
 mod rest;
 mod task;
 pub mod tasks;

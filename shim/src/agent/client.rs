@@ -257,6 +257,13 @@ impl Agent {
         self.polling.send_replace(Polling::On);
     }
 
+    /// Resolves when events are followed, that is not between [`hold_events`](Agent::hold_events) and
+    /// [`follow_events`](Agent::follow_events): a guest at rest is asked nothing. Cancel safe.
+    pub async fn following(&self) {
+        // We hold a sender: it cannot fail.
+        let _ = self.polling.subscribe().wait_for(|polling| *polling == Polling::On).await;
+    }
+
     /// Polls for the events of another timeline, after number `after`. For a guest that was restored, once
     /// it is thawed; events were held before.
     pub fn follow_events_of(&self, timeline: u64, after: u64) {

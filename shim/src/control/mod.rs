@@ -4,14 +4,17 @@
 mod guest;
 mod status;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tracing::info;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use self::sandbox::{StatusRequest, StatusResponse};
-use crate::sandbox::{Sandbox, SnapshotRequest};
+use self::sandbox::{StatusRequest, StatusResponse, WaitReadyRequest, WaitReadyResponse};
+use crate::sandbox::{Sandbox, SandboxReadiness, SnapshotRequest};
+
+/// Longest time that a caller may wait for a sandbox to be ready.
+const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Messages of `proto/sandbox.proto`.
 #[allow(warnings, clippy::all, clippy::restriction)]
@@ -43,6 +46,19 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
         let status = self.sandbox.status().await?;
         let guest = guest::ask(status.agent.as_ref()).await;
         Ok(status::response(status, guest))
+    }
+
+    async fn wait_ready(
+        &self,
+        _: &TtrpcContext,
+        request: WaitReadyRequest,
+    ) -> ttrpc::Result<WaitReadyResponse> {
+        let limit = Duration::from_millis(request.timeout_ms.into()).min(WAIT_MAX);
+        let (ready, waits_for) = match self.sandbox.wait_ready(limit).await? {
+            SandboxReadiness::Ready => (true, String::new()),
+            SandboxReadiness::Waiting(what) => (false, what),
+        };
+        Ok(WaitReadyResponse { ready, waits_for, ..Default::default() })
     }
 
     async fn snapshot(

@@ -8,7 +8,7 @@ use cube_protocol::version;
 use super::{guest::Figures, sandbox as api};
 use crate::{
     agent::LinkStatus,
-    sandbox::{Exit, ProcessStatus, SandboxStatus, VmStatus},
+    sandbox::{Exit, ProcessStatus, Readiness, ReadyStatus, SandboxStatus, VmStatus},
     stdio::{LogStatus, Obstacle, StreamStatus},
 };
 
@@ -81,7 +81,7 @@ fn control(link: LinkStatus) -> api::Control {
 }
 
 fn process(status: ProcessStatus, figures: Option<&Figures>) -> api::Process {
-    let ProcessStatus { container, exec, state, guest_pid, terminal, exit, streams } = status;
+    let ProcessStatus { container, exec, state, guest_pid, terminal, exit, streams, ready } = status;
     let streams = streams
         .into_iter()
         .map(|status| {
@@ -91,7 +91,25 @@ fn process(status: ProcessStatus, figures: Option<&Figures>) -> api::Process {
         .collect();
     let exit = exit.map(|Exit { status, at_ns }| api::Exit { status, at_ns, ..Default::default() }).into();
     let (container_id, exec_id, state) = (container, exec, state.into());
-    api::Process { container_id, exec_id, state, guest_pid, terminal, exit, streams, ..Default::default() }
+    api::Process {
+        container_id,
+        exec_id,
+        state,
+        guest_pid,
+        terminal,
+        exit,
+        streams,
+        ready: ready.map(self::ready).into(),
+        ..Default::default()
+    }
+}
+
+fn ready(status: ReadyStatus) -> api::Ready {
+    let (since_ns, reason) = match status.state {
+        Readiness::Since(since_ns) => (since_ns, String::new()),
+        Readiness::Waiting(reason) => (0, reason),
+    };
+    api::Ready { probe: status.probe, since_ns, reason, ..Default::default() }
 }
 
 fn stream(status: StreamStatus, guest_lag: Option<u64>) -> api::Stream {

@@ -16,7 +16,7 @@ use containerd_shim_protos::{
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
-use cube_protocol::{guest, guest_ttrpc, hybrid, ports, version};
+use cube_protocol::{guest, guest::probe_response::Outcome, guest_ttrpc, hybrid, ports, version};
 use serde_json::Value;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -53,6 +53,8 @@ pub(super) struct Guest {
     pub(super) calls: Mutex<Vec<String>>,
     /// The spec of each Create.
     pub(super) specs: Mutex<Vec<Value>>,
+    /// Why no container is ready; `None` if all are.
+    pub(super) unready: Mutex<Option<String>>,
     protocol: version::Version,
     events: Mutex<Vec<guest::Event>>,
     news: Notify,
@@ -75,6 +77,7 @@ impl Guest {
             faults: Mutex::default(),
             calls: Mutex::default(),
             specs: Mutex::default(),
+            unready: Mutex::default(),
             protocol,
             events: Mutex::default(),
             news: Notify::new(),
@@ -265,6 +268,19 @@ impl guest_ttrpc::Guest for Service {
         self.0.called("Thaw", "", "").await?;
         *self.0.thaw.lock().unwrap() = request;
         Ok(guest::ThawResponse::new())
+    }
+
+    async fn probe(
+        &self,
+        _: &TtrpcContext,
+        request: guest::ProbeRequest,
+    ) -> ttrpc::Result<guest::ProbeResponse> {
+        self.0.called("Probe", &request.container_id, "").await?;
+        let outcome = match self.0.unready.lock().unwrap().clone() {
+            None => Outcome::Ready(guest::Ready::new()),
+            Some(reason) => Outcome::NotReady(guest::NotReady { reason, ..Default::default() }),
+        };
+        Ok(guest::ProbeResponse { outcome: Some(outcome), ..Default::default() })
     }
 
     async fn info(&self, _: &TtrpcContext, _: guest::InfoRequest) -> ttrpc::Result<guest::InfoResponse> {

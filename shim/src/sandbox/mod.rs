@@ -14,6 +14,7 @@ mod machine;
 mod owner;
 mod pause;
 mod process;
+mod ready;
 mod restore;
 pub mod size;
 mod snapshot;
@@ -23,18 +24,20 @@ mod steps;
 #[cfg(test)]
 mod tests;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_shim_protos::{api::Mount, protobuf::well_known_types::any::Any};
 use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
+    time::timeout,
 };
 
 pub use host::{Host, LinuxHost, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
-pub use status::{ProcessStatus, SandboxStatus, VmStatus};
+pub use ready::{Readiness, SandboxReadiness};
+pub use status::{ProcessStatus, ReadyStatus, SandboxStatus, VmStatus};
 
 use crate::{
     annotations::{self, Annotations},
@@ -161,6 +164,9 @@ enum Request {
     CloseIo(ProcessId, Reply<()>),
     Shutdown(Reply<()>),
     Status(Reply<SandboxStatus>),
+    /// To be answered when it is ready, or cannot become so.
+    WhenReady(Reply<SandboxReadiness>),
+    Readiness(Reply<SandboxReadiness>),
 }
 
 /// Everything that the owner reacts to.
@@ -172,6 +178,8 @@ enum Message {
     ProcessExited(ProcessId, Exit),
     /// A SIGKILL was asked for a while ago.
     KillOverdue(ProcessId),
+    /// A container's ready probe has succeeded, or not and why.
+    Probed(String, Result<(), String>),
 }
 
 /// Handle of a sandbox. Clones mean the same sandbox.
@@ -289,6 +297,18 @@ impl Sandbox {
     /// Everything that is known of the sandbox, from memory, in every state.
     pub async fn status(&self) -> Result<SandboxStatus, Error> {
         self.ask(Request::Status).await
+    }
+
+    /// Waits until every container is ready, for at most `limit`, and tells how far it has come then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotReady`] if a container has exited that would have to be ready.
+    pub async fn wait_ready(&self, limit: Duration) -> Result<SandboxReadiness, Error> {
+        match timeout(limit, self.ask(Request::WhenReady)).await {
+            Ok(readiness) => readiness,
+            Err(_) => self.ask(Request::Readiness).await,
+        }
     }
 
     /// Ends the shim, if no container is left.

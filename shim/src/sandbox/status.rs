@@ -5,7 +5,7 @@ use std::time::Duration;
 use cube_protocol::{guest::HelloResponse, version::Version};
 use tokio::time::Instant;
 
-use super::process::Exit;
+use super::{process::Exit, ready::Readiness};
 use crate::{
     agent::{Agent, LinkStatus, printable},
     events::PublisherStatus,
@@ -107,4 +107,15 @@ pub struct ProcessStatus {
     pub exit: Option<Exit>,
     /// None while it is being created or deleted.
     pub streams: Vec<StreamStatus>,
+    /// Of an init process whose container has a ready probe.
+    pub ready: Option<ReadyStatus>,
+}
+
+/// A ready probe at one moment.
+#[derive(Debug, Clone)]
+pub struct ReadyStatus {
+    /// What is tried, printable.
+    pub probe: String,
+    /// What has come of it.
+    pub state: Readiness,
 }

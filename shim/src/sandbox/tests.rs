@@ -22,6 +22,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(30);
 
 mod pause;
+mod ready;
 mod restore;
 mod snapshot;
 

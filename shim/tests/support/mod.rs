@@ -8,18 +8,40 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use cube_shim::{
+    control::sandbox_ttrpc::{Sandbox, create_sandbox},
     log::format::{Record, RecordKind, SegmentHeader},
     state::{ContainerState, FORMAT, RunDir, State},
 };
+use tokio::sync::oneshot;
+use ttrpc::r#async::Server;
 
 /// Much longer than anything here takes.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// Lets a shim serve its socket until what it gives is dropped.
+pub fn serve(socket: &Path, shim: impl Sandbox + Send + 'static) -> oneshot::Sender<()> {
+    let address = format!("unix://{}", socket.display());
+    let (stop, stopped) = oneshot::channel();
+    let (ready, is_ready) = mpsc::channel();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let service = create_sandbox(Arc::new(shim));
+            let mut server = Server::new().bind(&address).unwrap().register_service(service);
+            server.start().await.unwrap();
+            ready.send(()).unwrap();
+            let _ = stopped.await;
+        });
+    });
+    is_ready.recv_timeout(LIMIT).unwrap();
+    stop
+}
 
 pub struct Host {
     temp: tempfile::TempDir,

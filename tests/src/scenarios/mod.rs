@@ -18,6 +18,7 @@ pub mod output;
 pub mod pause;
 pub mod pauses;
 pub mod pods;
+pub mod ready;
 pub mod rest;
 pub mod restore;
 pub mod rotation;

@@ -47,6 +47,7 @@ impl Tasks {
         let (opened, stdio) = Opened::open(&self.hub, &process_id, request)?;
 
         let mut spec = new.spec;
+        let process = spec.process().clone();
         if let Some(process) = spec.process_mut() {
             environment::complete(process, &lock(&self.environment));
         }
@@ -72,6 +73,7 @@ impl Tasks {
         let task = Arc::new(Task {
             init: init.clone(),
             policy: new.policy,
+            process,
             container: Arc::new(RwLock::new(container)),
             rootfs: Some(rootfs).into(),
             execs: Default::default(),
@@ -85,13 +87,14 @@ impl Tasks {
 }
 
 /// Streams of a process that may yet fail to come to life: dropping this closes them.
-struct Opened<'a> {
+#[derive(Debug)]
+pub(super) struct Opened<'a> {
     hub: Option<&'a Hub>,
     process: ProcessId,
 }
 
 impl<'a> Opened<'a> {
-    fn open(
+    pub(super) fn open(
         hub: &'a Arc<Hub>,
         process: &ProcessId,
         request: Request,

@@ -11,6 +11,7 @@
 mod create;
 mod delete;
 mod environment;
+mod probe;
 mod process;
 mod start;
 mod state;
@@ -67,6 +68,8 @@ pub struct Task {
     /// The first process.
     pub init: Arc<Process>,
     policy: Policy,
+    /// What the init process runs; a probe runs as it does.
+    process: Option<runtime::Process>,
     container: Arc<RwLock<Container>>,
     rootfs: Mutex<Option<Rootfs>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,

@@ -22,6 +22,13 @@ The bytes come as the container wrote them. Output that was dropped in the guest
 cube.container.log_mode=drop-oldest), or rotated away before it was read, shows as \"[N bytes lost]\"
 on standard error.";
 
+const WAIT: &str = "\
+Wait until a sandbox is ready
+
+It is ready when each of its containers has been started and, where the container has one of the
+annotations cube.ready.http, cube.ready.tcp and cube.ready.exec, that probe has succeeded once. It is an
+error if the sandbox's main container exits, or another one before it is ready.";
+
 const SNAPSHOT: &str = "\
 Take a snapshot of a sandbox, which runs on; prints the snapshot's name
 
@@ -64,6 +71,9 @@ pub(crate) enum CubeboxCommand {
     Logs(LogsArgs),
     /// Show a sandbox: its VM, its processes, and what has become of each byte of their output
     Status(StatusArgs),
+    /// Wait until a sandbox is ready
+    #[command(long_about = WAIT)]
+    Wait(WaitArgs),
     /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
     #[command(long_about = SNAPSHOT)]
     Snapshot(SnapshotArgs),
@@ -95,6 +105,22 @@ pub(crate) struct StatusArgs {
     /// Print a JSON object, with every number in full
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct WaitArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
+    /// What to wait for
+    #[arg(long, required = true)]
+    pub(crate) ready: bool,
+    /// Give up after so many seconds, with exit code 1 and the reason [default: wait for ever]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=31_536_000))]
+    pub(crate) timeout: Option<u64>,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
 }
 
 #[derive(Debug, Args)]

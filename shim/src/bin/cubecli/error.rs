@@ -1,6 +1,6 @@
 //! What can go wrong, and the exit codes that scripts rely on.
 
-use std::{io, process::ExitCode};
+use std::{io, process::ExitCode, time::Duration};
 
 use cube_shim::{
     config::ConfigError,
@@ -64,6 +64,8 @@ pub(crate) enum CliError {
         #[source]
         source: ttrpc::Error,
     },
+    #[error("sandbox {sandbox} is not ready after {limit:?}: {waits_for}")]
+    NotReady { sandbox: Name, limit: Duration, waits_for: String },
     #[error("sandbox {sandbox}: {text}")]
     Refused { sandbox: Name, text: String },
     #[error(transparent)]

@@ -15,6 +15,7 @@ mod status;
 mod table;
 mod task;
 mod time;
+mod wait;
 
 use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
 
@@ -45,6 +46,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         }
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
             snapshot::take(&config, &args, output)
         }

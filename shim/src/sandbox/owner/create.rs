@@ -14,6 +14,7 @@ use crate::{
         create::{Booted, Created, Creation},
         job::Report,
         process::{Phase, Process, Stdio},
+        ready::Ready,
         spec::Pod,
     },
     state::{ContainerState, now_ns},
@@ -67,6 +68,7 @@ impl Owner {
             early_execs: Vec::new(),
             stats: None,
             oom: None,
+            ready: Ready::new(plan.annotations.ready.clone()),
             abort: Some(abort),
             restored: None,
         };

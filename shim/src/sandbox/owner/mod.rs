@@ -3,6 +3,7 @@
 mod create;
 mod end;
 mod pause;
+mod ready;
 mod run;
 mod snapshot;
 mod status;
@@ -29,6 +30,7 @@ use super::{
     SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
+    ready::{Ready, SandboxReadiness},
     restore::Restored,
     status::VmStatus,
 };
@@ -123,6 +125,7 @@ struct Container {
     stats: Option<Any>,
     /// When containerd was last told that it is out of memory.
     oom: Option<Instant>,
+    ready: Ready,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
     /// If it was restored: how it goes on, and what takes the output of its processes that nobody knows.
@@ -173,6 +176,8 @@ pub(super) struct Owner {
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Deletes that came during a pause.
     waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
+    /// Those who wait for the sandbox to be ready.
+    waiting_ready: Vec<Reply<SandboxReadiness>>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -222,6 +227,7 @@ impl Owner {
             waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
+            waiting_ready: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
@@ -239,6 +245,7 @@ impl Owner {
                 Some(event) = self.guest_events.recv() => self.guest_event(event),
                 () = sleep_until(wake) => self.look_around(),
             }
+            self.answer_ready();
         }
         self.clean_up().await;
     }
@@ -250,6 +257,7 @@ impl Owner {
             Message::VmmExited(exit) => self.vmm_exited(&exit),
             Message::ProcessExited(id, exit) => self.process_exited(&id, exit),
             Message::KillOverdue(id) => self.kill_overdue(&id),
+            Message::Probed(container, found) => self.probed(&container, found),
         }
     }
 
@@ -291,6 +299,8 @@ impl Owner {
                 drop(reply.send(closed));
             }
             Request::Status(reply) => drop(reply.send(Ok(self.status()))),
+            Request::WhenReady(reply) => self.when_ready(reply),
+            Request::Readiness(reply) => drop(reply.send(self.readiness())),
             Request::Shutdown(reply) => {
                 self.done = self.containers.is_empty();
                 drop(reply.send(Ok(())));

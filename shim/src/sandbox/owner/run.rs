@@ -48,6 +48,9 @@ impl Owner {
 
     pub(super) fn started(&mut self, id: &ProcessId, result: Result<u32, Error>) -> Result<u32, Error> {
         let result = self.settle_start(id, result);
+        if result.is_ok() && id.is_init() {
+            self.watch_ready(&id.container);
+        }
         let early = match self.containers.get_mut(&id.container) {
             Some(container) if id.is_init() => std::mem::take(&mut container.early_execs),
             _ => Vec::new(),

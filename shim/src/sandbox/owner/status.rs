@@ -2,9 +2,11 @@
 
 use super::Owner;
 use crate::{
+    agent::printable,
     sandbox::{
         process::Process,
-        status::{ProcessStatus, SandboxStatus},
+        ready::Ready,
+        status::{ProcessStatus, ReadyStatus, SandboxStatus},
     },
     stdio::{ProcessIo, StreamStatus},
 };
@@ -35,7 +37,10 @@ impl Owner {
     fn process_statuses(&self) -> Vec<ProcessStatus> {
         let mut all = Vec::new();
         for (id, container) in &self.containers {
-            all.push(process_status(id, "", &container.init));
+            all.push(ProcessStatus {
+                ready: ready(&container.ready),
+                ..process_status(id, "", &container.init)
+            });
             let mut execs: Vec<_> = container.execs.iter().collect();
             execs.sort_by_key(|(exec, _)| *exec);
             all.extend(execs.into_iter().map(|(exec, process)| process_status(id, exec, process)));
@@ -53,7 +58,13 @@ fn process_status(container: &str, exec: &str, process: &Process) -> ProcessStat
         terminal: process.stdio.terminal,
         exit: process.exit(),
         streams: process.io.as_ref().map(ProcessIo::status).unwrap_or_default(),
+        ready: None,
     }
+}
+
+fn ready(ready: &Ready) -> Option<ReadyStatus> {
+    let probe = printable(&ready.probe.as_ref()?.to_string());
+    Some(ReadyStatus { probe, state: ready.state.clone() })
 }
 
 /// Connections closed because the guest broke the protocol.

@@ -124,3 +124,16 @@ async fn a_start_that_fails_can_be_repeated() {
     lab.guest().exit("old", "", 0);
     assert_eq!(lab.wait(init("c1")).await, 0);
 }
+
+#[tokio::test]
+async fn a_restored_container_is_probed_from_its_start_on_by_its_old_name() {
+    let lab = Lab::with_snapshot(&[("old", false)]).await;
+    let mut spec = spec();
+    spec["annotations"]["cube.ready.tcp"] = "5432".into();
+    let request = CreateRequest { restore: Some("one".into()), ..lab.request("c1", spec) };
+    within(lab.sandbox.create(request)).await.unwrap();
+    lab.sandbox.start(init("c1")).await.unwrap();
+    let readiness = within(lab.sandbox.wait_ready(LIMIT)).await.unwrap();
+    assert_eq!(readiness, crate::sandbox::SandboxReadiness::Ready);
+    assert_eq!(lab.asked().last().unwrap(), "Probe old");
+}

@@ -1,6 +1,6 @@
 //! A status for programs. The names are an interface: `docs/operations.md` lists them, and they stay.
 
-use cube_shim::control::sandbox::{Exit, Guest, Log, Process, StatusResponse, Stream, Vmm};
+use cube_shim::control::sandbox::{Exit, Guest, Log, Process, Ready, StatusResponse, Stream, Vmm};
 use serde_json::{Value, json};
 
 use crate::time;
@@ -68,7 +68,16 @@ fn process(process: &Process) -> Value {
         "guest_pid": (process.guest_pid != 0).then_some(process.guest_pid),
         "terminal": process.terminal,
         "exit": process.exit.as_ref().map(exit),
+        "ready": process.ready.as_ref().map(ready),
         "streams": process.streams.iter().map(stream).collect::<Vec<_>>(),
+    })
+}
+
+fn ready(ready: &Ready) -> Value {
+    json!({
+        "probe": ready.probe,
+        "since": (ready.since_ns != 0).then(|| time::rfc3339(ready.since_ns)),
+        "reason": (!ready.reason.is_empty()).then_some(&ready.reason),
     })
 }
 

@@ -18,6 +18,10 @@ pub(super) fn print(status: &StatusResponse, output: File) -> io::Result<()> {
     table::write_to(&mut output, &facts(status))?;
     writeln!(output)?;
     table::write_to(&mut output, &processes(status))?;
+    if status.processes.iter().any(|process| process.ready.is_some()) {
+        writeln!(output)?;
+        table::write_to(&mut output, &probes(status))?;
+    }
     if status.processes.iter().any(|process| !process.streams.is_empty()) {
         writeln!(output)?;
         table::write_to(&mut output, &streams(status))?;
@@ -97,6 +101,19 @@ fn processes(status: &StatusResponse) -> Vec<[String; 4]> {
         let exit =
             process.exit.as_ref().map(|exit| format!("{} at {}", exit.status, time::rfc3339(exit.at_ns)));
         [name(process), process.state.clone(), pid, exit.unwrap_or_else(|| "-".into())]
+    }));
+    rows
+}
+
+fn probes(status: &StatusResponse) -> Vec<[String; 3]> {
+    let mut rows = vec![["CONTAINER", "READY", "PROBE"].map(String::from)];
+    rows.extend(status.processes.iter().filter_map(|process| {
+        let ready = process.ready.as_ref()?;
+        let state = match ready.since_ns {
+            0 => format!("not yet: {}", ready.reason),
+            since_ns => format!("since {}", time::rfc3339(since_ns)),
+        };
+        Some([name(process), state, ready.probe.clone()])
     }));
     rows
 }
