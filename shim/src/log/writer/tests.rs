@@ -312,6 +312,28 @@ fn a_segment_whose_header_is_torn_goes_on_where_the_one_before_ended() {
 }
 
 #[test]
+fn a_header_with_a_number_that_is_in_use_costs_no_closed_segment() {
+    let log = long_log();
+    let current = segments(&log.path()).pop().unwrap().header;
+    let before = stream(&log.path()).len();
+    let damaged = copy(&log.path());
+    let wrong = SegmentHeader { number: current.number - 1, ..current };
+    let index = fs::File::options().write(true).open(damaged.path().join("stdout.idx")).unwrap();
+    index.write_all_at(&wrong.encode(), 0).unwrap();
+    let mut writer = recover(damaged.path());
+    // Another timeline closes the segment.
+    writer.identify(Identity { timeline: current.timeline + 1, epoch: 9 }).unwrap();
+    append_pattern(&mut writer, 100);
+    assert_eq!(stream(damaged.path()).len(), before + 100 - dropped(&log.path()));
+}
+
+/// Bytes that go when another segment is begun.
+fn dropped(path: &Path) -> usize {
+    let all = segments(path);
+    if all.len() < LIMITS.segments as usize { 0 } else { all[0].data.len() }
+}
+
+#[test]
 fn a_rotation_cut_short_at_any_step_is_completed() {
     let log = long_log();
     let whole = stream(&log.path());
