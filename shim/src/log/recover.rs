@@ -190,9 +190,12 @@ impl Numbers {
 fn complete_rotation(dir: &LogDir, stream: &str) -> Result<(), LogError> {
     let found = Numbers::list(dir, stream)?;
     let newest_data = found.data.last().copied().unwrap_or(0);
-    for number in found.index.difference(&found.data).copied() {
+    let without_data: Vec<u64> = found.index.difference(&found.data).copied().collect();
+    let is_rotated = |number: u64| number > newest_data && found.current_data && !found.current_index;
+    let rotated = without_data.last().copied().filter(|number| is_rotated(*number));
+    for number in without_data {
         let closed = closed_name(stream, number);
-        if number > newest_data && found.current_data && !found.current_index {
+        if rotated == Some(number) {
             dir.rename(stream, &closed)?;
         } else {
             dir.remove(&index_name(&closed))?;

@@ -368,6 +368,20 @@ fn a_rotation_cut_short_at_any_step_is_completed() {
 }
 
 #[test]
+fn a_rotation_cut_short_is_completed_once_however_many_indices_have_no_data() {
+    let log = long_log();
+    let end = log.writer.next_offset();
+    let number = segments(&log.path()).last().unwrap().header.number;
+    let damaged = copy(&log.path());
+    let at = |number: u64| damaged.path().join(index_name(&closed_name("stdout", number)));
+    fs::rename(damaged.path().join("stdout.idx"), at(number)).unwrap();
+    fs::write(at(number - 1), fs::read(at(number)).unwrap()).unwrap();
+    fs::remove_file(damaged.path().join(closed_name("stdout", number - 1))).unwrap();
+    assert_eq!(recover(damaged.path()).next_offset(), end);
+    assert!(damaged.path().join(closed_name("stdout", number)).exists() && !at(number - 1).exists());
+}
+
+#[test]
 fn the_removal_of_a_segment_that_was_cut_short_is_completed() {
     let log = long_log();
     let oldest = segments(&log.path())[0].header.number;
