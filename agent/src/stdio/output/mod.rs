@@ -1,5 +1,7 @@
 //! An output stream: from the pipe or terminal into the retention ring, and from there to the host.
 
+#[cfg(feature = "fuzzing")]
+mod fork;
 mod sending;
 
 use std::{
