@@ -5,11 +5,11 @@ mod guest;
 mod host;
 mod wire;
 
-use std::{fmt, future::Future, time::Duration};
+use std::{fmt, future::Future, io::Write, time::Duration};
 
 use cube_agent::stdio::Policy;
 use cube_protocol::stream::Stream;
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::TestRunner};
 use tokio::time::{Instant, sleep};
 
 use self::{
@@ -247,20 +247,18 @@ fn simulated<T>(history: impl Future<Output = T>) -> T {
     builder.enable_all().start_paused(true).build().unwrap().block_on(history)
 }
 
-/// `make soak` runs the count that was promised.
-fn config() -> ProptestConfig {
-    let cases = if std::env::var_os("CUBE_SOAK").is_some() { 100_000 } else { 3_000 };
-    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 5_000, ..ProptestConfig::default() }
-}
+/// Histories in `make test`, and in `make soak`.
+const COUNT: u32 = 3_000;
+const SOAK_COUNT: u32 = 100_000;
 
-proptest! {
-    #![proptest_config(config())]
-
-    #[test]
-    fn every_byte_arrives_once_and_in_time_whatever_happens_in_whatever_order(
-        actions in prop::collection::vec(action(), 1..16),
-        drops in prop::bool::weighted(0.3),
-    ) {
+#[test]
+fn every_byte_arrives_once_and_in_time_whatever_happens_in_whatever_order() {
+    let cases = if std::env::var_os("CUBE_SOAK").is_some() { SOAK_COUNT } else { COUNT };
+    // A failure is told as a few actions, which may become a test of their own.
+    let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+    let actions = prop::collection::vec(action(), 1..16);
+    let began = std::time::Instant::now();
+    let result = TestRunner::new(config).run(&(actions, prop::bool::weighted(0.3)), |(actions, drops)| {
         let outcome = simulated(async {
             let mut world = World::new(if drops { Policy::DropOldest } else { Policy::Block });
             for action in &actions {
@@ -268,6 +266,20 @@ proptest! {
             }
             world.finish().await
         });
-        prop_assert_eq!(outcome, Ok(()));
+        outcome.map_err(TestCaseError::fail)
+    });
+    if let Err(failure) = result {
+        panic!("{failure}");
+    }
+    record(cases, began.elapsed());
+}
+
+/// Puts the count into the table of `make soak`, as the end-to-end tests do theirs.
+fn record(cases: u32, took: Duration) {
+    let Some(path) = std::env::var_os("CUBE_SOAK_FIGURES") else { return };
+    let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
+    let figures = [("histories", u64::from(cases)), ("seconds", took.as_secs())];
+    for (figure, value) in figures {
+        file.write_all(format!("stream protocol, random histories\t{figure}\t{value}\n").as_bytes()).unwrap();
     }
 }
