@@ -96,6 +96,18 @@ impl TaskEvent {
         TaskEvent::new(topics::TASK_EXIT_EVENT_TOPIC, &event)
     }
 
+    /// A sandbox stands still.
+    pub fn paused(container_id: &str) -> TaskEvent {
+        let event = message::TaskPaused { container_id: container_id.into(), ..Default::default() };
+        TaskEvent::new(topics::TASK_PAUSED_EVENT_TOPIC, &event)
+    }
+
+    /// A sandbox goes on.
+    pub fn resumed(container_id: &str) -> TaskEvent {
+        let event = message::TaskResumed { container_id: container_id.into(), ..Default::default() };
+        TaskEvent::new(topics::TASK_RESUMED_EVENT_TOPIC, &event)
+    }
+
     /// The kernel killed a process of the container for want of memory.
     pub fn oom(container_id: &str) -> TaskEvent {
         let event = message::TaskOOM { container_id: container_id.into(), ..Default::default() };

@@ -187,6 +187,8 @@ impl Task for TaskService {
         let status = match state.status {
             Status::Created => TaskStatus::CREATED,
             Status::Running => TaskStatus::RUNNING,
+            Status::Pausing => TaskStatus::PAUSING,
+            Status::Paused => TaskStatus::PAUSED,
             Status::Stopped => TaskStatus::STOPPED,
         };
         Ok(api::StateResponse {
@@ -254,12 +256,16 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<Empty> {
+        info!(id = request.id, "pause");
+        self.sandbox.pause(init(request.id)?.container).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<Empty> {
+        info!(id = request.id, "resume");
+        self.sandbox.resume(init(request.id)?.container).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {

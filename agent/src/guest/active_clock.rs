@@ -60,6 +60,13 @@ impl ActiveClock {
         self.state().held_since.is_some()
     }
 
+    /// Resolves when it is held the next time; a hold that lasts already is not meant. Cancel safe.
+    pub async fn next_hold(&self) {
+        let mut held = self.held.subscribe();
+        // The sender lives as long as `self`.
+        while held.changed().await.is_ok() && !*held.borrow_and_update() {}
+    }
+
     /// Resolves once it has run for `duration` from now. Cancel safe.
     pub async fn sleep(&self, duration: Duration) {
         let deadline = self.now() + duration;
@@ -115,6 +122,18 @@ mod tests {
         let released = Instant::now();
         sleeper.await;
         assert_eq!(released.elapsed().as_millis().div_ceil(10), 100);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hold_is_seen_by_those_who_waited_before_it() {
+        let clock = ActiveClock::start();
+        clock.hold();
+        let mut waiter = Box::pin(clock.next_hold());
+        assert!(!is_over(&mut waiter).await);
+        clock.release();
+        assert!(!is_over(&mut waiter).await);
+        clock.hold();
+        assert!(is_over(&mut waiter).await);
     }
 
     #[tokio::test(start_paused = true)]

@@ -160,6 +160,22 @@ async fn a_call_that_is_under_way_is_awaited_or_was_refused() {
 }
 
 #[tokio::test]
+async fn a_poll_for_events_does_not_outlast_the_quiesce() {
+    let agent = Agent::start().await;
+    agent.run("c1", SLEEP).await;
+    let poll = tokio::spawn({
+        let guest = agent.guest.clone();
+        let request = EventsRequest { timeout_ms: 30_000, ..Default::default() };
+        async move { guest.events(deadline(), &request).await }
+    });
+    // It has come when a call that was made after it is answered.
+    agent.is_quiesced().await;
+    agent.quiesce(false).await.unwrap();
+    assert!(poll.await.unwrap().unwrap().events.is_empty());
+    agent.thaw().await.unwrap();
+}
+
+#[tokio::test]
 async fn sigkill_reaches_a_frozen_process_and_a_quiesced_agent_can_be_shut_down() {
     let mut agent = Agent::start().await;
     agent.run("c1", SLEEP).await;
@@ -336,13 +352,13 @@ async fn a_thaw_may_be_repeated_and_begins_a_timeline_only_at_rest() {
     let (code, text) = refused(agent.guest.thaw(deadline(), &clone).await);
     assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
 
+    let mut host = Host::open(&agent, "c1", Stream::STDOUT, 1, 0).await;
+    agent.quiesce(false).await.unwrap();
     let polled = agent.guest.clone();
     let poll = tokio::spawn(async move {
         let request = EventsRequest { timeout_ms: 30_000, timeline: old, ..Default::default() };
         polled.events(deadline(), &request).await
     });
-    let mut host = Host::open(&agent, "c1", Stream::STDOUT, 1, 0).await;
-    agent.quiesce(false).await.unwrap();
     let weak = ThawRequest { entropy: vec![1; 31], ..clone.clone() };
     assert_eq!(refused(agent.guest.thaw(deadline(), &weak).await).0, Code::INVALID_ARGUMENT);
     assert!(agent.is_quiesced().await);

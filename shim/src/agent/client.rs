@@ -167,6 +167,18 @@ impl AgentError {
 pub struct Agent {
     clients: watch::Receiver<Option<Clients>>,
     counters: Arc<Counters>,
+    polling: watch::Sender<Polling>,
+}
+
+/// Whether the guest is asked for events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Polling {
+    /// All the time.
+    On,
+    /// No more, once the poll that waits is answered.
+    Ending,
+    /// Not at all.
+    Off,
 }
 
 /// How the control connection has fared.
@@ -197,6 +209,7 @@ pub struct Link {
     dial: Arc<dyn Dial>,
     clients: watch::Sender<Option<Clients>>,
     counters: Arc<Counters>,
+    polling: watch::Sender<Polling>,
     boot_id: u64,
     timeline: u64,
 }
@@ -214,14 +227,33 @@ impl Agent {
         let (clients, hello) = connect(&*dial, limit).await?;
         let (sender, receiver) = watch::channel(Some(clients));
         let counters = Arc::<Counters>::default();
+        let polling = watch::Sender::new(Polling::On);
         let link = Link {
             dial,
             clients: sender,
             counters: counters.clone(),
+            polling: polling.clone(),
             boot_id: hello.boot_id,
             timeline: hello.timeline,
         };
-        Ok((Agent { clients: receiver, counters }, link, hello))
+        Ok((Agent { clients: receiver, counters, polling }, link, hello))
+    }
+
+    /// Makes no further poll for events; the one that waits is answered when the guest is quiesced.
+    pub fn hold_events(&self) {
+        self.polling.send_replace(Polling::Ending);
+    }
+
+    /// After [`hold_events`](Agent::hold_events): resolves when no poll waits in the guest. Never if the
+    /// connection cannot be had any more. Cancel safe.
+    pub async fn events_held(&self) {
+        // We hold a sender: it cannot fail.
+        let _ = self.polling.subscribe().wait_for(|polling| *polling != Polling::Ending).await;
+    }
+
+    /// Polls for events again, after the last that came, and connects again where that has to be.
+    pub fn follow_events(&self) {
+        self.polling.send_replace(Polling::On);
     }
 
     /// How the connection has fared, from memory.
@@ -375,6 +407,7 @@ impl Link {
                 Some(clients) => clients,
                 None => self.reconnect().await?,
             };
+            self.may_poll().await;
             let request = EventsRequest {
                 after,
                 timeout_ms: POLL.0.as_millis() as u32,
@@ -385,7 +418,8 @@ impl Link {
             match clients.guest.events(context::with_duration(POLL.0 + POLL.1), &request).await {
                 Ok(answer) => {
                     // The guest may round its time differently.
-                    let hasty = answer.events.is_empty() && begun.elapsed() < POLL.0 / 2;
+                    let due = *self.polling.borrow() != Polling::On || begun.elapsed() >= POLL.0 / 2;
+                    let hasty = answer.events.is_empty() && !due;
                     let mut units = if hasty { WASTE } else { 1 };
                     for event in answer.events {
                         units += 1;
@@ -411,6 +445,22 @@ impl Link {
                     pace.charge(RECONNECT).await;
                 }
             }
+        }
+    }
+
+    /// Waits while no events are wanted.
+    async fn may_poll(&self) {
+        let mut changes = self.polling.subscribe();
+        while *changes.borrow_and_update() != Polling::On {
+            self.polling.send_if_modified(|polling| {
+                let ends = *polling == Polling::Ending;
+                if ends {
+                    *polling = Polling::Off;
+                }
+                ends
+            });
+            // We hold a sender: it cannot fail.
+            let _ = changes.changed().await;
         }
     }
 

@@ -10,7 +10,7 @@ use crate::{
     agent::{Agent, Dial, dial::HybridVsock},
     config,
     state::{ContainerState, RunDir, State},
-    stdio::{LogConfig, ProcessIo, StdioConfig},
+    stdio::{Flows, LogConfig, ProcessIo, StdioConfig},
     vmm::VSOCK_SOCKET,
 };
 
@@ -40,8 +40,9 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CONNECT_LIMIT).await else { return };
     join_all(state.containers.keys().map(|id| kill(&agent, id))).await;
     cube_fault::point("cleanup.containers_killed");
+    let flows = Flows::on(state.timeline);
     let drains = logs.into_iter().flatten().map(|mut io| {
-        io.start(dial.clone(), state.timeline);
+        io.start(dial.clone(), &flows);
         io.process_exited();
         // It must be over before the time limit cuts it off.
         io.finish((LIMIT * 9 / 10).saturating_sub(begun.elapsed()))

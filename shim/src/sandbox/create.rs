@@ -1,9 +1,6 @@
 //! Create: from a bundle to a created container, booting the VM on the way if it is the first.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api,
@@ -15,13 +12,14 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::{
     Host, Identity, Message, Plan, ProcessId, Rootfs,
     job::{self, Guest, stdio_config, stream},
     machine::Machine,
     size, spec,
+    steps::Steps,
 };
 use crate::{
     agent::{Agent, Dial, GuestEvent},
@@ -29,7 +27,7 @@ use crate::{
     errors::{Error, chain},
     rootfs::Share,
     state::State,
-    stdio::{LogConfig, ProcessIo},
+    stdio::{Flows, LogConfig, ProcessIo},
     vmm::VmSpec,
 };
 
@@ -41,23 +39,6 @@ const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Type of the options that the agent takes.
 const OPTIONS_TYPE: &str = "cube.agent.v1.CreateOptions";
-
-/// Says in the log how long each step took.
-struct Steps(Instant);
-
-impl Steps {
-    fn begin() -> Steps {
-        Steps(Instant::now())
-    }
-
-    /// `step` has been done since the last.
-    fn done(&mut self, step: &str) {
-        let now = Instant::now();
-        let took_us = (now - self.0).as_micros();
-        debug!(took_us, "{step}");
-        self.0 = now;
-    }
-}
 
 /// A job that creates one container.
 pub(super) struct Creation {
@@ -186,7 +167,7 @@ impl Creation {
         let guest_pid = job::create(&guest.agent, call).await?;
         cube_fault::point("create.container_made");
         steps.done("container created in the guest");
-        io.start(guest.dial.clone(), guest.timeline);
+        io.start(guest.dial.clone(), &guest.flows);
         Ok(Created { io, guest_pid, booted })
     }
 
@@ -236,7 +217,7 @@ impl Creation {
 
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
-        let guest = Guest { agent, machine, dial, timeline: hello.timeline };
+        let guest = Guest { agent, machine, dial, flows: Flows::on(hello.timeline) };
         Ok(Booted { guest, pid, backend, reason, hello, link })
     }
 

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -55,6 +58,7 @@ pub(super) struct Guest {
     news: Notify,
     /// Changes to cut every connection.
     cut: watch::Sender<u32>,
+    quiesces: watch::Sender<u32>,
 }
 
 impl Guest {
@@ -71,6 +75,7 @@ impl Guest {
             events: Mutex::default(),
             news: Notify::new(),
             cut: watch::Sender::new(0),
+            quiesces: watch::Sender::new(0),
         }
     }
 
@@ -113,6 +118,8 @@ impl Guest {
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Refuse(status)) => Err(ttrpc::Error::RpcStatus(status)),
             Some(Fault::ExitFirst(status)) => {
+                // In a call that concerns the whole guest it is the main container that exits.
+                let container = if container.is_empty() { "c1" } else { container };
                 self.exit(container, exec, status);
                 Ok(())
             }
@@ -227,6 +234,22 @@ impl guest_ttrpc::Guest for Service {
         Ok(guest::PrepareSandboxResponse::new())
     }
 
+    async fn quiesce(
+        &self,
+        _: &TtrpcContext,
+        _: guest::QuiesceRequest,
+    ) -> ttrpc::Result<guest::QuiesceResponse> {
+        self.0.called("Quiesce", "", "").await?;
+        // Waiting polls are answered.
+        self.0.quiesces.send_modify(|count| *count += 1);
+        Ok(guest::QuiesceResponse::new())
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, _: guest::ThawRequest) -> ttrpc::Result<guest::ThawResponse> {
+        self.0.called("Thaw", "", "").await?;
+        Ok(guest::ThawResponse::new())
+    }
+
     async fn info(&self, _: &TtrpcContext, _: guest::InfoRequest) -> ttrpc::Result<guest::InfoResponse> {
         self.0.called("Info", "", "").await?;
         Ok(guest::InfoResponse { memory_total_bytes: 256 << 20, ..Default::default() })
@@ -246,7 +269,12 @@ impl guest_ttrpc::Guest for Service {
             if !events.is_empty() {
                 return Ok(guest::EventsResponse { events, ..Default::default() });
             }
-            news.await;
+            let mut quiesces = self.0.quiesces.subscribe();
+            tokio::select! {
+                biased;
+                () = news => {}
+                _ = quiesces.changed() => return Ok(guest::EventsResponse::new()),
+            }
         }
     }
 }
@@ -257,12 +285,18 @@ pub(super) struct FakeVmm {
     socket: PathBuf,
     alive: watch::Sender<bool>,
     paused: watch::Sender<bool>,
+    /// Whether a pause fails.
+    pub(super) sticks: Arc<AtomicBool>,
     boots: bool,
 }
 
 impl FakeVmm {
     pub(super) fn die(&self) {
         self.alive.send_replace(false);
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        *self.paused.borrow()
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -293,6 +327,9 @@ impl Vmm for FakeVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
+        if self.sticks.load(Ordering::Relaxed) {
+            return Err(VmmError::Timeout { what: "pausing", limit: Duration::ZERO });
+        }
         self.paused.send_replace(true);
         Ok(())
     }
@@ -329,6 +366,7 @@ impl FakeHost {
                 socket,
                 alive: watch::Sender::new(true),
                 paused: watch::Sender::new(false),
+                sticks: Arc::default(),
                 boots,
             },
             guest: Arc::new(guest),

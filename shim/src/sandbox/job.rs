@@ -16,14 +16,14 @@ use tracing::warn;
 use ttrpc::Code;
 
 use super::{
-    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine,
+    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, create::Created, machine::Machine, pause,
     process::Stdio,
 };
 use crate::{
     agent::{Agent, AgentError, Clients, Dial},
     errors::{Error, chain},
     state::RunDir,
-    stdio::{LogConfig, ProcessIo, StdioConfig},
+    stdio::{Flows, LogConfig, ProcessIo, StdioConfig},
 };
 
 /// Deadlines of calls to the guest. An emulated guest takes its time to set a container up.
@@ -53,8 +53,23 @@ pub(super) enum Report {
     Created { id: String, result: Result<Created, Error>, reply: Reply<u32> },
     Execed { process: ProcessId, result: Result<ProcessIo, Error>, reply: Reply<()> },
     Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
+    Paused { id: String, result: Result<(), pause::Failed>, reply: Reply<()> },
+    Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
+}
+
+impl Report {
+    /// Whether the job has changed the sandbox, or tried to.
+    pub(super) fn is_of_work(&self) -> bool {
+        match self {
+            Report::Created { .. }
+            | Report::Execed { .. }
+            | Report::Started { .. }
+            | Report::Deleted { .. } => true,
+            Report::Paused { .. } | Report::Resumed { .. } | Report::Stats { .. } => false,
+        }
+    }
 }
 
 /// The way to a guest that runs.
@@ -64,7 +79,8 @@ pub(super) struct Guest {
     pub(super) machine: Machine,
     /// For streams.
     pub(super) dial: Arc<dyn Dial>,
-    pub(super) timeline: u64,
+    /// Whether the streams flow, and on which timeline.
+    pub(super) flows: Flows,
 }
 
 /// What the stdio module needs to know of a process.
@@ -107,7 +123,7 @@ pub(super) async fn exec(guest: Guest, namespace: String, request: ExecRequest) 
         Err(e) if e.may_be_done(Code::ALREADY_EXISTS) => {}
         made => drop(made?),
     }
-    io.start(guest.dial, guest.timeline);
+    io.start(guest.dial, &guest.flows);
     Ok(io)
 }
 

@@ -29,6 +29,16 @@ impl Machine {
         Machine(vmm)
     }
 
+    /// Stops the virtual CPUs.
+    pub(super) async fn pause(&self) -> Result<(), VmmError> {
+        self.0.pause().await
+    }
+
+    /// Lets the virtual CPUs run again. Does nothing if they do.
+    pub(super) async fn resume(&self) -> Result<(), VmmError> {
+        self.0.resume().await
+    }
+
     /// Ends the VMM with SIGKILL; returns when it is gone.
     pub(super) async fn kill(&self) {
         warn_of(self.0.kill().await);

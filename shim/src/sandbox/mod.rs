@@ -12,10 +12,12 @@ mod host;
 mod job;
 mod machine;
 mod owner;
+mod pause;
 mod process;
 pub mod size;
 pub mod spec;
 mod status;
+mod steps;
 #[cfg(test)]
 mod tests;
 
@@ -130,6 +132,8 @@ enum Request {
     Start(ProcessId, Reply<u32>),
     Exec(Box<ExecRequest>, Reply<()>),
     Kill(KillRequest, Reply<()>),
+    Pause(String, Reply<()>),
+    Resume(String, Reply<()>),
     Delete(ProcessId, Reply<Deleted>),
     Wait(ProcessId, Reply<Exit>),
     State(ProcessId, Reply<ProcessState>),
@@ -201,9 +205,20 @@ impl Sandbox {
         self.ask(|reply| Request::Exec(Box::new(request), reply)).await
     }
 
-    /// Sends a signal. SIGKILL of the sandbox's main container ends the VM if the guest is hung.
+    /// Sends a signal. SIGKILL of the sandbox's main container ends the VM if the guest is hung or paused;
+    /// other signals wait for the end of a pause.
     pub async fn kill(&self, request: KillRequest) -> Result<(), Error> {
         self.ask(|reply| Request::Kill(request, reply)).await
+    }
+
+    /// Stops the VM of the sandbox whose main container is `id`, with everything that runs in it.
+    pub async fn pause(&self, id: String) -> Result<(), Error> {
+        self.ask(|reply| Request::Pause(id, reply)).await
+    }
+
+    /// Lets a paused sandbox go on.
+    pub async fn resume(&self, id: String) -> Result<(), Error> {
+        self.ask(|reply| Request::Resume(id, reply)).await
     }
 
     /// Removes a process that does not run; for init, the whole container, and for the sandbox's main

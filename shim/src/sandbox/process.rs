@@ -51,6 +51,10 @@ pub enum Status {
     Created,
     /// Runs.
     Running,
+    /// Is being brought to rest.
+    Pausing,
+    /// Stands still with its sandbox.
+    Paused,
     /// Has exited.
     Stopped,
 }

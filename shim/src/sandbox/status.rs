@@ -19,7 +19,7 @@ pub struct SandboxStatus {
     pub namespace: String,
     /// Id of the pod, or of the only container.
     pub id: String,
-    /// "creating", "running", "stopping" or "stopped".
+    /// "creating", "running", "pausing", "paused", "resuming", "stopping" or "stopped".
     pub state: &'static str,
     /// When the shim began, nanoseconds since 1970.
     pub created_ns: u64,

@@ -21,6 +21,8 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+mod pause;
+
 struct Lab {
     dir: TempDir,
     host: Arc<FakeHost>,

@@ -38,7 +38,6 @@ pub(super) struct Endpoint {
     pub(super) container_id: String,
     pub(super) exec_id: String,
     pub(super) stream: stream::Stream,
-    pub(super) timeline: u64,
     pub(super) dial: Arc<dyn Dial>,
 }
 
@@ -118,6 +117,15 @@ pub(super) fn refusal(frame: &Frame) -> Broken {
     }
 }
 
+/// Where a stream is to be opened.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct At {
+    pub(super) timeline: u64,
+    /// 0 if it is not known yet.
+    pub(super) epoch: u64,
+    pub(super) offset: u64,
+}
+
 /// A connection on which the guest has accepted the stream.
 pub(super) struct Connected {
     pub(super) socket: UnixStream,
@@ -144,10 +152,11 @@ impl Connections {
         Connections { endpoint, counters, attempt, backoff: BACKOFF_MIN, connected: None }
     }
 
-    /// Opens the stream at `offset`, trying until it works or cannot work any more.
-    pub(super) async fn open(&mut self, offset: u64, epoch: u64) -> Result<Connected, Broken> {
+    /// Opens the stream at `offset`, trying until it works or cannot work any more. Cancel safe: the
+    /// guest may have seen an attempt, which the next one replaces.
+    pub(super) async fn open(&mut self, at: At) -> Result<Connected, Broken> {
         loop {
-            match self.try_open(offset, epoch).await {
+            match self.try_open(at).await {
                 Ok(connected) => {
                     self.counters.connections.add(1);
                     self.counters.connected.set(1);
@@ -196,7 +205,7 @@ impl Connections {
         self.backoff = BACKOFF_MIN;
     }
 
-    async fn try_open(&mut self, offset: u64, epoch: u64) -> Result<Connected, Broken> {
+    async fn try_open(&mut self, At { timeline, epoch, offset }: At) -> Result<Connected, Broken> {
         let dial = self.endpoint.dial.dial(ports::STREAM);
         let mut socket = timeout(ATTEMPT_LIMIT, dial).await.map_err(|_| Broken::Timeout)??;
         self.attempt += 1;
@@ -204,7 +213,7 @@ impl Connections {
             container_id: self.endpoint.container_id.clone(),
             exec_id: self.endpoint.exec_id.clone(),
             stream: self.endpoint.stream.into(),
-            timeline: self.endpoint.timeline,
+            timeline,
             epoch,
             attempt: self.attempt,
             ..Default::default()

@@ -10,9 +10,19 @@ use super::{
     error_chain,
     outlet::{Closed, Outlet},
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
-    sink::{Chunk, SinkEnd},
+    sink::{Chunk, Halted, Position, SinkEnd},
     status::Counters,
 };
+
+/// What became of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    Entirely,
+    /// Only in part: the sink is halted.
+    Halted,
+    /// Only in part: delivery is given up.
+    GivenUp,
+}
 
 /// An outlet that is a sink by itself.
 #[derive(Debug)]
@@ -27,29 +37,42 @@ pub(super) struct Direct {
 
 impl Direct {
     /// Runs until the stream has ended and everything is delivered, or delivery is given up.
-    pub(super) async fn run(mut self, mut end: SinkEnd) {
+    pub(super) async fn run(mut self, end: SinkEnd) {
+        let SinkEnd { mut chunks, safe, mut halted } = end;
         let mut last_chunk = Instant::now();
-        let mut offset = *end.safe.borrow();
+        let mut offset = *safe.borrow();
+        // After a chunk that was not taken entirely nothing may follow.
+        let mut dropping = false;
         loop {
             let chunk = tokio::select! {
-                chunk = end.chunks.recv() => chunk,
+                chunk = chunks.recv() => chunk,
                 () = self.phases.exhausted(last_chunk, GUEST_PATIENCE) => return,
             };
             match chunk {
                 None => break,
+                Some(Chunk::Rest(reply)) => {
+                    dropping = false;
+                    // The relay may have been abandoned meanwhile.
+                    let _ = reply.send(Position { safe: offset, next: offset });
+                }
+                Some(_) if dropping => continue,
                 Some(Chunk::Identity(_)) => {}
-                Some(Chunk::Gap(to)) => offset = to,
+                Some(Chunk::Gap(to)) => {
+                    self.counters.drop_in_guest(to.saturating_sub(offset));
+                    offset = to;
+                }
                 Some(Chunk::Data(parts)) => {
-                    for part in parts {
-                        let len = part.len() as u64;
-                        if !self.take(part).await {
-                            return;
-                        }
-                        offset += len;
+                    let before = self.counters.stored.get();
+                    let taken = self.take_all(parts, &mut halted).await;
+                    offset += self.counters.stored.get() - before;
+                    match taken {
+                        Taken::Entirely => {}
+                        Taken::Halted => dropping = true,
+                        Taken::GivenUp => return,
                     }
                 }
             }
-            end.safe.send_replace(offset);
+            safe.send_replace(offset);
             last_chunk = Instant::now();
         }
         if let Some(outlet) = &mut self.outlet {
@@ -61,16 +84,26 @@ impl Direct {
         }
     }
 
-    /// Delivers all of `bytes`; `false` if that is given up.
-    async fn take(&mut self, mut bytes: Bytes) -> bool {
+    async fn take_all(&mut self, parts: Vec<Bytes>, halted: &mut Halted) -> Taken {
+        for part in parts {
+            match self.take(part, halted).await {
+                Taken::Entirely => {}
+                other => return other,
+            }
+        }
+        Taken::Entirely
+    }
+
+    /// Delivers `bytes`, and counts as stored what was.
+    async fn take(&mut self, mut bytes: Bytes, halted: &mut Halted) -> Taken {
         while !bytes.is_empty() {
             let Some(outlet) = &mut self.outlet else {
                 self.counters.lost.add(bytes.len() as u64);
                 self.counters.discarded.add(bytes.len() as u64);
                 self.counters.stored.add(bytes.len() as u64);
-                return true;
+                return Taken::Entirely;
             };
-            match outlet.deliver(&bytes, &mut self.phases, |_| ()).await {
+            match outlet.deliver(&bytes, &mut self.phases, halted, |_| ()).await {
                 Ok(Ok(n)) => {
                     self.counters.stored.add(n as u64);
                     self.counters.write(n as u64);
@@ -80,9 +113,10 @@ impl Direct {
                     tracing::warn!(stream = self.name, "the log program reads no more, output is discarded");
                     self.outlet = None;
                 }
+                Ok(Err(Closed::Halted)) => return Taken::Halted,
                 Ok(Err(closed)) => {
                     tracing::warn!(stream = self.name, ?closed, "output was not delivered");
-                    return false;
+                    return Taken::GivenUp;
                 }
                 Err(e) => {
                     tracing::warn!(stream = self.name, error = %error_chain(&e), "output was not delivered");
@@ -90,6 +124,6 @@ impl Direct {
                 }
             }
         }
-        true
+        Taken::Entirely
     }
 }

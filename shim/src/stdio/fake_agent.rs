@@ -56,6 +56,9 @@ struct State {
     opens: Vec<(u64, Open)>,
     /// The highest of each stream.
     attempts: HashMap<i32, u64>,
+    /// Connections that are being served.
+    connections: usize,
+    ignores_stop: bool,
 }
 
 /// One output stream of the guest.
@@ -161,6 +164,16 @@ impl FakeAgent {
         self.output(stream, |output| output.eof = Some(flags));
     }
 
+    /// From now on STOP is not answered.
+    pub(super) fn ignore_stop(&self, ignore: bool) {
+        self.lock().ignores_stop = ignore;
+    }
+
+    /// Connections at the moment.
+    pub(super) fn connections(&self) -> usize {
+        self.lock().connections
+    }
+
     pub(super) fn acked(&self, stream: Stream) -> u64 {
         self.look(stream, |output| output.acked)
     }
@@ -248,24 +261,42 @@ impl FakeAgent {
         }
         self.output(stream, |output| output.acked = from);
         writer.message(Kind::Opened, from, &opened()).await?;
+        // Not frames of the test: what goes on between two halves of one connection.
+        let (asked_to_stop, stop) = watch::channel(false);
         let acks = async {
             loop {
                 let frame = read(&mut reader).await?;
+                if frame.header.kind == Kind::Stop {
+                    asked_to_stop.send_replace(true);
+                    continue;
+                }
                 assert_eq!(frame.header.kind, Kind::Ack);
                 self.output(stream, |output| {
                     assert!(frame.header.offset <= output.data.len() as u64);
                     assert!(frame.header.offset >= output.acked, "an ACK must not go back");
                     output.acked = frame.header.offset;
-                    output.last_acked |= frame.header.flags.contains(Flags::LAST);
+                    // The stream is forgotten only if that was all of it.
+                    let end = output.eof.is_some() && output.acked == output.data.len() as u64;
+                    output.last_acked |= frame.header.flags.contains(Flags::LAST) && end;
                 });
+                if frame.header.flags.contains(Flags::LAST) && *stop.borrow() {
+                    return Ok(());
+                }
             }
         };
         let data = async {
             let mut changed = self.changed.subscribe();
             let mut at = from;
             let mut size = 1;
+            let mut stop = stop.clone();
             loop {
                 changed.borrow_and_update();
+                if *stop.borrow_and_update() {
+                    if !self.lock().ignores_stop {
+                        writer.frame(Header::new(Kind::Stopped, at), &[]).await?;
+                    }
+                    return std::future::pending().await;
+                }
                 // Odd sizes, from single bytes to whole frames.
                 size = (size * 7 + 3) % self.frame + 1;
                 match self.look(stream, |output| output.step(at, size)) {
@@ -280,9 +311,12 @@ impl FakeAgent {
                     }
                     Step::End(flags) => {
                         writer.frame(Header::new(Kind::Eof, at).with_flags(flags), &[]).await?;
-                        return std::future::pending().await;
+                        let _ = stop.wait_for(|stop| *stop).await;
                     }
-                    Step::Wait => changed.changed().await.map_err(io::Error::other)?,
+                    Step::Wait => tokio::select! {
+                        changed = changed.changed() => changed.map_err(io::Error::other)?,
+                        stop = stop.changed() => stop.map_err(io::Error::other)?,
+                    },
                 }
             }
         };
@@ -301,6 +335,15 @@ impl FakeAgent {
         writer.message(Kind::Opened, consumed, &opened()).await?;
         loop {
             let frame = read(&mut reader).await?;
+            match frame.header.kind {
+                Kind::Stop => {
+                    let at = self.lock().stdin.bytes.len() as u64;
+                    writer.frame(Header::new(Kind::Stopped, at), &[]).await?;
+                    continue;
+                }
+                Kind::Ack => return Ok(()),
+                _ => {}
+            }
             let at = self.change(|state| {
                 assert_eq!(frame.header.offset, state.stdin.bytes.len() as u64);
                 match frame.header.kind {
@@ -331,7 +374,10 @@ impl Dial for Arc<FakeAgent> {
         let agent = self.clone();
         let served = self.runtime.spawn(async move {
             let guest = UnixStream::from_std(guest).unwrap();
-            agent.serve(guest, fault).await
+            agent.change(|state| state.connections += 1);
+            let served = agent.clone().serve(guest, fault).await;
+            agent.change(|state| state.connections -= 1);
+            served
         });
         self.runtime.spawn(async move {
             // Connections fail all the time here, but a broken assertion must not look like one.

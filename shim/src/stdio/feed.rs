@@ -9,6 +9,7 @@ use super::{
     error_chain,
     outlet::{Closed, Outlet, Waiting},
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
+    sink::Halted,
     status::Counters,
 };
 use crate::log::retained::{Found, Retained};
@@ -55,7 +56,7 @@ impl Feed {
             Ok(Ok(())) => return counters.deliver(),
             // Nobody reads: nobody misses it, and the log has it.
             Ok(Err(Closed::Unread)) => return counters.deliver(),
-            Ok(Err(Closed::Slow)) => "it was taken too slowly".to_owned(),
+            Ok(Err(Closed::Slow | Closed::Halted)) => "it was taken too slowly".to_owned(),
             Ok(Err(Closed::Gone)) => "the log program reads no more".to_owned(),
             Err(e) => error_chain(&e),
         };
@@ -90,9 +91,10 @@ impl Feed {
 
     async fn deliver(&mut self, mut bytes: Bytes) -> io::Result<Result<(), Closed>> {
         let Feed { retained, outlet, counters, phases, position, .. } = self;
+        let mut halted = Halted::never();
         while !bytes.is_empty() {
             let at = *position;
-            let taken = outlet.deliver(&bytes, phases, |waiting| match waiting {
+            let taken = outlet.deliver(&bytes, phases, &mut halted, |waiting| match waiting {
                 Waiting::Reader => retained.hold(at),
                 Waiting::Nobody => retained.release(),
             });

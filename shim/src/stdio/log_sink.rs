@@ -25,7 +25,7 @@ use tokio::{
 use super::{
     error_chain,
     phase::READER_PATIENCE,
-    sink::{Chunk, SinkEnd},
+    sink::{Chunk, Halted, Position, SinkEnd},
     status::{Counters, Obstacle},
 };
 use crate::log::{
@@ -69,8 +69,8 @@ impl LogThread {
         counters: Arc<Counters>,
     ) -> io::Result<LogThread> {
         let retained = writer.retained();
-        let SinkEnd { chunks, safe } = end;
-        let log = Log { writer, name, retained, safe, counters, told: false };
+        let SinkEnd { chunks, safe, halted } = end;
+        let log = Log { writer, name, retained, safe, halted, counters, told: false };
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (relaying, given) = oneshot::channel::<Relaying>();
         let (over, ended) = oneshot::channel();
@@ -102,36 +102,74 @@ struct Log {
     name: &'static str,
     retained: Arc<Retained>,
     safe: watch::Sender<u64>,
+    halted: Halted,
     counters: Arc<Counters>,
     /// Whether the trouble that the log has with its disk was reported.
     told: bool,
 }
 
+/// What became of work that may have to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Entirely,
+    /// Only in part: the sink is halted.
+    Halted,
+    /// Only in part: the log was abandoned.
+    Abandoned,
+}
+
 impl Log {
     async fn run(mut self, mut chunks: mpsc::Receiver<Chunk>) {
+        // After a chunk that was not taken entirely nothing may follow.
+        let mut dropping = false;
         while let Some(chunk) = chunks.recv().await {
-            let taken = match chunk {
+            let done = match chunk {
+                Chunk::Rest(reply) => {
+                    dropping = false;
+                    // The relay may have been abandoned meanwhile.
+                    let _ = reply.send(self.position());
+                    continue;
+                }
+                _ if dropping => continue,
                 Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)).await,
-                Chunk::Gap(offset) => self.insist(|writer| writer.gap(offset)).await,
+                Chunk::Gap(offset) => self.gap(offset).await,
                 Chunk::Data(parts) => {
-                    self.retained.pace(LEAD, READER_PATIENCE).await;
+                    tokio::select! {
+                        () = self.retained.pace(LEAD, READER_PATIENCE) => {}
+                        () = self.halted.set() => {}
+                    }
                     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
                     let mut rest = &mut slices[..];
                     let before = self.writer.next_offset();
-                    let taken = self.insist(|writer| writer.append(&mut rest)).await;
+                    let done = self.insist(|writer| writer.append(&mut rest)).await;
                     self.counters.stored.add(self.writer.next_offset() - before);
-                    taken
+                    done
                 }
             };
-            if !taken {
-                return;
+            match done {
+                Done::Entirely => drop(self.safe.send_replace(self.writer.next_offset())),
+                Done::Halted => dropping = true,
+                Done::Abandoned => return,
             }
-            self.safe.send_replace(self.writer.next_offset());
         }
     }
 
-    /// Does `work` until it succeeds. `false` if the log was abandoned before.
-    async fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> bool {
+    fn position(&mut self) -> Position {
+        let next = self.writer.next_offset();
+        Position { safe: self.writer.safe_offset().unwrap_or(*self.safe.borrow()), next }
+    }
+
+    async fn gap(&mut self, to: u64) -> Done {
+        let lost = to.saturating_sub(self.writer.next_offset());
+        let done = self.insist(|writer| writer.gap(to)).await;
+        if self.writer.next_offset() == to {
+            self.counters.drop_in_guest(lost);
+        }
+        done
+    }
+
+    /// Does `work` until it succeeds, or must not be waited for.
+    async fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> Done {
         while let Err(stall) = work(&mut self.writer) {
             self.counters.wait_for(Some(match &stall {
                 Stalled::Reader => Obstacle::Reader,
@@ -144,15 +182,21 @@ impl Log {
                 Some(offset) => drop(self.safe.send_replace(offset)),
                 None => self.safe.send_modify(|_| ()),
             }
-            if !self.retained.wait(RETRY, matches!(stall, Stalled::Reader)).await {
-                return false;
+            let waited = tokio::select! {
+                goes_on = self.retained.wait(RETRY, matches!(stall, Stalled::Reader)) => Some(goes_on),
+                () = self.halted.set() => None,
+            };
+            match waited {
+                Some(true) => {}
+                Some(false) => return Done::Abandoned,
+                None => return Done::Halted,
             }
         }
         self.counters.wait_for(None);
         if std::mem::take(&mut self.told) {
             tracing::info!(stream = self.name, "the log is being written again");
         }
-        true
+        Done::Entirely
     }
 
     fn report(&mut self, stall: &Stalled) {

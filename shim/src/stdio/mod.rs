@@ -2,9 +2,11 @@
 //! from the stdin FIFO to the agent.
 
 mod connection;
+mod control;
 mod direct;
 mod feed;
 mod fifo;
+mod flow;
 mod incoming;
 mod log_sink;
 mod opens;
@@ -40,7 +42,6 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-pub use self::status::{LogStatus, Obstacle, StreamStatus};
 use self::{
     connection::Endpoint,
     output::Output,
@@ -49,6 +50,10 @@ use self::{
     source::Source,
     status::Counters,
     stdin::StdinRelay,
+};
+pub use self::{
+    flow::Flows,
+    status::{LogStatus, Obstacle, StreamStatus},
 };
 use crate::{agent::Dial, log::dir::LogError};
 
@@ -198,24 +203,27 @@ impl ProcessIo {
         Wanted { stdin: self.stdin.is_some(), stdout: output("stdout"), stderr: output("stderr") }
     }
 
-    /// Begins to relay, once the agent has made the streams (after its Create or Exec). Once.
-    pub fn start(&mut self, dial: Arc<dyn Dial>, timeline: u64) {
+    /// Begins to relay, once the agent has made the streams (after its Create or Exec); while the streams
+    /// of the sandbox rest, so do these. Once.
+    pub fn start(&mut self, dial: Arc<dyn Dial>, flows: &Flows) {
         let endpoint = |stream| Endpoint {
             container_id: self.config.container_id.clone(),
             exec_id: self.config.exec_id.clone(),
             stream,
-            timeline,
             dial: dial.clone(),
         };
+        let phases = Phases::new(self.phase.subscribe(), flows.watch());
         for output in &mut self.outputs {
-            output.start(endpoint(output.stream()), Phases::new(self.phase.subscribe()), &mut self.tasks);
+            let (endpoint, flow) = (endpoint(output.stream()), flows.join());
+            output.start(endpoint, phases.clone(), flow, &mut self.tasks);
         }
         if let Some(Stdin { source, close, counters }) = &mut self.stdin
             && let Some(source) = source.take()
         {
             let endpoint = endpoint(Stream::STDIN);
-            let relay = StdinRelay::new(endpoint, source, close.subscribe(), counters.clone());
-            self.tasks.spawn(relay.run(Phases::new(self.phase.subscribe())));
+            let (close, flow) = (close.subscribe(), flows.join());
+            let relay = StdinRelay::new(endpoint, source, close, flow, counters.clone());
+            self.tasks.spawn(relay.run(phases));
         }
     }
 

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::{
     fifo::{Offer, PipeWriter},
     phase::{Phases, READER_PATIENCE},
+    sink::Halted,
 };
 
 /// How often a file that cannot be written is tried again.
@@ -45,6 +46,8 @@ pub(super) enum Closed {
     Unread,
     /// No progress within the time that is left after the process has exited.
     Slow,
+    /// Not for good: who delivers must not wait.
+    Halted,
 }
 
 /// What the one who delivers may have to tell others while he waits.
@@ -81,7 +84,7 @@ impl Outlet {
         Ok(Outlet::File { file: Arc::new(file), path: path.into(), warned: false })
     }
 
-    /// Delivers the beginning of `bytes`, waiting as long as `phases` allows; calls `waiting` each time
+    /// Delivers the beginning of `bytes`, waiting as long as `phases` and `halted` allow; calls `waiting` each time
     /// before it waits. Gives the number of bytes taken, at least one.
     ///
     /// Not cancel safe: a file may have taken bytes that nobody is told of.
@@ -89,6 +92,7 @@ impl Outlet {
         &mut self,
         bytes: &Bytes,
         phases: &mut Phases,
+        halted: &mut Halted,
         mut waiting: impl FnMut(Waiting),
     ) -> io::Result<Result<usize, Closed>> {
         let since = Instant::now();
@@ -106,6 +110,7 @@ impl Outlet {
                 ready = self.ready(state) => ready?,
                 () = phases.exhausted(since, READER_PATIENCE) => return Ok(Err(closed)),
                 () = also.finishing(), if closed == Closed::Unread => return Ok(Err(closed)),
+                () = halted.set() => return Ok(Err(Closed::Halted)),
             }
         }
     }

@@ -10,6 +10,7 @@ use super::{
     connection::Endpoint,
     direct::Direct,
     feed::Feed,
+    flow::Member,
     log_sink::LogThread,
     outlet::Outlet,
     phase::Phases,
@@ -109,14 +110,20 @@ impl Output {
     }
 
     /// Spawns the relay, and what delivers to the outlet.
-    pub(super) fn start(&mut self, endpoint: Endpoint, phases: Phases, tasks: &mut JoinSet<()>) {
+    pub(super) fn start(
+        &mut self,
+        endpoint: Endpoint,
+        phases: Phases,
+        flow: Member,
+        tasks: &mut JoinSet<()>,
+    ) {
         let Some(Parts { log, outlet }) = self.parts.take() else { return };
         let (name, counters) = (self.name, self.counters.clone());
         let Some(Log { thread, sink, epoch }) = log else {
             let (sink, end) = sink::channel(0);
             let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
             tasks.spawn(direct.run(end));
-            tasks.spawn(Relay::new(endpoint, 0, sink, counters).run(phases));
+            tasks.spawn(Relay::new(endpoint, 0, sink, flow, counters).run(phases));
             return;
         };
         match (outlet, &self.retained) {
@@ -136,7 +143,7 @@ impl Output {
             }
             _ => counters.deliver(),
         }
-        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, counters).run(phases)));
+        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, flow, counters).run(phases)));
     }
 }
 

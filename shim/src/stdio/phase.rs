@@ -7,6 +7,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use super::flow;
+
 /// Time without progress of a reader after which nothing waits for it any more: the log runs ahead of
 /// it, and once the process has exited, its FIFO is closed.
 pub(super) const READER_PATIENCE: Duration = Duration::from_secs(2);
@@ -47,11 +49,14 @@ impl Phase {
 
 /// One task's view of the phase.
 #[derive(Debug, Clone)]
-pub(super) struct Phases(watch::Receiver<Phase>);
+pub(super) struct Phases {
+    phase: watch::Receiver<Phase>,
+    flow: flow::Watch,
+}
 
 impl Phases {
-    pub(super) fn new(receiver: watch::Receiver<Phase>) -> Phases {
-        Phases(receiver)
+    pub(super) fn new(phase: watch::Receiver<Phase>, flow: flow::Watch) -> Phases {
+        Phases { phase, flow }
     }
 
     /// Resolves when the process has exited.
@@ -70,21 +75,31 @@ impl Phases {
     }
 
     /// Resolves when the process has exited and since then, and since `last_progress`, `patience` has
-    /// passed; or when everything must end.
+    /// passed; or when everything must end. While the streams rest nothing is to be expected of anybody.
     pub(super) async fn exhausted(&mut self, last_progress: Instant, patience: Duration) {
         self.exited().await;
-        let exit = match *self.0.borrow() {
+        let exit = match *self.phase.borrow() {
             Phase::Exited(exit) | Phase::Finishing(exit) => exit,
             Phase::Running | Phase::Abandoned => return,
         };
+        let (mut flow, mut pause) = (self.flow.clone(), self.flow.clone());
+        let patience_ends = async {
+            loop {
+                let flowing = flow.flowing().await;
+                tokio::select! {
+                    () = sleep_until(exit.max(last_progress).max(flowing) + patience) => return,
+                    () = pause.resting() => {}
+                }
+            }
+        };
         tokio::select! {
-            () = sleep_until(exit.max(last_progress) + patience) => {}
+            () = patience_ends => {}
             () = self.abandoned() => {}
         }
     }
 
     // An owner that is gone has abandoned the stream.
     async fn reached(&mut self, condition: impl Fn(Phase) -> bool) {
-        let _ = self.0.wait_for(|phase| condition(*phase) || *phase == Phase::Abandoned).await;
+        let _ = self.phase.wait_for(|phase| condition(*phase) || *phase == Phase::Abandoned).await;
     }
 }

@@ -7,16 +7,21 @@
 use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use cube_protocol::frame::{Flags, Frame, HEADER_LEN, Header, Kind};
+use cube_protocol::frame::{Flags, Frame, Header, Kind};
 use cube_protocol::stream::Gap;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    net::UnixStream,
+    time::{Instant, sleep_until, timeout},
+};
 
 use super::{
-    connection::{Broken, Connected, Connections, Endpoint, refusal},
+    connection::{At, Broken, Connected, Connections, Endpoint, refusal},
+    control::Control,
     error_chain,
+    flow::Member,
     incoming::{Incoming, Read},
     phase::Phases,
-    sink::{Chunk, Sink},
+    sink::{Chunk, Position, Sink},
     status::Counters,
 };
 use crate::log::writer::Identity;
@@ -24,8 +29,12 @@ use crate::log::writer::Identity;
 /// Frames that become one chunk, and so one write, at most.
 const PARTS_MAX: usize = 64;
 
-/// Time for the last acknowledgement, for which a guest that is busy has no room at once.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// Time for the last acknowledgement, for which a guest that is busy has no room at once, and for the
+/// guest to close the connection after it.
+pub(super) const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Time in which a guest must answer STOP.
+pub(super) const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// The relay of one output stream.
 pub(super) struct Relay {
@@ -33,6 +42,9 @@ pub(super) struct Relay {
     connections: Connections,
     counters: Arc<Counters>,
     sink: Sink,
+    flow: Member,
+    /// Run of the guest that the connections are of; 0 before the first.
+    timeline: u64,
     /// Offset of the next byte to come from the guest.
     received: u64,
     /// Epoch of the stream; 0 until the guest has told.
@@ -43,6 +55,7 @@ pub(super) struct Relay {
     eof: Option<u64>,
     /// What was received and waits for room in the sink.
     pending: VecDeque<Chunk>,
+    stop: Stop,
 }
 
 /// Why a relay ended before the end of its stream.
@@ -54,9 +67,34 @@ enum Ended {
     Guest(#[source] Broken),
 }
 
+/// How a connection ended.
+enum Followed {
+    /// With the stream.
+    Complete,
+    /// Because the stream is to rest; the sink does.
+    Rested,
+    Broken(Broken),
+}
+
+/// How far STOP has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    No,
+    /// The sink is halted; the guest must have answered by then.
+    Asked(Instant),
+    /// The guest has said where it stopped.
+    Answered,
+}
+
 impl Relay {
-    /// A relay that goes on where its sink is. `epoch` is 0 if the stream is new.
-    pub(super) fn new(endpoint: Endpoint, epoch: u64, sink: Sink, counters: Arc<Counters>) -> Relay {
+    /// A relay that goes on where its sink is, once the streams flow. `epoch` is 0 if the stream is new.
+    pub(super) fn new(
+        endpoint: Endpoint,
+        epoch: u64,
+        sink: Sink,
+        flow: Member,
+        counters: Arc<Counters>,
+    ) -> Relay {
         let connections = Connections::new(endpoint.clone(), counters.clone());
         let received = *sink.safe.borrow();
         Relay {
@@ -64,11 +102,14 @@ impl Relay {
             connections,
             counters,
             sink,
+            flow,
+            timeline: 0,
             received,
             epoch,
             identity: None,
             eof: None,
             pending: VecDeque::new(),
+            stop: Stop::No,
         }
     }
 
@@ -97,50 +138,112 @@ impl Relay {
 
     async fn relay(&mut self) -> Result<(), Ended> {
         loop {
-            if self.eof.is_some() {
+            self.timeline = self.flow.flowing().await;
+            if self.flow_on().await? {
                 return Ok(());
             }
-            let connected = self.connections.open(self.received, self.epoch).await.map_err(Ended::Guest)?;
+            self.connections.closed();
+            self.rest().await?;
+        }
+    }
+
+    /// Relays until the stream ends, which is `true`, or is to rest.
+    async fn flow_on(&mut self) -> Result<bool, Ended> {
+        loop {
+            if !self.settle().await? {
+                return Ok(false);
+            }
+            if self.eof.is_some() {
+                return Ok(true);
+            }
+            let at = At { timeline: self.timeline, epoch: self.epoch, offset: self.received };
+            let connected = tokio::select! {
+                connected = self.connections.open(at) => connected.map_err(Ended::Guest)?,
+                () = self.flow.asked_to_rest() => return Ok(false),
+            };
             let broken = match self.follow(connected).await? {
-                Ok(()) => return Ok(()),
-                Err(broken) => broken,
+                Followed::Complete => return Ok(true),
+                Followed::Rested => return Ok(false),
+                Followed::Broken(broken) => broken,
             };
             tracing::debug!(stream = ?self.endpoint.stream, error = %error_chain(&broken), "reconnecting");
-            let again = self.connections.failed(broken).await;
-            // Even if this was the last connection, what came over it is the sink's.
-            self.settle().await?;
-            again.map_err(Ended::Guest)?;
+            let again = tokio::select! {
+                again = self.connections.failed(broken) => again,
+                () = self.flow.asked_to_rest() => return Ok(false),
+            };
+            match again {
+                _ if self.stop != Stop::No => return Ok(false),
+                Ok(()) => {}
+                Err(broken) => {
+                    // Even if this was the last connection, what came over it is the sink's.
+                    self.settle().await?;
+                    return Err(Ended::Guest(broken));
+                }
+            }
         }
     }
 
     /// Waits until the sink has everything that was received, so that OPEN can name one offset for both.
-    async fn settle(&mut self) -> Result<(), Ended> {
-        while let Some(chunk) = self.pending.pop_front() {
-            self.sink.chunks.send(chunk).await.map_err(|_| Ended::Sink)?;
+    /// `false` if the stream is to rest before.
+    async fn settle(&mut self) -> Result<bool, Ended> {
+        let Relay { sink, flow, pending, received, .. } = self;
+        let settled = async {
+            while let Some(chunk) = pending.pop_front() {
+                sink.chunks.send(chunk).await.map_err(|_| Ended::Sink)?;
+            }
+            sink.safe.wait_for(|safe| *safe >= *received).await.map_err(|_| Ended::Sink).map(drop)
+        };
+        tokio::select! {
+            biased;
+            settled = settled => settled?,
+            () = flow.asked_to_rest() => return Ok(false),
         }
-        let received = self.received;
-        self.sink.safe.wait_for(|safe| *safe >= received).await.map_err(|_| Ended::Sink)?;
-        self.counters.acknowledged.set(received);
-        Ok(())
+        self.counters.acknowledged.set(self.received);
+        Ok(true)
     }
 
-    /// Follows one connection to its end. `Ok(Ok(()))` if that is the end of the stream.
-    async fn follow(&mut self, connected: Connected) -> Result<Result<(), Broken>, Ended> {
+    /// Brings the sink to rest, with no connection to the guest. What the sink could not take without
+    /// waiting is dropped: the guest has it.
+    async fn rest(&mut self) -> Result<Position, Ended> {
+        let position = self.sink.rest().await.ok_or(Ended::Sink)?;
+        self.pending.clear();
+        self.stop = Stop::No;
+        // The sink may have dropped either. The guest says them again.
+        (self.identity, self.eof) = (None, None);
+        self.received = position.next;
+        self.counters.received.set(self.counters.stored.get());
+        self.counters.acknowledged.set(position.safe);
+        if position.next > position.safe {
+            // Makes the disk take what belongs to the bytes that it has.
+            self.pending.push_back(Chunk::Data(Vec::new()));
+        }
+        Ok(position)
+    }
+
+    /// Follows one connection to its end.
+    async fn follow(&mut self, connected: Connected) -> Result<Followed, Ended> {
         let Connected { socket, epoch, offset } = connected;
         if let Err(broken) = self.opened(epoch, offset) {
-            return Ok(Err(broken));
+            return Ok(Followed::Broken(broken));
         }
         let mut incoming = Incoming::new();
-        let mut acks = Acks::new(self.received);
+        let mut control = Control::new(self.received);
         loop {
             if self.pending.is_empty()
                 && let Err(broken) = self.parse(&mut incoming)
             {
-                return Ok(Err(broken));
+                return Ok(Followed::Broken(broken));
             }
-            if self.pending.is_empty() && self.eof.is_some() {
-                return self.end(&socket, acks).await.map(Ok);
+            if self.pending.is_empty() {
+                match self.stop {
+                    Stop::No if self.eof.is_some() => return self.end(&socket, control).await,
+                    Stop::No => {}
+                    // EOF is as good an answer as any.
+                    Stop::Asked(_) if self.eof.is_none() => {}
+                    Stop::Asked(_) | Stop::Answered => return self.take_leave(&socket, control).await,
+                }
             }
+            let deadline = if let Stop::Asked(deadline) = self.stop { Some(deadline) } else { None };
             tokio::select! {
                 permit = self.sink.chunks.reserve(), if !self.pending.is_empty() => {
                     let permit = permit.map_err(|_| Ended::Sink)?;
@@ -152,19 +255,29 @@ impl Relay {
                     safe.map_err(|_| Ended::Sink)?;
                     let safe = *self.sink.safe.borrow_and_update();
                     self.counters.acknowledged.set(safe);
-                    acks.target = safe;
-                    acks.flush(&socket);
+                    control.acknowledge(safe);
+                    control.flush(&socket);
                 }
-                _ = socket.writable(), if acks.wants_to_write() => acks.flush(&socket),
+                _ = socket.writable(), if control.wants_to_write() => control.flush(&socket),
                 ready = socket.readable(), if self.pending.is_empty() => {
                     match ready.and_then(|()| incoming.read(&socket)) {
                         Ok(Read::Some | Read::None) => {}
                         Ok(Read::End) if incoming.is_partial() => {
-                            return Ok(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()));
+                            let cut = io::Error::from(io::ErrorKind::UnexpectedEof);
+                            return Ok(Followed::Broken(cut.into()));
                         }
-                        Ok(Read::End) => return Ok(Err(Broken::Closed)),
-                        Err(e) => return Ok(Err(e.into())),
+                        Ok(Read::End) => return Ok(Followed::Broken(Broken::Closed)),
+                        Err(e) => return Ok(Followed::Broken(e.into())),
                     }
+                }
+                () = self.flow.asked_to_rest(), if self.stop == Stop::No => {
+                    self.sink.halt();
+                    self.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
+                    control.stop();
+                    control.flush(&socket);
+                }
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    return Ok(Followed::Broken(Broken::Timeout));
                 }
             }
         }
@@ -172,7 +285,7 @@ impl Relay {
 
     fn opened(&mut self, epoch: u64, offset: u64) -> Result<(), Broken> {
         self.epoch = epoch;
-        let identity = Identity { timeline: self.endpoint.timeline, epoch };
+        let identity = Identity { timeline: self.timeline, epoch };
         if self.identity != Some(identity) {
             self.identity = Some(identity);
             self.pending.push_back(Chunk::Identity(identity));
@@ -187,8 +300,6 @@ impl Relay {
             return Err(Broken::Protocol(text));
         };
         if lost > 0 {
-            self.counters.lost.add(lost);
-            self.counters.dropped.add(lost);
             self.received = offset;
             self.pending.push_back(Chunk::Gap(offset));
         }
@@ -210,6 +321,7 @@ impl Relay {
     fn parse_into(&mut self, incoming: &mut Incoming, parts: &mut Vec<Bytes>) -> Result<(), Broken> {
         while parts.len() < PARTS_MAX
             && self.eof.is_none()
+            && self.stop != Stop::Answered
             && let Some(frame) = incoming.frame()?
         {
             let Header { kind, offset, .. } = frame.header;
@@ -234,6 +346,9 @@ impl Relay {
                     let text = format!("EOF is at offset {offset} instead of {}", self.received);
                     return Err(Broken::Protocol(text));
                 }
+                Kind::Stopped if matches!(self.stop, Stop::Asked(_)) && offset == self.received => {
+                    self.stop = Stop::Answered;
+                }
                 Kind::Error => return Err(refusal(&frame)),
                 Kind::Open | Kind::Opened | Kind::Ack | Kind::Stop | Kind::Stopped => {
                     return Err(Broken::Protocol(format!("sent {kind:?} on an open output stream")));
@@ -256,68 +371,41 @@ impl Relay {
 
     /// The stream has ended: waits for the sink, and tells the guest that it may forget the stream. A
     /// guest that does not take that forgets the stream with its process.
-    async fn end(&mut self, socket: &UnixStream, mut acks: Acks) -> Result<(), Ended> {
-        self.settle().await?;
-        acks.target = self.received;
-        acks.last = true;
-        let told = async {
-            acks.flush(socket);
-            while acks.wants_to_write() && socket.writable().await.is_ok() {
-                acks.flush(socket);
-            }
-        };
-        let _ = timeout(FAREWELL, told).await;
-        Ok(())
-    }
-}
-
-/// The acknowledgements of one connection. What is not written yet is overtaken by what comes later.
-struct Acks {
-    sent: u64,
-    target: u64,
-    last: bool,
-    /// Whether the guest has closed its end for reading.
-    deaf: bool,
-    wire: [u8; HEADER_LEN],
-    /// Bytes of `wire` that are written.
-    written: usize,
-}
-
-impl Acks {
-    /// OPEN has acknowledged everything below `offset`.
-    fn new(offset: u64) -> Acks {
-        Acks {
-            sent: offset,
-            target: offset,
-            last: false,
-            deaf: false,
-            wire: [0; HEADER_LEN],
-            written: HEADER_LEN,
+    async fn end(&mut self, socket: &UnixStream, mut control: Control) -> Result<Followed, Ended> {
+        if !self.settle().await? {
+            self.sink.halt();
+            return self.take_leave(socket, control).await;
         }
+        control.acknowledge_last(self.received);
+        let _ = timeout(FAREWELL, control.send(socket)).await;
+        Ok(Followed::Complete)
     }
 
-    fn wants_to_write(&self) -> bool {
-        !self.deaf && (self.written < HEADER_LEN || self.target > self.sent || self.last)
+    /// The guest has stopped: acknowledges what the sink has taken, for the last time on this connection,
+    /// and waits until the guest has closed it.
+    async fn take_leave(&mut self, socket: &UnixStream, mut control: Control) -> Result<Followed, Ended> {
+        let eof = self.eof;
+        let position = self.rest().await?;
+        control.acknowledge_last(position.safe);
+        let farewell = async {
+            control.send(socket).await;
+            closed(socket).await;
+        };
+        let _ = timeout(FAREWELL, farewell).await;
+        Ok(if eof == Some(position.safe) { Followed::Complete } else { Followed::Rested })
     }
+}
 
-    /// Writes what the socket takes without waiting. A guest that hears nothing any more may still have
-    /// sent something: the end of a connection is for its reader to find.
-    fn flush(&mut self, socket: &UnixStream) {
-        while self.wants_to_write() {
-            if self.written == HEADER_LEN {
-                let flags = if std::mem::take(&mut self.last) { Flags::LAST } else { Flags::NONE };
-                self.wire = Header::new(Kind::Ack, self.target).with_flags(flags).encode();
-                self.sent = self.target;
-                self.written = 0;
-            }
-            match socket.try_write(&self.wire[self.written..]) {
-                Ok(n) => {
-                    self.written += n;
-                    cube_fault::point("log.acknowledged");
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.deaf = true,
-            }
+/// Resolves when the guest has closed its end. What it still sends it has sent before it saw STOP, and
+/// holds.
+async fn closed(socket: &UnixStream) {
+    let mut scratch = [0; 4096];
+    while socket.readable().await.is_ok() {
+        match socket.try_read(&mut scratch) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
         }
     }
 }

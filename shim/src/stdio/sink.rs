@@ -1,7 +1,7 @@
 //! What an output relay hands to, whatever is behind it: the log's thread, or an outlet alone.
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::log::writer::Identity;
 
@@ -18,6 +18,19 @@ pub(super) enum Chunk {
     Data(Vec<Bytes>),
     /// The stream goes on at this offset, what is between is lost.
     Gap(u64),
+    /// The stream comes to rest: tells where the sink is, and that it goes on there, whatever came
+    /// before.
+    Rest(oneshot::Sender<Position>),
+}
+
+/// Where a sink is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    /// Stream offset below which everything is safe.
+    pub(super) safe: u64,
+    /// Stream offset of the byte that the sink takes next; above `safe` if the disk has taken bytes and
+    /// not yet what belongs to them.
+    pub(super) next: u64,
 }
 
 /// The relay's end of a sink. Dropping it is the end of the stream.
@@ -27,6 +40,25 @@ pub(super) struct Sink {
     /// Stream offset below which everything is safe. Its sender is gone when the sink has ended, which
     /// before the end of the stream means that it takes nothing more.
     pub(super) safe: watch::Receiver<u64>,
+    halt: watch::Sender<bool>,
+}
+
+impl Sink {
+    /// From now on the sink takes what it can take without waiting, and drops what follows that. Until
+    /// [`rest`](Sink::rest).
+    pub(super) fn halt(&self) {
+        self.halt.send_replace(true);
+    }
+
+    /// Halts the sink, and tells where it is; it goes on there. `None` if it has ended.
+    pub(super) async fn rest(&self) -> Option<Position> {
+        self.halt();
+        let (reply, position) = oneshot::channel();
+        self.chunks.send(Chunk::Rest(reply)).await.ok()?;
+        let position = position.await.ok()?;
+        self.halt.send_replace(false);
+        Some(position)
+    }
 }
 
 /// The other end of a [`Sink`].
@@ -34,11 +66,33 @@ pub(super) struct Sink {
 pub(super) struct SinkEnd {
     pub(super) chunks: mpsc::Receiver<Chunk>,
     pub(super) safe: watch::Sender<u64>,
+    pub(super) halted: Halted,
+}
+
+/// Tells a sink that it must not wait.
+#[derive(Debug, Clone)]
+pub(super) struct Halted(watch::Receiver<bool>);
+
+impl Halted {
+    /// For who is not to be halted.
+    pub(super) fn never() -> Halted {
+        Halted(watch::Sender::new(false).subscribe())
+    }
+
+    /// Resolves when the sink is halted. Cancel safe.
+    pub(super) async fn set(&mut self) {
+        if self.0.wait_for(|halted| *halted).await.is_err() {
+            // The stream has ended, and with it all reason to halt.
+            std::future::pending().await
+        }
+    }
 }
 
 /// A sink that goes on at stream offset `from`.
 pub(super) fn channel(from: u64) -> (Sink, SinkEnd) {
     let (chunks, receiver) = mpsc::channel(QUEUE);
     let (sender, safe) = watch::channel(from);
-    (Sink { chunks, safe }, SinkEnd { chunks: receiver, safe: sender })
+    let (halt, halted) = watch::channel(false);
+    let end = SinkEnd { chunks: receiver, safe: sender, halted: Halted(halted) };
+    (Sink { chunks, safe, halt }, end)
 }

@@ -111,6 +111,12 @@ impl Counters {
         }
     }
 
+    /// The guest has dropped `n` bytes that no sink will ever see.
+    pub(super) fn drop_in_guest(&self, n: u64) {
+        self.lost.add(n);
+        self.dropped.add(n);
+    }
+
     /// The outlet has taken `n` bytes more.
     pub(super) fn write(&self, n: u64) {
         self.written.add(n);

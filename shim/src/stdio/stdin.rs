@@ -7,13 +7,19 @@ use std::{io, sync::Arc};
 
 use bytes::{Buf, BytesMut};
 use cube_protocol::frame::{Flags, Header, Kind, STDIN_WINDOW};
-use tokio::{net::UnixStream, sync::watch};
+use tokio::{
+    net::UnixStream,
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
 use super::{
-    connection::{Broken, Connected, Connections, Endpoint, refusal},
+    connection::{At, Broken, Connected, Connections, Endpoint, refusal},
     error_chain,
+    flow::Member,
     incoming::{Incoming, Read},
     phase::Phases,
+    relay::{FAREWELL, STOP_LIMIT},
     source::Source,
     status::Counters,
 };
@@ -26,6 +32,7 @@ pub(super) struct StdinRelay {
     source: Source,
     /// Becomes true with CloseIO.
     close: watch::Receiver<bool>,
+    flow: Member,
     /// Bytes from offset `acknowledged` on.
     kept: BytesMut,
     acknowledged: u64,
@@ -41,6 +48,35 @@ struct Progress {
     /// The frame that is being written.
     outgoing: BytesMut,
     eof_staged: bool,
+    stop: Stop,
+}
+
+/// How far STOP has come on one connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    No,
+    /// STOP is staged; the guest must have answered by then.
+    Asked(Instant),
+    /// The last ACK is staged; the guest must have closed by then.
+    Answered(Instant),
+}
+
+impl Stop {
+    fn deadline(self) -> Instant {
+        match self {
+            // Nobody waits for it.
+            Stop::No => Instant::now(),
+            Stop::Asked(deadline) | Stop::Answered(deadline) => deadline,
+        }
+    }
+}
+
+/// How a connection ended.
+enum Followed {
+    /// The guest takes, or needs, nothing more.
+    Complete,
+    /// The stream is at rest.
+    Rested,
 }
 
 impl StdinRelay {
@@ -48,6 +84,7 @@ impl StdinRelay {
         endpoint: Endpoint,
         source: Source,
         close: watch::Receiver<bool>,
+        flow: Member,
         counters: Arc<Counters>,
     ) -> StdinRelay {
         let connections = Connections::new(endpoint.clone(), counters.clone());
@@ -57,6 +94,7 @@ impl StdinRelay {
             counters,
             source,
             close,
+            flow,
             kept: BytesMut::new(),
             acknowledged: 0,
             ended: false,
@@ -86,12 +124,30 @@ impl StdinRelay {
 
     async fn relay(&mut self) -> Result<(), Broken> {
         loop {
+            let timeline = self.flow.flowing().await;
+            match self.flow_on(timeline).await? {
+                Followed::Complete => return Ok(()),
+                Followed::Rested => self.connections.closed(),
+            }
+        }
+    }
+
+    async fn flow_on(&mut self, timeline: u64) -> Result<Followed, Broken> {
+        loop {
             // OPEN names the final offset if it is known.
             let offset = if self.ended { self.end() } else { 0 };
-            let connected = self.connections.open(offset, self.epoch).await?;
-            match self.follow(connected).await {
-                Ok(()) => return Ok(()),
-                Err(broken) => self.connections.failed(broken).await?,
+            let at = At { timeline, epoch: self.epoch, offset };
+            let connected = tokio::select! {
+                connected = self.connections.open(at) => connected?,
+                () = self.flow.asked_to_rest() => return Ok(Followed::Rested),
+            };
+            let broken = match self.follow(connected).await {
+                Ok(followed) => return Ok(followed),
+                Err(broken) => broken,
+            };
+            tokio::select! {
+                again = self.connections.failed(broken) => again?,
+                () = self.flow.asked_to_rest() => return Ok(Followed::Rested),
             }
         }
     }
@@ -101,8 +157,8 @@ impl StdinRelay {
         self.acknowledged + self.kept.len() as u64
     }
 
-    /// Follows one connection. `Ok` if the guest takes, or needs, nothing more.
-    async fn follow(&mut self, connected: Connected) -> Result<(), Broken> {
+    /// Follows one connection to its end.
+    async fn follow(&mut self, connected: Connected) -> Result<Followed, Broken> {
         let Connected { socket, epoch, offset } = connected;
         self.epoch = epoch;
         if offset > self.acknowledged {
@@ -110,7 +166,8 @@ impl StdinRelay {
         }
         // Anything up to what an earlier connection may have brought.
         self.acknowledge(offset, self.end())?;
-        let mut progress = Progress { staged: offset, outgoing: BytesMut::new(), eof_staged: false };
+        let mut progress =
+            Progress { staged: offset, outgoing: BytesMut::new(), eof_staged: false, stop: Stop::No };
         let mut incoming = Incoming::new();
         loop {
             while let Some(frame) = incoming.frame()? {
@@ -119,16 +176,24 @@ impl StdinRelay {
                         self.acknowledge(frame.header.offset, progress.staged)?;
                         self.connections.progressed();
                         if frame.header.flags.contains(Flags::LAST) && self.is_done(&progress) {
-                            return Ok(());
+                            return Ok(Followed::Complete);
                         }
                     }
                     // The process has closed its stdin.
-                    Kind::Eof => return Ok(()),
+                    Kind::Eof => return Ok(Followed::Complete),
+                    Kind::Stopped if matches!(progress.stop, Stop::Asked(_)) => {
+                        self.acknowledge(frame.header.offset, progress.staged)?;
+                        progress.stop = Stop::Answered(Instant::now() + FAREWELL);
+                        let last = Header::new(Kind::Ack, self.acknowledged).with_flags(Flags::LAST);
+                        progress.outgoing.extend_from_slice(&last.encode());
+                    }
                     Kind::Error => return Err(refusal(&frame)),
                     kind => return Err(Broken::Protocol(format!("sent {kind:?} on a stdin stream"))),
                 }
             }
-            self.stage(&mut progress);
+            if progress.stop == Stop::No {
+                self.stage(&mut progress);
+            }
             let room = (STDIN_WINDOW as usize).saturating_sub(self.kept.len());
             let closing = *self.close.borrow();
             if closing {
@@ -142,13 +207,23 @@ impl StdinRelay {
                 ready = socket.readable() => {
                     ready?;
                     if incoming.read(&socket)? == Read::End {
-                        return Err(Broken::Closed);
+                        return match progress.stop {
+                            Stop::Answered(_) => Ok(Followed::Rested),
+                            Stop::No | Stop::Asked(_) => Err(Broken::Closed),
+                        };
                     }
+                }
+                () = self.flow.asked_to_rest(), if progress.stop == Stop::No => {
+                    progress.stop = Stop::Asked(Instant::now() + STOP_LIMIT);
+                    progress.outgoing.extend_from_slice(&Header::new(Kind::Stop, 0).encode());
+                }
+                () = sleep_until(progress.stop.deadline()), if progress.stop != Stop::No => {
+                    return Err(Broken::Timeout);
                 }
                 bytes = self.source.read(room), if room > 0 && !self.ended => self.take(bytes),
                 closed = self.close.changed(), if !closing => {
                     // An owner that is gone sends no CloseIO any more.
-                    if closed.is_err() { return Ok(()) }
+                    if closed.is_err() { return Ok(Followed::Complete) }
                 }
             }
         }

@@ -5,6 +5,7 @@ mod histories;
 mod log;
 mod misbehaviour;
 mod readers;
+mod rest;
 mod stdin;
 
 use std::{
@@ -82,8 +83,12 @@ impl Place {
 }
 
 async fn started(config: StdioConfig, agent: &Arc<FakeAgent>) -> ProcessIo {
+    started_in(&Flows::on(TIMELINE), config, agent).await
+}
+
+async fn started_in(flows: &Flows, config: StdioConfig, agent: &Arc<FakeAgent>) -> ProcessIo {
     let mut io = ProcessIo::prepare(config).await.unwrap();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), flows);
     io
 }
 

@@ -24,7 +24,7 @@ impl Owner {
     pub(super) fn create(&mut self, plan: Plan, reply: Reply<u32>) {
         let id = plan.request.id.clone();
         match self.admit(plan) {
-            Ok((creation, aborted)) => self.later(async move {
+            Ok((creation, aborted)) => self.work(async move {
                 let result = creation.run(aborted).await;
                 Report::Created { id, result, reply }
             }),
@@ -116,7 +116,7 @@ impl Owner {
         };
         if let Some(Booted { guest, pid, backend, reason, hello, link }) = booted {
             self.disk.vmm_pid = pid;
-            self.disk.timeline = guest.timeline;
+            self.disk.timeline = hello.timeline;
             self.disk.backend = backend.clone();
             self.vm = Some(VmStatus::new(backend, reason, pid, &hello));
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));

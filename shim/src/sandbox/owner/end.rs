@@ -3,15 +3,18 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
+use tracing::warn;
 
 use super::{
     Message, Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase,
 };
 use crate::{
+    errors::{Error, chain},
     events::TaskEvent,
     sandbox::{
         Deleted, KillRequest, ProcessId, Reply,
-        job::{self, Removal, Report},
+        job::{self, Guest, Removal, Report},
+        pause,
         process::{Exit, Phase},
     },
     stdio::ProcessIo,
@@ -32,19 +35,33 @@ impl Owner {
             return;
         }
         let last_resort = id.is_init() && self.is_main(&id.container);
-        let guest = self.known(id).and_then(|process| match process.exit() {
+        let sigkill = request.signal == libc::SIGKILL as u32;
+        let alive = self.known(id).and_then(|process| match process.exit() {
             Some(_) => Err(gone(id)),
             None => Ok(()),
         });
-        match guest.and_then(|()| self.guest_of(id)) {
+        match alive.and_then(|()| self.guest_to_kill_in()) {
+            Ok(_) if self.state.is_pause() && !(sigkill && last_resort) => {
+                self.waiting_kills.push((request, reply));
+            }
+            Ok(guest) if self.state == SandboxState::Paused => {
+                answer_later(reply, async move {
+                    guest.machine.kill().await;
+                    Ok(())
+                });
+            }
             Ok(guest) => {
-                if last_resort && request.signal == libc::SIGKILL as u32 {
+                if last_resort && sigkill {
                     self.expect_exit(request.process.clone());
                 }
                 answer_later(reply, job::kill(guest, request, last_resort));
             }
             Err(e) => drop(reply.send(Err(e))),
         }
+    }
+
+    fn guest_to_kill_in(&self) -> Result<Guest, Error> {
+        self.guest.clone().ok_or_else(|| self.wrong_state("its VM must be running"))
     }
 
     /// A guest that takes a SIGKILL and does not carry it out is as good as hung.
@@ -73,13 +90,26 @@ impl Owner {
                 return drop(reply.send(Err(wrong_phase(&id, phase, needed))));
             }
         }
+        // A paused guest has output that the log has not: it goes on first.
+        let paused = self.state == SandboxState::Paused && id.is_init() && self.is_main(&id.container);
+        if self.state.is_pause() && !paused {
+            return drop(reply.send(Err(self.wrong_state("it must be resumed first"))));
+        }
         let Some(exit) = self.begin_delete(&id) else {
             return drop(reply.send(Err(not_found("container", &id.container))));
         };
         let deleted = Deleted { pid: self.pid, exit };
         let removal = self.removal(&id);
+        self.kill_those_that_waited();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
-        self.later(async move {
+        let resume = self.guest.clone().filter(|_| paused);
+        let timeline = self.disk.timeline;
+        self.work(async move {
+            if let Some(guest) = resume
+                && let Err(e) = pause::resume(&guest, timeline).await
+            {
+                warn!("deleting a paused sandbox that cannot be resumed: {}", chain(&e));
+            }
             job::remove(removal, host, run_dir).await;
             Report::Deleted { process: id, deleted, reply }
         });

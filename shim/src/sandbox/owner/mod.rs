@@ -2,6 +2,7 @@
 
 mod create;
 mod end;
+mod pause;
 mod run;
 mod status;
 mod watch;
@@ -22,7 +23,7 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    ExecRequest, Host, Identity, Message, ProcessId, ProcessState, Reply, Request,
+    ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
     status::VmStatus,
@@ -46,6 +47,12 @@ enum SandboxState {
     Creating,
     /// The guest answers.
     Running,
+    /// A job is bringing everything to rest.
+    Pausing,
+    /// The VM stands still.
+    Paused,
+    /// A job is setting everything going again.
+    Resuming,
     /// The main container is being deleted, and everything with it.
     Stopping,
     /// The VM has ended, or could not be booted.
@@ -58,6 +65,9 @@ impl SandboxState {
         match self {
             SandboxState::Creating => "creating",
             SandboxState::Running => "running",
+            SandboxState::Pausing => "pausing",
+            SandboxState::Paused => "paused",
+            SandboxState::Resuming => "resuming",
             SandboxState::Stopping => "stopping",
             SandboxState::Stopped => "stopped",
         }
@@ -68,9 +78,17 @@ impl SandboxState {
         match self {
             SandboxState::Creating => "being created",
             SandboxState::Running => "running",
+            SandboxState::Pausing => "being paused",
+            SandboxState::Paused => "paused",
+            SandboxState::Resuming => "being resumed",
             SandboxState::Stopping => "being stopped",
             SandboxState::Stopped => "stopped",
         }
+    }
+
+    /// Whether nothing can be asked of the guest for a while.
+    fn is_pause(self) -> bool {
+        matches!(self, SandboxState::Pausing | SandboxState::Paused | SandboxState::Resuming)
     }
 }
 
@@ -114,6 +132,12 @@ pub(super) struct Owner {
     link: Option<JoinHandle<()>>,
     /// The VM that was booted, also after it has ended.
     vm: Option<VmStatus>,
+    /// Jobs under way that change the sandbox.
+    working: usize,
+    /// A pause that waits for them.
+    waiting_pause: Option<(String, Reply<()>)>,
+    /// Kills that wait for the end of a pause.
+    waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -156,6 +180,9 @@ impl Owner {
             guest: None,
             link: None,
             vm: None,
+            working: 0,
+            waiting_pause: None,
+            waiting_kills: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
@@ -194,6 +221,8 @@ impl Owner {
             Request::Start(process, reply) => self.start(process, reply),
             Request::Exec(request, reply) => self.exec(*request, reply),
             Request::Kill(request, reply) => self.kill(request, reply),
+            Request::Pause(id, reply) => self.pause(id, reply),
+            Request::Resume(id, reply) => self.resume(id, reply),
             Request::Delete(process, reply) => self.delete(process, reply),
             Request::Wait(process, reply) => match self.known(&process) {
                 Ok(process) => process.wait(reply),
@@ -230,6 +259,14 @@ impl Owner {
     }
 
     fn report(&mut self, report: Report) {
+        if report.is_of_work() {
+            self.working -= 1;
+        }
+        self.take(report);
+        self.begin_pause();
+    }
+
+    fn take(&mut self, report: Report) {
         match report {
             Report::Created { id, result, reply } => {
                 let created = self.created(&id, result);
@@ -242,6 +279,8 @@ impl Owner {
                 cube_fault::point("run.before_reply");
                 drop(reply.send(started));
             }
+            Report::Paused { id, result, reply } => drop(reply.send(self.paused(&id, result))),
+            Report::Resumed { id, result, reply } => drop(reply.send(self.resumed(&id, result))),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
                 cube_fault::point("delete.before_reply");
@@ -262,10 +301,15 @@ impl Owner {
     }
 
     fn process_state(&mut self, id: &ProcessId) -> Result<ProcessState, Error> {
-        let pid = self.pid;
+        let (pid, state) = (self.pid, self.state);
         let process = self.known(id)?;
         let (status, stdio, exit) = (process.status(), process.stdio.clone(), process.exit());
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
+        let status = match (status, state) {
+            (Status::Running, SandboxState::Pausing) => Status::Pausing,
+            (Status::Running, SandboxState::Paused | SandboxState::Resuming) => Status::Paused,
+            (status, _) => status,
+        };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })
     }
 
@@ -273,16 +317,16 @@ impl Owner {
         let known = self.known(&init_of(&id)).map(drop);
         match (known, &self.guest) {
             (Err(e), _) => drop(reply.send(Err(e))),
-            (Ok(()), Some(guest)) => {
+            (Ok(()), Some(guest)) if !self.state.is_pause() => {
                 let guest = guest.clone();
                 self.later(async move {
                     let result = job::stats(guest, id.clone()).await;
                     Report::Stats { id, result, reply }
                 });
             }
-            (Ok(()), None) => {
-                let result = Err(self.wrong_state("there are no metrics without a guest"));
-                self.report(Report::Stats { id, result, reply });
+            (Ok(()), _) => {
+                let result = Err(self.wrong_state("there are no metrics from before"));
+                self.take(Report::Stats { id, result, reply });
             }
         }
     }
@@ -302,7 +346,8 @@ impl Owner {
     fn guest_of(&mut self, id: &ProcessId) -> Result<Guest, Error> {
         self.known(id)?;
         match &self.guest {
-            Some(guest) => Ok(guest.clone()),
+            Some(guest) if !self.state.is_pause() => Ok(guest.clone()),
+            Some(_) => Err(self.wrong_state("it must be resumed first")),
             None => Err(self.wrong_state("its VM must be running")),
         }
     }
@@ -328,6 +373,12 @@ impl Owner {
         if let Err(e) = self.identity.run_dir.save(&self.disk) {
             error!("cannot keep the state: {}", chain(&e));
         }
+    }
+
+    /// Runs a job that changes the sandbox: a pause waits for its report.
+    fn work(&mut self, job: impl Future<Output = Report> + Send + 'static) {
+        self.working += 1;
+        self.later(job);
     }
 
     fn later(&self, job: impl Future<Output = Report> + Send + 'static) {

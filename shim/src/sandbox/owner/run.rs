@@ -23,7 +23,7 @@ impl Owner {
             Ok(guest)
         });
         match guest {
-            Ok(guest) => self.later(async move {
+            Ok(guest) => self.work(async move {
                 let result = job::start(guest, id.clone()).await;
                 Report::Started { process: id, result, reply }
             }),
@@ -80,7 +80,7 @@ impl Owner {
         match self.admit_exec(&request) {
             Ok(guest) => {
                 let namespace = self.identity.namespace.clone();
-                self.later(async move {
+                self.work(async move {
                     let process = request.process.clone();
                     let result = job::exec(guest, namespace, request).await;
                     Report::Execed { process, result, reply }

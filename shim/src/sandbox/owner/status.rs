@@ -16,6 +16,7 @@ impl Owner {
         if let (Some(vm), Some(agent)) = (&mut vm, &agent) {
             vm.link = agent.link();
         }
+        let agent = agent.filter(|_| !self.state.is_pause());
         let processes = self.process_statuses();
         let live = processes.iter().map(|process| refused(&process.streams)).fold(0, u64::saturating_add);
         SandboxStatus {

@@ -133,6 +133,8 @@ impl Owner {
                 self.publish_exit(&id, exit);
             }
         }
+        self.kill_those_that_waited();
+        self.begin_pause();
     }
 
     pub(super) fn end_of_guest(&mut self) {

@@ -112,12 +112,14 @@ async fn a_successor_goes_on_exactly_where_the_shim_died() {
     let io = started(place.logged(), &agent).await;
     soon(agent.until(|a| a.acked(Stream::STDOUT) == 50_000)).await;
     drop(io);
+    // Its threads end a little later.
+    soon(agent.until(|a| a.connections() == 0)).await;
     agent.write(Stream::STDOUT, &pattern(50_000, 50_000));
     agent.end(Stream::STDOUT, Flags::NONE);
     agent.end(Stream::STDERR, Flags::NONE);
 
     let mut io = ProcessIo::recover(place.logged()).await.unwrap();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     assert_eq!(soon(io.finish(LIMIT)).await, FinishReport { complete: true, discarded_bytes: 0 });
     assert_same(&place.log("stdout"), &pattern(0, 100_000));
     let opens = agent.opens();
@@ -171,7 +173,7 @@ async fn a_log_that_cannot_be_written_stops_the_acknowledgements_until_it_can() 
     let (config, obstacle) = obstructed(&place);
     let mut io = ProcessIo::prepare(config).await.unwrap();
     std::fs::create_dir(&obstacle).unwrap();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     agent.write(Stream::STDERR, &pattern(0, 100_000));
     agent.write(Stream::STDOUT, &pattern(0, 200_000));
     agent.end(Stream::STDOUT, Flags::NONE);
@@ -193,7 +195,7 @@ async fn delete_does_not_wait_longer_than_its_limit_for_a_log_that_cannot_be_wri
     let (config, obstacle) = obstructed(&place);
     let mut io = ProcessIo::prepare(config).await.unwrap();
     std::fs::create_dir(obstacle).unwrap();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     agent.write(Stream::STDOUT, &pattern(0, 200_000));
     soon(until(|| output(&io, "stdout").received > 64 << 10)).await;
     let begun = Instant::now();

@@ -68,7 +68,7 @@ async fn close_io_before_the_last_bytes_were_read_loses_none() {
     let mut io = ProcessIo::prepare(config).await.unwrap();
     writing(&path, pattern(0, 60_000)).join().unwrap();
     io.close_stdin();
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     soon(agent.until(|a| a.stdin().eof)).await;
     assert_same(&agent.stdin().bytes, &pattern(0, 60_000));
 }
@@ -123,7 +123,7 @@ async fn the_client_sees_that_the_process_has_gone() {
     let config = config(&place);
     let mut io = ProcessIo::prepare(config.clone()).await.unwrap();
     let mut writer = open_writer(&config.stdin);
-    io.start(Arc::new(agent.clone()), TIMELINE);
+    io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     writer.write_all(b"x").unwrap();
     soon(agent.until(|a| a.stdin().bytes == b"x")).await;
     io.process_exited();
