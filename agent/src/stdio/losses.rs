@@ -48,6 +48,12 @@ impl Losses {
         self.unconfirmed.clear();
     }
 
+    /// What the host knows that it has lost.
+    pub(super) fn confirmed(&self) -> u64 {
+        self.confirmed
+    }
+
+    /// That, and what it was told on the connection that is served.
     pub(super) fn total(&self) -> u64 {
         self.confirmed + self.unconfirmed.iter().map(|jump| jump.bytes).sum::<u64>()
     }
