@@ -11,12 +11,15 @@ use std::{collections::BTreeMap, fs, io::IoSlice, path::Path, sync::Arc};
 use self::files::{Files, Input};
 use super::{
     dir::LogDir,
-    format::{HEADER_LEN, RECORD_LEN, Record, SegmentHeader},
+    format::{HEADER_LEN, OFFSET_MAX, RECORD_LEN, Record, SegmentHeader},
     reader::{Cursor, Dir, Position, Segments, Stream},
     since::since,
     tail::tail,
     writer::{Identity, Limits, LogWriter},
 };
+
+/// More than is written to a log here; one that is so near to the last offset is left alone.
+const WRITTEN_MAX: u64 = 1 << 20;
 
 /// Small, so that what is appended makes segments; many, so that none is dropped.
 const LIMITS: Limits = Limits { segment_bytes: 64 << 10, segments: 1000 };
@@ -115,6 +118,9 @@ fn recover(dir: &Path, output: &mut Vec<u8>, input: &mut Input<'_>) {
     assert!(data == data_files(dir), "the data files are the truth");
 
     let mut offset = writer.next_offset();
+    if offset > OFFSET_MAX - WRITTEN_MAX {
+        return;
+    }
     let identity = Identity { timeline: u64::from(input.byte().unwrap_or(0) % 4), epoch: 7 };
     writer.identify(identity).unwrap();
     for _ in 0..input.byte().unwrap_or(0) % 4 {

@@ -21,91 +21,15 @@ use tokio::{
 use super::{
     byte_at,
     guest::{Guest, OUTPUTS, nonblocking},
+    log::{Log, Pace, write},
     wire::{Dialled, Wire},
 };
 use crate::stdio::{
-    Counters, Endpoint, Phase, Phases, StdinRelay,
-    relay::Relay,
-    sink::{self, Chunk, SinkEnd},
-    source::Source,
+    Counters, Endpoint, Phase, Phases, StdinRelay, flow::Flows, relay::Relay, sink, source::Source,
 };
 
-/// How long a sink takes for a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pace {
-    Quick,
-    Slow(Duration),
-    Stuck,
-}
-
-/// The log of one stream, by what it would have to hold.
-#[derive(Debug)]
-pub(super) struct Log {
-    stream: Stream,
-    /// Offset of the next byte.
-    pub(super) offset: u64,
-    /// Where the stream goes on after a loss, and what was lost.
-    pub(super) gaps: Vec<(u64, u64)>,
-    /// The first thing that was not as it should be.
-    pub(super) wrong: Option<String>,
-}
-
-impl Log {
-    fn take(&mut self, chunk: &Chunk) {
-        match chunk {
-            Chunk::Identity(_) => {}
-            Chunk::Gap(to) => {
-                let lost = to.checked_sub(self.offset).filter(|lost| *lost > 0);
-                match lost {
-                    Some(lost) => self.gaps.push((*to, lost)),
-                    None => self.blame(format!("a gap leads to {to}")),
-                }
-                self.offset = *to;
-            }
-            Chunk::Data(parts) => {
-                for byte in parts.iter().flatten() {
-                    if *byte != byte_at(self.stream, self.offset) {
-                        self.blame("another byte came".into());
-                    }
-                    self.offset += 1;
-                }
-            }
-        }
-    }
-
-    fn blame(&mut self, what: String) {
-        let (stream, offset) = (self.stream, self.offset);
-        self.wrong.get_or_insert_with(|| format!("{stream:?} at {offset}: {what}"));
-    }
-
-    pub(super) fn lost(&self) -> u64 {
-        self.gaps.iter().map(|(_, lost)| lost).sum()
-    }
-}
-
-/// A log that takes its time.
-async fn write(mut end: SinkEnd, log: Arc<Mutex<Log>>, mut pace: watch::Receiver<Pace>) {
-    while let Some(chunk) = end.chunks.recv().await {
-        loop {
-            let now = *pace.borrow_and_update();
-            match now {
-                Pace::Quick => break,
-                // Either way it looks again if it is told something else meanwhile.
-                Pace::Slow(time) => match timeout(time, pace.changed()).await {
-                    Ok(_) => {}
-                    Err(_) => break,
-                },
-                Pace::Stuck => drop(pace.changed().await),
-            }
-        }
-        let offset = {
-            let mut log = log.lock().unwrap();
-            log.take(&chunk);
-            log.offset
-        };
-        end.safe.send_replace(offset);
-    }
-}
+/// STOP has 2 s for its answer, and the last ACK and the close after it have 2 s.
+const REST_LIMIT: Duration = Duration::from_millis(4_100);
 
 /// The client that feeds stdin.
 struct Client {
@@ -121,6 +45,7 @@ pub(super) struct Host {
     counters: [Arc<Counters>; 3],
     pace: [watch::Sender<Pace>; 2],
     phase: watch::Sender<Phase>,
+    flows: Flows,
     client: Option<Client>,
     relays: JoinSet<()>,
     pub(super) wire: Arc<Wire>,
@@ -132,12 +57,13 @@ impl Host {
     pub(super) fn start(guest: &Guest, timeline: u64) -> Host {
         let wire = Wire::new(Arc::clone(&guest.hub));
         let phase = watch::Sender::new(Phase::Running);
+        let flows = Flows::on(timeline);
+        let phases = || Phases::new(phase.subscribe(), flows.watch());
         let counters = [(); 3].map(|()| Arc::<Counters>::default());
         let endpoint = |stream| Endpoint {
             container_id: "c".into(),
             exec_id: String::new(),
             stream,
-            timeline,
             dial: Arc::new(Dialled(Arc::clone(&wire))),
         };
         let mut relays = JoinSet::new();
@@ -146,12 +72,13 @@ impl Host {
             let stream = OUTPUTS[output];
             let info = guest.info(stream);
             let offset = info.acked_offset;
-            let log = Arc::new(Mutex::new(Log { stream, offset, gaps: Vec::new(), wrong: None }));
+            let log = Log::new(stream, offset);
             let (sink, end) = sink::channel(offset);
             let paced = watch::Sender::new(Pace::Quick);
-            let relay = Relay::new(endpoint(stream), info.epoch, sink, Arc::clone(&counters[output]));
+            let counters = Arc::clone(&counters[output]);
+            let relay = Relay::new(endpoint(stream), info.epoch, sink, flows.join(), counters);
             let writing = write(end, Arc::clone(&log), paced.subscribe());
-            let relaying = relay.run(Phases::new(phase.subscribe()));
+            let relaying = relay.run(phases());
             // As it is with a log: both end before the stream has.
             relays.spawn(async move {
                 tokio::join!(relaying, writing);
@@ -162,12 +89,24 @@ impl Host {
         let client = (guest.info(Stream::STDIN).acked_offset == 0).then(|| {
             let (client, source, closed) = Client::new();
             let counters = Arc::clone(&counters[2]);
-            let relay = StdinRelay::new(endpoint(Stream::STDIN), source, closed, counters);
-            relays.spawn(relay.run(Phases::new(phase.subscribe())));
+            let relay = StdinRelay::new(endpoint(Stream::STDIN), source, closed, flows.join(), counters);
+            relays.spawn(relay.run(phases()));
             client
         });
         let pace = pace.try_into().unwrap();
-        Host { logs, counters, pace, phase, client, relays, wire }
+        Host { logs, counters, pace, phase, flows, client, relays, wire }
+    }
+
+    /// Brings every stream to rest. Whatever hangs, that takes no longer than a guest may take for STOP, the
+    /// last ACK and the close.
+    pub(super) async fn rest(&self) -> Result<(), String> {
+        let late = |_| format!("the streams are not at rest after {REST_LIMIT:?}");
+        timeout(REST_LIMIT, self.flows.rest()).await.map_err(late)
+    }
+
+    /// Lets them flow again.
+    pub(super) fn flow(&self, timeline: u64) {
+        self.flows.flow(timeline);
     }
 
     pub(super) fn pace(&self, output: usize, pace: Pace) {
@@ -222,6 +161,17 @@ impl Host {
         let consumed = guest.info(Stream::STDIN).acked_offset;
         if given > consumed {
             return Err(format!("{given} bytes of stdin are acknowledged, and {consumed} were consumed"));
+        }
+        Ok(())
+    }
+
+    /// What must hold at rest if the guest could be heard: it knows of everything that is in a log.
+    pub(super) fn check_rest(&self, guest: &Guest) -> Result<(), String> {
+        for (stream, log) in OUTPUTS.into_iter().zip(&self.logs) {
+            let (info, log) = (guest.info(stream), log.lock().unwrap());
+            if info.acked_offset != log.offset {
+                return Err(format!("at rest {info} is not where its log is, at {}", log.offset));
+            }
         }
         Ok(())
     }
