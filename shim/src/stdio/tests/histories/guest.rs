@@ -16,8 +16,9 @@ use super::byte_at;
 /// Rings have their floor of 64 KiB, and no budget beyond.
 const LIMITS: Limits = Limits { ring_budget: 0, processes: 1 };
 
-/// What an output pipe holds.
-const PIPE: i32 = 16 << 10;
+/// What the pipes hold: of outputs a part of a ring, of stdin next to nothing, so that input waits in the agent.
+const OUTPUT_PIPE: i32 = 16 << 10;
+const STDIN_PIPE: i32 = 4 << 10;
 
 pub(super) const OUTPUTS: [Stream; 2] = [Stream::STDOUT, Stream::STDERR];
 
@@ -46,18 +47,18 @@ impl Guest {
         let ChildStdio::Pipes([stdin, stdout, stderr]) = child else {
             unreachable!("a process without terminal gets pipes");
         };
-        let output = |end: OwnedFd| {
-            fcntl(&end, FcntlArg::F_SETPIPE_SZ(PIPE)).unwrap();
-            Some(nonblocking(end))
+        let small = |end: OwnedFd, size| {
+            fcntl(&end, FcntlArg::F_SETPIPE_SZ(size)).unwrap();
+            nonblocking(end)
         };
         Guest {
             hub,
             policy,
-            stdin: nonblocking(stdin),
+            stdin: small(stdin, STDIN_PIPE),
             got: 0,
             got_wrong: None,
             got_eof: false,
-            outputs: [output(stdout), output(stderr)],
+            outputs: [stdout, stderr].map(|end| Some(small(end, OUTPUT_PIPE))),
             written: [0; 2],
         }
     }

@@ -47,6 +47,8 @@ pub(super) struct Host {
     phase: watch::Sender<Phase>,
     flows: Flows,
     client: Option<Client>,
+    /// Bytes of stdin that the guest had consumed at the beginning.
+    consumed: u64,
     relays: JoinSet<()>,
     pub(super) wire: Arc<Wire>,
 }
@@ -86,7 +88,8 @@ impl Host {
             pace.push(paced);
             log
         });
-        let client = (guest.info(Stream::STDIN).acked_offset == 0).then(|| {
+        let consumed = guest.info(Stream::STDIN).acked_offset;
+        let client = (consumed == 0).then(|| {
             let (client, source, closed) = Client::new();
             let counters = Arc::clone(&counters[2]);
             let relay = StdinRelay::new(endpoint(Stream::STDIN), source, closed, flows.join(), counters);
@@ -94,7 +97,7 @@ impl Host {
             client
         });
         let pace = pace.try_into().unwrap();
-        Host { logs, counters, pace, phase, flows, client, relays, wire }
+        Host { logs, counters, pace, phase, flows, client, consumed, relays, wire }
     }
 
     /// Brings every stream to rest. Whatever hangs, that takes no longer than a guest may take for STOP, the
@@ -145,8 +148,8 @@ impl Host {
                 return Err(wrong.clone());
             }
             let info = guest.info(OUTPUTS[output]);
-            if info.acked_offset > log.offset {
-                return Err(format!("{info} is acknowledged, but the log ends at {}", log.offset));
+            if info.acked_offset > log.safe {
+                return Err(format!("{info} is acknowledged, but the log is safe up to {}", log.safe));
             }
             if guest.policy == Policy::Block && log.lost() > 0 {
                 return Err(format!("{:?} was dropped from a stream that drops nothing", log.gaps));
@@ -156,6 +159,9 @@ impl Host {
             if counters.refused.get() > 0 {
                 return Err("host and guest accuse each other".into());
             }
+        }
+        if self.client.is_none() && guest.info(Stream::STDIN).acked_offset > self.consumed {
+            return Err("the process has got input that was forgotten with the old timeline".into());
         }
         let given = self.counters[2].acknowledged.get();
         let consumed = guest.info(Stream::STDIN).acked_offset;
@@ -169,8 +175,8 @@ impl Host {
     pub(super) fn check_rest(&self, guest: &Guest) -> Result<(), String> {
         for (stream, log) in OUTPUTS.into_iter().zip(&self.logs) {
             let (info, log) = (guest.info(stream), log.lock().unwrap());
-            if info.acked_offset != log.offset {
-                return Err(format!("at rest {info} is not where its log is, at {}", log.offset));
+            if info.acked_offset != log.safe {
+                return Err(format!("at rest {info} is not where its log is, at {}", log.safe));
             }
         }
         Ok(())

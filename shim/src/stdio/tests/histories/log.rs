@@ -28,6 +28,8 @@ pub(super) struct Log {
     stream: Stream,
     /// Offset of the next byte.
     pub(super) offset: u64,
+    /// Everything below may be acknowledged.
+    pub(super) safe: u64,
     /// Where the stream goes on after a loss, and what was lost.
     pub(super) gaps: Vec<(u64, u64)>,
     /// The first thing that was not as it should be.
@@ -36,7 +38,7 @@ pub(super) struct Log {
 
 impl Log {
     pub(super) fn new(stream: Stream, offset: u64) -> Arc<Mutex<Log>> {
-        Arc::new(Mutex::new(Log { stream, offset, gaps: Vec::new(), wrong: None }))
+        Arc::new(Mutex::new(Log { stream, offset, safe: offset, gaps: Vec::new(), wrong: None }))
     }
 
     fn gap(&mut self, to: u64) {
@@ -87,8 +89,7 @@ impl Writer {
             match chunk {
                 Chunk::Rest(reply) => {
                     dropping = false;
-                    let offset = self.log.lock().unwrap().offset;
-                    let _ = reply.send(Position { safe: offset, next: offset });
+                    let _ = reply.send(self.position());
                     continue;
                 }
                 _ if dropping => continue,
@@ -103,9 +104,25 @@ impl Writer {
                 Chunk::Gap(to) => self.log.lock().unwrap().gap(to),
                 Chunk::Identity(_) => {}
             }
-            let offset = self.log.lock().unwrap().offset;
-            self.safe.send_replace(offset);
+            if !dropping {
+                self.settle();
+            }
         }
+    }
+
+    /// A disk that is stuck may have the bytes and not what belongs to them.
+    fn position(&mut self) -> Position {
+        if *self.pace.borrow() != Pace::Stuck {
+            self.settle();
+        }
+        let log = self.log.lock().unwrap();
+        Position { safe: log.safe, next: log.offset }
+    }
+
+    fn settle(&mut self) {
+        let mut log = self.log.lock().unwrap();
+        log.safe = log.offset;
+        self.safe.send_replace(log.safe);
     }
 
     /// Waits as long as a write takes.
