@@ -95,9 +95,11 @@ impl Writer {
                 _ if dropping => continue,
                 Chunk::Data(parts) => {
                     for part in parts {
-                        dropping = dropping || self.is_halted_meanwhile().await;
-                        if !dropping {
-                            self.log.lock().unwrap().append(&part);
+                        dropping = self.is_halted_meanwhile().await;
+                        let taken = if dropping { part.len() / 2 } else { part.len() };
+                        self.log.lock().unwrap().append(&part[..taken]);
+                        if dropping {
+                            break;
                         }
                     }
                 }
@@ -110,7 +112,7 @@ impl Writer {
         }
     }
 
-    /// A disk that is stuck may have the bytes and not what belongs to them.
+    /// A disk that is stuck has bytes and not what belongs to them.
     fn position(&mut self) -> Position {
         if *self.pace.borrow() != Pace::Stuck {
             self.settle();
