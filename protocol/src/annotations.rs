@@ -19,8 +19,16 @@ pub const VCPUS: &str = "cube.sandbox.vcpus";
 /// Memory of the sandbox in MiB; default: from the spec's memory limit, else the configuration.
 pub const MEMORY_MIB: &str = "cube.sandbox.memory_mib";
 
+/// `share` (default) or `block`: how directories of the host become the rootfs, over virtiofs or packed
+/// into disks of the VM.
+pub const ROOTFS_MODE: &str = "cube.rootfs.mode";
+
+/// Size of the writable disk with `cube.rootfs.mode=block`, a number with `Mi` or `Gi`; default `10Gi`.
+pub const ROOTFS_SIZE: &str = "cube.rootfs.size";
+
 /// What every annotation of ours begins with. An unknown one is refused by name.
 pub const PREFIX: &str = "cube.";
 
 /// Every annotation that this version knows.
-pub const KNOWN: [&str; 5] = [LOG_FORWARDING, LOG_MODE, ALLOW_VSOCK, VCPUS, MEMORY_MIB];
+pub const KNOWN: [&str; 7] =
+    [LOG_FORWARDING, LOG_MODE, ALLOW_VSOCK, VCPUS, MEMORY_MIB, ROOTFS_MODE, ROOTFS_SIZE];

@@ -13,11 +13,28 @@ pub struct Annotations {
     pub vcpus: Option<u32>,
     /// Memory of the sandbox in MiB; `None` leaves it to the spec and the configuration.
     pub memory_mib: Option<u64>,
+    /// Whether a rootfs of directories is packed into disks of the VM.
+    pub rootfs_block: bool,
+    /// Size in bytes of the disk that such a container writes to.
+    pub rootfs_size: u64,
 }
+
+/// Size of a writable disk that nobody has asked for. It takes what is written, not more.
+const ROOTFS_SIZE: u64 = 10 << 30;
+
+/// The smallest that mke2fs makes a useful file system of, and more than a container should have.
+const ROOTFS_SIZES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
 
 impl Default for Annotations {
     fn default() -> Self {
-        Annotations { log_forwarding: true, log_mode: LogMode::BLOCK, vcpus: None, memory_mib: None }
+        Annotations {
+            log_forwarding: true,
+            log_mode: LogMode::BLOCK,
+            vcpus: None,
+            memory_mib: None,
+            rootfs_block: false,
+            rootfs_size: ROOTFS_SIZE,
+        }
     }
 }
 
@@ -60,6 +77,8 @@ pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<An
                 let rule = "a number of MiB from 64 to 16777216";
                 parsed.memory_mib = Some(number(name::MEMORY_MIB, value, 64..=16 << 20, rule)?);
             }
+            name::ROOTFS_MODE => parsed.rootfs_block = rootfs_block(value)?,
+            name::ROOTFS_SIZE => parsed.rootfs_size = rootfs_size(value)?,
             _ => return Err(AnnotationError::Unknown(key.into())),
         }
     }
@@ -84,6 +103,32 @@ fn log_mode(value: &str) -> Result<LogMode, AnnotationError> {
             rule: "\"block\" or \"drop-oldest\"",
         }),
     }
+}
+
+fn rootfs_block(value: &str) -> Result<bool, AnnotationError> {
+    match value {
+        "share" => Ok(false),
+        "block" => Ok(true),
+        _ => Err(AnnotationError::Value {
+            name: name::ROOTFS_MODE,
+            value: value.into(),
+            rule: "\"share\" or \"block\"",
+        }),
+    }
+}
+
+/// As Kubernetes writes quantities: `512Mi`, `10Gi`.
+fn rootfs_size(value: &str) -> Result<u64, AnnotationError> {
+    let units = [("Mi", 20), ("Gi", 30)];
+    let size = units.iter().find_map(|(unit, shift)| {
+        let number: u64 = value.strip_suffix(unit)?.parse().ok()?;
+        number.checked_mul(1 << shift)
+    });
+    size.filter(|size| ROOTFS_SIZES.contains(size)).ok_or_else(|| AnnotationError::Value {
+        name: name::ROOTFS_SIZE,
+        value: value.into(),
+        rule: "a number with Mi or Gi, from 16Mi to 1024Gi",
+    })
 }
 
 fn number(
@@ -113,12 +158,16 @@ mod tests {
             (name::ALLOW_VSOCK, "true"),
             (name::VCPUS, "4"),
             (name::MEMORY_MIB, "512"),
+            (name::ROOTFS_MODE, "block"),
+            (name::ROOTFS_SIZE, "512Mi"),
         ]);
         let expected = Annotations {
             log_forwarding: false,
             log_mode: LogMode::DROP_OLDEST,
             vcpus: Some(4),
             memory_mib: Some(512),
+            rootfs_block: true,
+            rootfs_size: 512 << 20,
         };
         assert_eq!(parsed, Ok(expected));
     }
@@ -135,6 +184,11 @@ mod tests {
             (name::VCPUS, "256"),
             (name::MEMORY_MIB, "63"),
             (name::MEMORY_MIB, "-1"),
+            (name::ROOTFS_MODE, "disk"),
+            (name::ROOTFS_SIZE, "10"),
+            (name::ROOTFS_SIZE, "15Mi"),
+            (name::ROOTFS_SIZE, "1025Gi"),
+            (name::ROOTFS_SIZE, "99999999999999Gi"),
         ] {
             let error = parse([(key, value)]).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains(&format!("{value:?}")), "{error}");

@@ -28,6 +28,8 @@ pub struct Config {
     pub tools: Tools,
     /// Logs of containers.
     pub log: Log,
+    /// Disks of sandboxes whose rootfs is packed.
+    pub rootfs: Rootfs,
 }
 
 /// The `vmm` key.
@@ -83,6 +85,10 @@ pub struct Tools {
     pub vhost_device_vsock: PathBuf,
     /// cube-agent for the `process` backend.
     pub agent: PathBuf,
+    /// Packs a rootfs, of erofs-utils.
+    pub mkfs_erofs: PathBuf,
+    /// Makes the disk that a sandbox writes to, of e2fsprogs.
+    pub mke2fs: PathBuf,
 }
 
 /// The `[log]` table.
@@ -99,6 +105,16 @@ pub struct Log {
     pub retention_hours: u64,
 }
 
+/// The `[rootfs]` table.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rootfs {
+    /// Packed images, and the disks of sandboxes: outlives a reboot, so not on a tmpfs. Mode 0700.
+    pub cache_dir: PathBuf,
+    /// Size in bytes beyond which packed images that no sandbox uses are removed; at least 1.
+    pub cache_limit: u64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -108,6 +124,7 @@ impl Default for Config {
             vm: Vm::default(),
             tools: Tools::default(),
             log: Log::default(),
+            rootfs: Rootfs::default(),
         }
     }
 }
@@ -137,6 +154,8 @@ impl Default for Tools {
             virtiofsd: "virtiofsd".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),
             agent: "cube-agent".into(),
+            mkfs_erofs: "mkfs.erofs".into(),
+            mke2fs: "mke2fs".into(),
         }
     }
 }
@@ -144,6 +163,12 @@ impl Default for Tools {
 impl Default for Log {
     fn default() -> Self {
         Log { dir: "/var/log/cube".into(), segment_bytes: 16 << 20, segments: 4, retention_hours: 24 }
+    }
+}
+
+impl Default for Rootfs {
+    fn default() -> Self {
+        Rootfs { cache_dir: "/var/lib/cube/rootfs".into(), cache_limit: 10 << 30 }
     }
 }
 
@@ -210,11 +235,12 @@ impl Config {
                 Err(ConfigError::Range { path: path.into(), key, value: value.to_string(), rule })
             }
         };
-        let Config { vm, log, .. } = self;
+        let Config { vm, log, rootfs, .. } = self;
         range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
-        range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")
+        range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")?;
+        range("rootfs.cache_limit", rootfs.cache_limit, rootfs.cache_limit >= 1, "at least 1")
     }
 }
 
@@ -243,6 +269,7 @@ mod tests {
         for (text, rule) in [
             ("[log]\nsegments = 0", "at least 2"),
             ("[log]\nsegment_bytes = 0", "at least 65536"),
+            ("[rootfs]\ncache_limit = 0", "at least 1"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
         ] {

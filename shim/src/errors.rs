@@ -149,22 +149,30 @@ impl Error {
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
             Error::State { .. } => Code::FAILED_PRECONDITION,
-            Error::Unimplemented { .. } | Error::Vmm(VmmError::Unsupported { .. }) => Code::UNIMPLEMENTED,
+            Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
-            Error::Vmm(VmmError::MissingProgram { .. } | VmmError::MissingImage { .. }) => {
-                Code::FAILED_PRECONDITION
-            }
+            Error::Vmm(vmm) => vmm_code(vmm),
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
             Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
-            Error::Stdio(_)
-            | Error::Vmm(_)
-            | Error::StateFile(_)
-            | Error::Config(_)
-            | Error::Cgroup(_)
-            | Error::Task(_) => Code::UNKNOWN,
+            Error::Stdio(_) | Error::StateFile(_) | Error::Config(_) | Error::Cgroup(_) | Error::Task(_) => {
+                Code::UNKNOWN
+            }
         }
+    }
+}
+
+fn vmm_code(error: &VmmError) -> Code {
+    match error {
+        VmmError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        VmmError::MissingProgram { .. }
+        | VmmError::MissingImage { .. }
+        | VmmError::TooOld { .. }
+        | VmmError::CannotSnapshot { .. }
+        | VmmError::Restore { .. } => Code::FAILED_PRECONDITION,
+        VmmError::Ended { .. } => Code::UNAVAILABLE,
+        _ => Code::UNKNOWN,
     }
 }
 
@@ -172,6 +180,9 @@ fn rootfs_code(error: &RootfsError) -> Code {
     match error {
         RootfsError::Unsupported { .. } => Code::UNIMPLEMENTED,
         RootfsError::Option { .. } | RootfsError::Id(_) => Code::INVALID_ARGUMENT,
+        RootfsError::Program(_) => Code::FAILED_PRECONDITION,
+        RootfsError::Slow { .. } => Code::DEADLINE_EXCEEDED,
+        RootfsError::Cancelled => Code::ABORTED,
         RootfsError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NOT_FOUND,
         _ => Code::UNKNOWN,
     }

@@ -149,11 +149,13 @@ impl KillLab {
     /// How long each clean-up took so far. Panics if one took too long.
     #[track_caller]
     pub fn cleanups(&self) -> Vec<Duration> {
-        let text = fs::read_to_string(self.scripts.path().join("cleanups")).unwrap_or_default();
+        let lines = |name| fs::read_to_string(self.scripts.path().join(name)).unwrap_or_default();
+        let count = |name| lines(name).lines().count();
+        // One that a containerd began that was stopped meanwhile may still be at work.
+        poll(self.lab.limit(), || count("begun") == count("cleanups"));
         let times: Vec<Duration> =
-            text.lines().map(|line| Duration::from_nanos(line.parse().unwrap())).collect();
-        let begun = fs::read_to_string(self.scripts.path().join("begun")).unwrap_or_default();
-        assert_eq!(begun.lines().count(), times.len(), "clean-ups that were begun, and that ended");
+            lines("cleanups").lines().map(|line| Duration::from_nanos(line.parse().unwrap())).collect();
+        assert_eq!(count("begun"), times.len(), "clean-ups that were begun, and that ended");
         let worst = times.iter().max().copied().unwrap_or_default();
         assert!(worst < CLEANUP_LIMIT, "a clean-up took {worst:?}");
         times

@@ -43,6 +43,10 @@ pub struct Setup {
     pub log: String,
     /// Whether logs are in the bundle.
     pub log_in_bundle: bool,
+    /// The `[rootfs]` table without `cache_dir`, as TOML.
+    pub rootfs: String,
+    /// The program that packs a rootfs.
+    pub packer: PathBuf,
     /// Directory in which containerd finds the shim.
     pub shim_dir: PathBuf,
     /// The agent of the process backend.
@@ -56,6 +60,8 @@ impl From<Backend> for Setup {
             runtime: default_runtime(),
             log: String::new(),
             log_in_bundle: false,
+            rootfs: String::new(),
+            packer: "mkfs.erofs".into(),
             shim_dir: paths::shim().parent().unwrap().into(),
             agent: paths::agent(),
         }
@@ -145,6 +151,11 @@ impl Lab {
         self.dir.join("run")
     }
 
+    /// `rootfs.cache_dir` of the configuration.
+    pub fn cache_dir(&self) -> PathBuf {
+        self.dir.join("cache")
+    }
+
     /// containerd's gRPC socket.
     pub fn address(&self) -> PathBuf {
         self.dir.join("c.sock")
@@ -179,10 +190,14 @@ impl Lab {
         let text = format!(
             "vmm = '{}'\nrun_dir = '{dir}/run'\n\
              [guest]\nkernel = '{guest}/vmlinuz'\nvmlinux = '{guest}/vmlinux'\ninitrd = '{guest}/initrd.img'\n\
-             [tools]\nagent = '{}'\n\
+             [tools]\nagent = '{}'\nmkfs_erofs = '{}'\n\
+             [rootfs]\ncache_dir = '{}'\n{}\n\
              [log]\ndir = '{log_dir}'\n{}\n{extra}\n",
             self.setup.backend.name(),
             self.setup.agent.display(),
+            self.setup.packer.display(),
+            self.cache_dir().display(),
+            self.setup.rootfs,
             self.setup.log,
         );
         fs::write(self.config_file(), text).unwrap();

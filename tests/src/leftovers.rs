@@ -37,8 +37,13 @@ pub fn take(dir: &Path, keys: &[String]) -> BTreeSet<String> {
     let mut found: BTreeSet<String> =
         processes(dir).iter().map(|process| format!("process {process}")).collect();
     found.extend(mounts(dir).iter().map(|mount| format!("mount {}", mount.display())));
-    for below in ["run", "fifo", "state/io.containerd.runtime.v2.task", "root/io.containerd.runtime.v2.task"]
-    {
+    for below in [
+        "run",
+        "cache/sandboxes",
+        "fifo",
+        "state/io.containerd.runtime.v2.task",
+        "root/io.containerd.runtime.v2.task",
+    ] {
         // A directory per namespace is containerd's and stays.
         let entries = files(&dir.join(below), if below.ends_with("v2.task") { 1 } else { 0 });
         found.extend(entries.iter().map(|file| format!("file {}", file.display())));

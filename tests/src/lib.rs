@@ -15,6 +15,7 @@ pub mod kills;
 pub mod lab;
 pub mod leftovers;
 pub mod logs;
+pub mod machine;
 pub mod needs;
 pub mod paths;
 pub mod proxy;

@@ -7,6 +7,8 @@ use std::{
     path::PathBuf,
 };
 
+use cube_shim::config::VmmChoice;
+
 /// Which VMM runs the sandboxes of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -28,6 +30,15 @@ impl Backend {
         }
     }
 
+    /// The same as the shim's configuration has it.
+    pub fn choice(self) -> VmmChoice {
+        match self {
+            Backend::Process => VmmChoice::Process,
+            Backend::Qemu => VmmChoice::Qemu,
+            Backend::CloudHypervisor => VmmChoice::CloudHypervisor,
+        }
+    }
+
     /// Whether containers run under a kernel of their own.
     pub fn is_vm(self) -> bool {
         self != Backend::Process
@@ -38,7 +49,9 @@ impl Backend {
         let common = ["containerd", "ctr"];
         let own: &[&str] = match self {
             Backend::Process => &[],
-            Backend::Qemu => &["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock"],
+            Backend::Qemu => {
+                &["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock", "mkfs.erofs", "mke2fs"]
+            }
             Backend::CloudHypervisor => &["cloud-hypervisor", "virtiofsd"],
         };
         if let Some(program) = common.iter().chain(own).find(|program| on_path(program).is_none()) {

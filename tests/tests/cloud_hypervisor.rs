@@ -6,7 +6,9 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exactness, exits, isolation, lifecycle, memory, output, rest, survival, terminal},
+    scenarios::{
+        exactness, exits, isolation, lifecycle, machines, memory, output, rest, snapshots, survival, terminal,
+    },
 };
 
 fn main() -> ExitCode {
@@ -37,6 +39,12 @@ fn main() -> ExitCode {
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
         rest::a_guest_at_rest_has_written_its_disks_and_wakes_up_with_the_time_and_name_it_is_given,
+        snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
+        snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
+        snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,
+        machines::a_pause_in_which_the_host_goes_on_to_connect_ends_like_any_other,
+        machines::a_disk_that_is_added_to_a_running_vm_appears_in_the_guest,
+        machines::a_vmm_is_confined,
         terminal::a_shell_on_a_terminal_feels_right,
         exactness::logs_and_readers_get_every_byte,
         exactness::reconnects_change_nothing,

@@ -6,7 +6,9 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exactness, exits, isolation, lifecycle, memory, output, pods, rest, survival, terminal},
+    scenarios::{
+        exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, terminal,
+    },
 };
 
 fn main() -> ExitCode {
@@ -37,6 +39,9 @@ fn main() -> ExitCode {
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,
+        machines::a_pause_in_which_the_host_goes_on_to_connect_ends_like_any_other,
+        machines::a_disk_that_is_added_to_a_running_vm_appears_in_the_guest,
+        machines::a_vm_without_snapshots_says_which_have_them,
         rest::a_guest_at_rest_has_written_its_disks_and_wakes_up_with_the_time_and_name_it_is_given,
         terminal::a_shell_on_a_terminal_feels_right,
         exactness::logs_and_readers_get_every_byte,

@@ -151,14 +151,13 @@ mod tests {
         sync::atomic::{AtomicU32, Ordering},
     };
 
-    use containerd_shim_protos::api::Mount;
     use serde_json::Value;
 
     use super::*;
     use crate::{
         config::Config,
         errors::Error,
-        sandbox::{Rootfs, Selected},
+        sandbox::{Rootfs, RootfsRequest, Selected},
         state::{ContainerState, FORMAT, State},
         vmm::VmSpec,
     };
@@ -181,14 +180,7 @@ mod tests {
             unreachable!()
         }
 
-        fn prepare_rootfs(
-            &self,
-            _: &RunDir,
-            _: &str,
-            _: &Path,
-            _: &[Mount],
-            _: &mut Value,
-        ) -> Result<Rootfs, Error> {
+        fn prepare_rootfs(&self, _: RootfsRequest, _: &mut Value) -> Result<Rootfs, Error> {
             unreachable!()
         }
 

@@ -2,10 +2,12 @@
 //!
 //! containerd names the root file system as a list of mounts and leaves making them to the shim.
 //! Directories (overlay, bind) are mounted on the host, below the sandbox's [`Share`], which
-//! virtiofsd exports. A file system on a block device or in a file goes to the guest as a disk.
+//! virtiofsd exports. A file system on a block device or in a file goes to the guest as a disk, and
+//! with `cube.rootfs.mode=block` so do directories, after they were packed ([`block`]).
 //! Volumes, which are the bind mounts in the container's spec, go through the share.
 
 mod bind;
+pub mod block;
 mod mount;
 pub mod mountinfo;
 mod plan;
@@ -15,7 +17,7 @@ use std::{io, path::PathBuf};
 
 pub use self::{
     mount::HostMount,
-    plan::{Plan, Rootfs, Volume},
+    plan::{Plan, Prepared, Rootfs, Volume},
     share::{GUEST_SHARE, Share},
 };
 
@@ -65,6 +67,38 @@ pub enum RootfsError {
         /// Why.
         source: io::Error,
     },
+    /// A program of `[tools]` is not there.
+    #[error(transparent)]
+    Program(#[from] Box<crate::vmm::VmmError>),
+    /// A program of `[tools]` cannot be started.
+    #[error("cannot start {program}, or mount what it shall pack")]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// Why. What is done between fork and exec fails as exec does.
+        source: io::Error,
+    },
+    /// A program of `[tools]` failed.
+    #[error("{program} ended with {status}: {output}")]
+    Failed {
+        /// The program.
+        program: PathBuf,
+        /// Exit status or signal.
+        status: String,
+        /// What it printed first.
+        output: String,
+    },
+    /// It took too long.
+    #[error("{what} took longer than {limit:?}")]
+    Slow {
+        /// What.
+        what: &'static str,
+        /// The limit.
+        limit: std::time::Duration,
+    },
+    /// The create was ended by a SIGKILL.
+    #[error("the rootfs was given up while it was being packed")]
+    Cancelled,
     /// Something is still mounted where everything was unmounted.
     #[error("{path} is still a mount point after it was unmounted")]
     StillMounted {

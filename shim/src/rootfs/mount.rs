@@ -18,7 +18,7 @@ use nix::{
 use super::{RootfsError, bind::Bind};
 
 /// mount(2) takes one page of data; containerd, too, leaves some room.
-const DATA_MAX: usize = 4096 - 512;
+pub(super) const DATA_MAX: usize = 4096 - 512;
 
 /// A mount that this process makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -197,7 +197,7 @@ impl Parsed {
 }
 
 /// The directory that all lower directories have in common, and the data with them relative to it.
-fn relative_lower_dirs(data: &[String]) -> Option<(PathBuf, String)> {
+pub(super) fn relative_lower_dirs(data: &[String]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
     let dirs: Vec<&Path> = lower.split(':').map(Path::new).collect();
     let first = dirs.first()?;

@@ -11,7 +11,11 @@ use containerd_shim_protos::api::Mount;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{HostMount, RootfsError, Share, share::GUEST_SHARE};
+use super::{
+    HostMount, RootfsError, Share,
+    block::{BlockRequest, Layers},
+    share::GUEST_SHARE,
+};
 use crate::vmm::Disk;
 
 /// File systems that are taken as a disk, from a block device or from a file. The guest needs the
@@ -22,7 +26,7 @@ const BLOCK_TYPES: [&str; 5] = ["ext4", "ext3", "xfs", "btrfs", "erofs"];
 const SHARED_TYPES: [&str; 5] = ["bind", "rbind", "overlay", "tmpfs", "none"];
 
 /// The root file system of a container.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Rootfs {
     /// Mounted on the host, one after the other, and shared.
     Shared(Vec<HostMount>),
@@ -37,6 +41,22 @@ pub enum Rootfs {
         /// Options for the guest's mount.
         options: Vec<String>,
     },
+    /// Packed into disks of the VM.
+    Packed {
+        /// What is packed.
+        layers: Layers,
+        /// How.
+        request: BlockRequest,
+    },
+}
+
+/// How the rootfs that a [`Plan`] describes reaches the guest, once it was made.
+#[derive(Debug, Clone, Default)]
+pub struct Prepared {
+    /// The mounts that the agent makes, for `CreateTaskRequest.rootfs`.
+    pub guest_mounts: Vec<Mount>,
+    /// The disks that the VM must boot with.
+    pub disks: Vec<Disk>,
 }
 
 /// A bind mount of the spec whose source is on the host.
@@ -49,7 +69,7 @@ pub struct Volume {
 }
 
 /// What a container needs of the host's file systems. Made and checked before anything is done.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Plan {
     id: String,
     /// The root file system.
@@ -61,10 +81,16 @@ pub struct Plan {
 impl Plan {
     /// Looks at `mounts` of containerd's Create and at the bind mounts in `spec`, the contents of
     /// config.json. Without mounts, the rootfs is already in `bundle`, where runc would find it.
-    /// Changes nothing.
-    pub fn new(id: &str, bundle: &Path, mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
+    /// With `packing`, directories become disks. Changes nothing.
+    pub fn new(
+        id: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        spec: &Value,
+        packing: Option<BlockRequest>,
+    ) -> Result<Plan, RootfsError> {
         check_id(id)?;
-        let rootfs = match mounts {
+        let mut rootfs = match mounts {
             [mount] if BLOCK_TYPES.contains(&mount.type_.as_str()) => block(id, mount)?,
             [] => Rootfs::Shared(vec![bundle_rootfs(bundle, spec)]),
             mounts => Rootfs::Shared(mounts.iter().map(shared).collect::<Result<_, _>>()?),
@@ -72,6 +98,9 @@ impl Plan {
         if let Rootfs::Shared(mounts) = &rootfs {
             for mount in mounts.iter().filter(|mount| mount.is_bind()) {
                 file_type(&mount.source, || "the rootfs".into())?;
+            }
+            if let Some(request) = packing {
+                rootfs = Rootfs::Packed { layers: Layers::of(mounts)?, request };
             }
         }
         let mounts = spec["mounts"].as_array().into_iter().flatten().enumerate();
@@ -84,21 +113,10 @@ impl Plan {
         matches!(self.rootfs, Rootfs::Shared(_)) || !self.volumes.is_empty()
     }
 
-    /// The disk that the VM must boot with, if there is one.
-    pub fn disk(&self) -> Option<Disk> {
-        match &self.rootfs {
-            Rootfs::Shared(_) => None,
-            Rootfs::Block { serial, path, fs_type, options } => Some(Disk {
-                path: path.clone(),
-                serial: serial.clone(),
-                read_only: fs_type == "erofs" || options.iter().any(|option| option == "ro"),
-            }),
-        }
-    }
-
-    /// Mounts on the host what the guest is to see. On an error nothing stays mounted. Blocks.
-    pub fn mount(&self, share: &Share) -> Result<(), RootfsError> {
-        self.try_mount(share).inspect_err(|_| {
+    /// Makes on the host what the guest is to see. On an error nothing stays mounted; disks are for
+    /// [`SandboxDisks`](super::block::SandboxDisks) to remove. Blocks, for minutes if it packs.
+    pub fn prepare(&self, run_dir: &Path, share: &Share) -> Result<Prepared, RootfsError> {
+        self.try_prepare(run_dir, share).inspect_err(|_| {
             if let Err(error) = share.remove_container(&self.id) {
                 let error: &(dyn std::error::Error + 'static) = &error;
                 tracing::warn!(error, container = self.id, "mounts of a failed create stay");
@@ -106,32 +124,23 @@ impl Plan {
         })
     }
 
-    fn try_mount(&self, share: &Share) -> Result<(), RootfsError> {
-        if let Rootfs::Shared(mounts) = &self.rootfs {
-            share.mount(&self.rootfs_dir(), mounts)?;
-        }
-        self.volumes
-            .iter()
-            .try_for_each(|volume| share.mount(&self.volume_dir(volume), std::slice::from_ref(&volume.mount)))
-    }
-
-    /// The mounts that the agent makes for the rootfs, for `CreateTaskRequest.rootfs`.
-    pub fn guest_rootfs(&self) -> Vec<Mount> {
-        let mount = match &self.rootfs {
-            Rootfs::Shared(_) => Mount {
-                type_: "bind".into(),
-                source: guest_path(&self.rootfs_dir()),
-                options: vec!["rbind".into()],
-                ..Mount::default()
-            },
-            Rootfs::Block { serial, fs_type, options, .. } => Mount {
-                type_: fs_type.clone(),
-                source: format!("serial:{serial}"),
-                options: options.clone(),
-                ..Mount::default()
-            },
+    fn try_prepare(&self, run_dir: &Path, share: &Share) -> Result<Prepared, RootfsError> {
+        self.volumes.iter().try_for_each(|volume| {
+            share.mount(&self.volume_dir(volume), std::slice::from_ref(&volume.mount))
+        })?;
+        let (mount, disks) = match &self.rootfs {
+            Rootfs::Shared(mounts) => {
+                share.mount(&self.rootfs_dir(), mounts)?;
+                (guest_mount("bind", guest_path(&self.rootfs_dir()), &["rbind".into()]), Vec::new())
+            }
+            Rootfs::Block { serial, path, fs_type, options } => {
+                let read_only = fs_type == "erofs" || options.iter().any(|option| option == "ro");
+                let disk = Disk { path: path.clone(), serial: serial.clone(), read_only };
+                (guest_mount(fs_type, format!("serial:{serial}"), options), vec![disk])
+            }
+            Rootfs::Packed { layers, request } => layered(request.disks(run_dir, &self.id, layers)?),
         };
-        vec![mount]
+        Ok(Prepared { guest_mounts: vec![mount], disks })
     }
 
     /// Points the bind mounts of `spec`, the one that the plan was made from, to where the guest
@@ -164,6 +173,22 @@ pub(super) fn check_id(id: &str) -> Result<(), RootfsError> {
 
 fn guest_path(relative: &Path) -> String {
     Path::new(GUEST_SHARE).join(relative).to_string_lossy().into_owned()
+}
+
+fn guest_mount(fs_type: &str, source: String, options: &[String]) -> Mount {
+    Mount { type_: fs_type.into(), source, options: options.to_vec(), ..Mount::default() }
+}
+
+/// Packed layers alone, or below a disk to write to.
+fn layered((image, writable): (Disk, Option<Disk>)) -> (Mount, Vec<Disk>) {
+    let serial = |disk: &Disk| format!("serial:{}", disk.serial);
+    match writable {
+        None => (guest_mount("erofs", serial(&image), &["ro".into()]), vec![image]),
+        Some(writable) => {
+            let options = [format!("lowerdir={}", serial(&image)), format!("upperdir={}", serial(&writable))];
+            (guest_mount("overlay", "overlay".into(), &options), vec![image, writable])
+        }
+    }
 }
 
 fn bundle_rootfs(bundle: &Path, spec: &Value) -> HostMount {
@@ -211,12 +236,12 @@ fn block(id: &str, mount: &Mount) -> Result<Rootfs, RootfsError> {
         what: what(),
         source,
     })?;
-    Ok(Rootfs::Block { serial: serial(id), path, fs_type: mount.type_.clone(), options })
+    Ok(Rootfs::Block { serial: serial(id, "rootfs"), path, fs_type: mount.type_.clone(), options })
 }
 
-/// virtio-blk has 20 bytes for a serial, ids are longer.
-fn serial(id: &str) -> String {
-    let hash = Sha256::digest(id.as_bytes());
+/// The serial of container `id`'s disk for `role`. virtio-blk has 20 bytes for one, ids are longer.
+pub(super) fn serial(id: &str, role: &str) -> String {
+    let hash = Sha256::digest(format!("{role}\0{id}"));
     hash.iter().take(10).map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -279,28 +304,23 @@ mod tests {
     }
 
     fn plan(mounts: &[Mount], spec: &Value) -> Result<Plan, RootfsError> {
-        Plan::new("c1", Path::new("/tmp"), mounts, spec)
+        Plan::new("c1", Path::new("/tmp"), mounts, spec, None)
     }
 
     #[test]
     fn an_overlay_is_shared_and_bound_in_the_guest() {
         let overlay = mount("overlay", "overlay", &["index=off", "lowerdir=/a"]);
         let plan = plan(&[overlay], &spec(&[])).unwrap();
-        assert!(plan.needs_share() && plan.disk().is_none());
-        let guest = plan.guest_rootfs();
-        assert_eq!(
-            (guest[0].type_.as_str(), guest[0].source.as_str()),
-            ("bind", "/run/cube/shared/c1/rootfs")
-        );
+        assert!(plan.needs_share() && matches!(plan.rootfs, Rootfs::Shared(_)));
     }
 
     #[test]
     fn without_mounts_the_bundle_has_the_rootfs() {
         let bundle = tempfile::tempdir().unwrap();
-        let error = Plan::new("c1", bundle.path(), &[], &spec(&[])).unwrap_err();
+        let error = Plan::new("c1", bundle.path(), &[], &spec(&[]), None).unwrap_err();
         assert!(matches!(&error, RootfsError::Source { path, .. } if path.ends_with("rootfs")), "{error}");
         fs::create_dir(bundle.path().join("rootfs")).unwrap();
-        let plan = Plan::new("c1", bundle.path(), &[], &spec(&[])).unwrap();
+        let plan = Plan::new("c1", bundle.path(), &[], &spec(&[]), None).unwrap();
         let Rootfs::Shared(mounts) = plan.rootfs else { panic!("{plan:?}") };
         assert_eq!(Path::new(&mounts[0].source), bundle.path().join("rootfs"));
     }
@@ -311,9 +331,11 @@ mod tests {
         let path = file.path().to_str().unwrap();
         let plan = plan(&[mount("ext4", path, &["loop", "ro", "noatime"])], &spec(&[])).unwrap();
         assert!(!plan.needs_share());
-        let disk = plan.disk().unwrap();
+        let run_dir = tempfile::tempdir().unwrap();
+        let prepared = plan.prepare(run_dir.path(), &Share::of(run_dir.path())).unwrap();
+        let disk = &prepared.disks[0];
         assert!(disk.read_only && disk.serial.len() == 20 && disk.serial.is_ascii());
-        let guest = &plan.guest_rootfs()[0];
+        let guest = &prepared.guest_mounts[0];
         assert_eq!(guest.source, format!("serial:{}", disk.serial));
         assert_eq!(guest.options, ["ro", "noatime"]);
     }
@@ -359,7 +381,7 @@ mod tests {
     fn an_id_cannot_lead_out_of_the_share() {
         for id in ["", ".", "..", "../x", "a/b", "/a", "a/"] {
             assert!(
-                matches!(Plan::new(id, Path::new("/"), &[], &spec(&[])), Err(RootfsError::Id(_))),
+                matches!(Plan::new(id, Path::new("/"), &[], &spec(&[]), None), Err(RootfsError::Id(_))),
                 "{id:?}"
             );
         }
@@ -375,7 +397,7 @@ mod tests {
         let overlay = mount("overlay", "overlay", &["lowerdir=/nonexistent/layer"]);
         let bind = mount("bind", good.to_str().unwrap(), &["rbind"]);
         let plan = plan(&[bind, overlay], &spec(&[])).unwrap();
-        let error = plan.mount(&share).unwrap_err();
+        let error = plan.prepare(dir.path(), &share).unwrap_err();
         assert!(matches!(error, RootfsError::Mount { .. }), "{error}");
         assert!(!share.dir().join("c1").exists());
         share.remove().unwrap();

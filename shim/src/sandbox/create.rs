@@ -15,7 +15,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Host, Identity, Message, Plan, ProcessId, Rootfs,
+    Host, Identity, Message, Plan, ProcessId, Rootfs, RootfsRequest,
     job::{self, Guest, stdio_config, stream},
     machine::Machine,
     size, spec,
@@ -23,9 +23,10 @@ use super::{
 };
 use crate::{
     agent::{Agent, Dial, GuestEvent},
-    config::Config,
+    cgroup::SandboxCgroup,
+    config::{Config, VmmChoice},
     errors::{Error, chain},
-    rootfs::Share,
+    rootfs::{Share, block::BlockRequest},
     state::State,
     stdio::{Flows, LogConfig, ProcessIo},
     vmm::VmSpec,
@@ -81,8 +82,8 @@ pub(super) struct Booted {
 impl Creation {
     /// Creates the container. `abort` ends the attempt. On an error nothing is left, and for the
     /// first container that means nothing of the sandbox.
-    pub(super) async fn run(mut self, abort: oneshot::Receiver<()>) -> Result<Created, Error> {
-        let result = match self.prepare().await {
+    pub(super) async fn run(mut self, mut abort: oneshot::Receiver<()>) -> Result<Created, Error> {
+        let result = match self.prepare(&mut abort).await {
             Ok((rootfs, io)) => tokio::select! {
                 result = self.create(rootfs, io) => result,
                 _ = abort => Err(Error::Killed),
@@ -96,26 +97,40 @@ impl Creation {
         result
     }
 
-    /// What happens on the host alone. Not interrupted: it does not take long, and a mount that is
+    /// What happens on the host alone. `abort` ends what may take long, and only that: a mount that is
     /// made while the clean-up runs would stay.
-    async fn prepare(&mut self) -> Result<(Rootfs, ProcessIo), Error> {
+    async fn prepare(&mut self, abort: &mut oneshot::Receiver<()>) -> Result<(Rootfs, ProcessIo), Error> {
         let mut steps = Steps::begin();
-        let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
-        let (id, mounts) = (self.plan.request.id.clone(), self.plan.request.rootfs.clone());
+        let host = self.host.clone();
+        let block = self.block()?;
+        let cancel = block.as_ref().map(|block| block.cancel.clone()).unwrap_or_default();
+        let request = RootfsRequest {
+            run_dir: self.identity.run_dir.clone(),
+            id: self.plan.request.id.clone(),
+            bundle: self.plan.request.bundle.clone(),
+            mounts: self.plan.request.rootfs.clone(),
+            block,
+        };
         let mut spec = std::mem::take(&mut self.plan.spec);
         let pod = self.joins.as_ref().map(|(_, pod)| *pod);
-        let bundle = self.plan.request.bundle.clone();
         let cgroup = self.joins.is_none().then(|| self.state.cgroup.clone());
-        let prepared = spawn_blocking(move || -> Result<(Value, Rootfs), Error> {
+        let mut prepared = spawn_blocking(move || -> Result<(Value, Rootfs), Error> {
             spec::rewrite(&mut spec, pod)?;
             if let Some(cgroup) = cgroup {
                 host.create_cgroup(&cgroup)?;
                 cube_fault::point("create.cgroup_made");
             }
-            let rootfs = host.prepare_rootfs(&run_dir, &id, &bundle, &mounts, &mut spec)?;
+            let rootfs = host.prepare_rootfs(request, &mut spec)?;
             Ok((spec, rootfs))
         });
-        let (spec, rootfs) = prepared.await??;
+        let (spec, rootfs) = tokio::select! {
+            prepared = &mut prepared => prepared??,
+            _ = abort => {
+                cancel.cancel();
+                drop(prepared.await?);
+                return Err(Error::Killed);
+            }
+        };
         steps.done("spec checked, cgroup and rootfs made");
         self.plan.spec = spec;
         let process = self.process();
@@ -125,6 +140,29 @@ impl Creation {
         cube_fault::point("create.stdio_prepared");
         steps.done("stdio prepared");
         Ok((rootfs, io))
+    }
+
+    /// How the rootfs becomes disks, if the annotations ask for that.
+    fn block(&self) -> Result<Option<BlockRequest>, Error> {
+        let annotations = &self.plan.annotations;
+        if !annotations.rootfs_block {
+            return Ok(None);
+        }
+        let refused = |what: &str, hint| Err(Error::Unimplemented { what: what.into(), hint });
+        if self.joins.is_some() {
+            return refused(
+                "cube.rootfs.mode=block for a container that joins a running sandbox",
+                ": its VM has booted with the disks that it has",
+            );
+        }
+        if self.config.vmm == VmmChoice::Process {
+            return refused(
+                "cube.rootfs.mode=block with vmm = \"process\"",
+                ": there is no VM, and no disk of one",
+            );
+        }
+        let cgroup = SandboxCgroup::at(&self.state.cgroup).helpers();
+        Ok(Some(BlockRequest::new(&self.config, annotations.rootfs_size, cgroup)))
     }
 
     async fn create(&self, rootfs: Rootfs, mut io: ProcessIo) -> Result<Created, Error> {
@@ -186,6 +224,7 @@ impl Creation {
             share: share.then(|| Share::of(run_dir.path()).dir().into()),
             disks: rootfs.disks.clone(),
             cmdline: String::new(),
+            restore: None,
         };
         let (host, config) = (self.host.clone(), self.config.clone());
         // It may run programs to find out what works here.

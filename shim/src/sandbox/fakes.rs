@@ -12,7 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
-    api::{self, Empty, Mount},
+    api::{self, Empty},
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
@@ -24,13 +24,13 @@ use tokio::{
 };
 use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
 
-use super::{Host, Rootfs, Selected};
+use super::{Host, Rootfs, RootfsRequest, Selected};
 use crate::{
     agent::dial::HybridVsock,
     config::Config,
     errors::Error,
     state::{RunDir, now_ns},
-    vmm::{VmSpec, Vmm, VmmError, VmmExit},
+    vmm::{Disk, VmSpec, Vmm, VmmError, VmmExit},
 };
 
 /// Pid of the fake VMM.
@@ -339,6 +339,14 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
+    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
+        Err(VmmError::CannotSnapshot { backend: "fake", reason: "it is none" })
+    }
+
+    async fn add_disk(&self, _: &Disk) -> Result<(), VmmError> {
+        Ok(())
+    }
+
     async fn shutdown(&self, _: Duration) -> Result<(), VmmError> {
         self.die();
         Ok(())
@@ -386,16 +394,9 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    fn prepare_rootfs(
-        &self,
-        run_dir: &RunDir,
-        id: &str,
-        _: &Path,
-        _: &[Mount],
-        _: &mut Value,
-    ) -> Result<Rootfs, Error> {
+    fn prepare_rootfs(&self, request: RootfsRequest, _: &mut Value) -> Result<Rootfs, Error> {
         // What is made is known to the state file before.
-        assert!(run_dir.load()?.unwrap().containers.contains_key(id));
+        assert!(request.run_dir.load()?.unwrap().containers.contains_key(&request.id));
         Ok(Rootfs { share: true, ..Default::default() })
     }
 

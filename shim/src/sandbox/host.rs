@@ -13,7 +13,10 @@ use crate::{
     cgroup::SandboxCgroup,
     config::Config,
     errors::Error,
-    rootfs::{Plan, Share},
+    rootfs::{
+        Plan, Prepared, Share,
+        block::{BlockRequest, SandboxDisks},
+    },
     state::RunDir,
     vmm::{self, Disk, VmSpec, Vmm},
 };
@@ -29,6 +32,21 @@ pub struct Rootfs {
     pub share: bool,
 }
 
+/// What a container's rootfs is made from.
+#[derive(Debug, Clone)]
+pub struct RootfsRequest {
+    /// Run directory of the sandbox.
+    pub run_dir: RunDir,
+    /// Container id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Mounts that make the rootfs, in order.
+    pub mounts: Vec<Mount>,
+    /// How to pack directories into disks, if they shall be.
+    pub block: Option<BlockRequest>,
+}
+
 /// A VMM that has been chosen.
 pub struct Selected {
     /// Not booted yet.
@@ -41,7 +59,7 @@ pub struct Selected {
     pub shared_mount: SharedMount,
 }
 
-/// The host. Every method blocks the thread, for milliseconds.
+/// The host. Every method blocks the thread, for milliseconds if it does not say more.
 pub trait Host: Send + Sync + 'static {
     /// The cgroup of the sandbox with `key`; makes nothing.
     fn cgroup(&self, key: &str) -> Result<PathBuf, Error>;
@@ -49,16 +67,10 @@ pub trait Host: Send + Sync + 'static {
     /// Makes it.
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error>;
 
-    /// Makes the rootfs and the bind mounts of container `id` reachable for the guest, and rewrites
-    /// `spec`'s mounts accordingly. Undone by [`Host::release_rootfs`], also after an error.
-    fn prepare_rootfs(
-        &self,
-        run_dir: &RunDir,
-        id: &str,
-        bundle: &Path,
-        mounts: &[Mount],
-        spec: &mut Value,
-    ) -> Result<Rootfs, Error>;
+    /// Makes the rootfs and the bind mounts of a container reachable for the guest, and rewrites
+    /// `spec`'s mounts accordingly. Undone by [`Host::release_rootfs`], also after an error. Takes
+    /// minutes if it has to pack an image, which [`BlockRequest::cancel`] ends.
+    fn prepare_rootfs(&self, request: RootfsRequest, spec: &mut Value) -> Result<Rootfs, Error>;
 
     /// Unmounts and removes what was prepared for container `id`. May be repeated.
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error>;
@@ -86,27 +98,25 @@ impl Host for LinuxHost {
         Ok(SandboxCgroup::at(cgroup).create()?)
     }
 
-    fn prepare_rootfs(
-        &self,
-        run_dir: &RunDir,
-        id: &str,
-        bundle: &Path,
-        mounts: &[Mount],
-        spec: &mut Value,
-    ) -> Result<Rootfs, Error> {
-        let plan = Plan::new(id, bundle, mounts, spec)?;
+    fn prepare_rootfs(&self, request: RootfsRequest, spec: &mut Value) -> Result<Rootfs, Error> {
+        let RootfsRequest { run_dir, id, bundle, mounts, block } = request;
+        let plan = Plan::new(&id, &bundle, &mounts, spec, block)?;
         let share = Share::of(run_dir.path());
         share.prepare()?;
         cube_fault::point("create.share_prepared");
-        plan.mount(&share)?;
+        let prepared = plan.prepare(run_dir.path(), &share)?;
         cube_fault::point("create.rootfs_mounted");
         plan.rewrite_spec(spec);
-        let disks = plan.disk().into_iter().collect();
-        Ok(Rootfs { guest_mounts: plan.guest_rootfs(), disks, share: plan.needs_share() })
+        let Prepared { guest_mounts, disks } = prepared;
+        Ok(Rootfs { guest_mounts, disks, share: plan.needs_share() })
     }
 
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {
-        Ok(Share::of(run_dir.path()).remove_container(id)?)
+        Share::of(run_dir.path()).remove_container(id)?;
+        if let Some(disks) = SandboxDisks::of(run_dir.path())? {
+            disks.remove_container(id)?;
+        }
+        Ok(())
     }
 
     fn select(&self, config: &Config, spec: VmSpec) -> Result<Selected, Error> {
@@ -124,6 +134,10 @@ impl Host for LinuxHost {
         cube_fault::point("destroy.cgroup_removed");
         Share::of(run_dir.path()).remove()?;
         cube_fault::point("destroy.share_removed");
+        if let Some(disks) = SandboxDisks::of(run_dir.path())? {
+            disks.remove()?;
+        }
+        cube_fault::point("destroy.disks_removed");
         run_dir.remove()?;
         cube_fault::point("destroy.run_dir_removed");
         Ok(())

@@ -30,7 +30,7 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
 };
 
-pub use host::{Host, LinuxHost, Rootfs, Selected};
+pub use host::{Host, LinuxHost, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
 pub use status::{ProcessStatus, SandboxStatus, VmStatus};
 

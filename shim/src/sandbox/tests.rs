@@ -376,6 +376,19 @@ async fn a_member_of_a_pod_comes_and_goes_alone_and_the_pod_takes_all_with_it() 
 }
 
 #[tokio::test]
+async fn packed_layers_are_refused_for_who_joins_a_vm_that_has_booted() {
+    let lab = Lab::new().await;
+    lab.run("s").await;
+    let mut block = spec();
+    block["annotations"]["cube.rootfs.mode"] = "block".into();
+    let refused = lab.sandbox.create(lab.request("m", block)).await.unwrap_err();
+    assert!(refused.to_string().contains("cube.rootfs.mode=block"), "{refused}");
+    assert_eq!(refused.code(), ttrpc::Code::UNIMPLEMENTED);
+    // The name is free, and the sandbox is as it was.
+    lab.create("m").await.unwrap();
+}
+
+#[tokio::test]
 async fn concurrent_calls_are_each_answered() {
     let lab = Lab::new().await;
     lab.run("c1").await;

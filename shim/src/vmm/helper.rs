@@ -185,11 +185,22 @@ fn describe(status: ExitStatus) -> String {
 /// A listening socket at `path`, to be inherited by a program. Whoever connects is served as soon as
 /// the program gets to it, so nobody has to wait for it to be ready.
 pub(crate) fn listen(path: &Path) -> Result<UnixListener, VmmError> {
+    remove_stale(path)?;
     UnixListener::bind(path).map_err(|source| VmmError::Io {
         action: "cannot listen on",
         path: path.into(),
         source,
     })
+}
+
+/// Removes the socket of an earlier VM in the same run directory: nobody can listen where a file is.
+pub(crate) fn remove_stale(path: &Path) -> Result<(), VmmError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(VmmError::Io { action: "cannot remove the stale socket", path: path.into(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Resolves when some process of this network namespace listens at `path`. For programs that make

@@ -8,10 +8,11 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, RawFd},
     time::Duration,
 };
 
+use super::pidfd;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -115,16 +116,9 @@ pub fn probe() -> Result<(), KvmError> {
     }
 }
 
-/// Whether the child ended in time.
-fn wait_for_exit(child: Pid, limit: Duration) -> io::Result<bool> {
-    // SAFETY: pidfd_open(2) takes no pointers and gives a new descriptor, which nobody else owns.
-    let pidfd = unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, child.as_raw(), 0);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        OwnedFd::from_raw_fd(fd as RawFd)
-    };
+/// Whether the child ended in time. Does not reap it.
+pub(crate) fn wait_for_exit(child: Pid, limit: Duration) -> io::Result<bool> {
+    let pidfd = pidfd::open(child)?;
     let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::ZERO);
     loop {
         match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout) {

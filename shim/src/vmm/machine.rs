@@ -1,6 +1,8 @@
 //! A VM that runs: its VMM process and the helpers that it depends on. Shared by the backends.
 
 use std::{
+    future::Future,
+    path::Path,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit,
+    Disk, VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit,
     console::Ring,
     helper::{Ended, Helper},
 };
@@ -24,6 +26,9 @@ use crate::{agent::dial::HybridVsock, cgroup::SandboxCgroup};
 
 /// How long processes may take to die of SIGKILL. A VMM has guest memory to give back.
 pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the end of a VMM may take to be told after its connections have ended.
+const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a VMM ends although its exit status does not tell: "the guest restarted". Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +57,12 @@ pub(crate) trait Control: Send + Sync {
 
     /// See [`Vmm::resume`].
     async fn resume(&self) -> Result<(), VmmError>;
+
+    /// See [`Vmm::snapshot`].
+    async fn snapshot(&self, dir: &Path) -> Result<(), VmmError>;
+
+    /// See [`Vmm::add_disk`].
+    async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError>;
 }
 
 /// The parts of a VM, once all of them run.
@@ -105,6 +116,24 @@ impl Machine {
             Ok(None) | Err(_) => std::future::pending().await,
         }
     }
+
+    /// What became of `request`, which the VMM may not live to answer.
+    async fn during(
+        &self,
+        request: &'static str,
+        answer: impl Future<Output = Result<(), VmmError>>,
+    ) -> Result<(), VmmError> {
+        let ended = |exit: VmmExit| VmmError::Ended { during: request, description: exit.description };
+        tokio::select! {
+            biased;
+            // The connection may be seen to end before the process.
+            answer = answer => match answer {
+                Err(error) if error.is_io() => Err(timeout(END_LIMIT, self.wait()).await.map_or(error, ended)),
+                answer => answer,
+            },
+            exit = self.wait() => Err(ended(exit)),
+        }
+    }
 }
 
 /// Ends everything in the sandbox's cgroup. Also for a VM of which only some parts were started.
@@ -140,6 +169,11 @@ impl<B: Backend> Vm<B> {
     fn cgroup(&self) -> SandboxCgroup {
         SandboxCgroup::at(&self.backend.spec().cgroup)
     }
+
+    fn booted(&self, request: &str) -> Result<&Machine, VmmError> {
+        let reply = "it has not been booted".to_owned();
+        self.machine.as_ref().ok_or(VmmError::Refused { program: "the VMM", request: request.into(), reply })
+    }
 }
 
 #[async_trait]
@@ -173,17 +207,23 @@ impl<B: Backend> Vmm for Vm<B> {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        match &self.machine {
-            Some(machine) => machine.control.pause().await,
-            None => Err(not_booted("pause")),
-        }
+        let machine = self.booted("pause")?;
+        machine.during("pause", machine.control.pause()).await
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
-        match &self.machine {
-            Some(machine) => machine.control.resume().await,
-            None => Err(not_booted("resume")),
-        }
+        let machine = self.booted("resume")?;
+        machine.during("resume", machine.control.resume()).await
+    }
+
+    async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
+        let machine = self.booted("snapshot")?;
+        machine.during("snapshot", machine.control.snapshot(dir)).await
+    }
+
+    async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
+        let machine = self.booted("add a disk")?;
+        machine.during("add a disk", machine.control.add_disk(disk)).await
     }
 
     async fn shutdown(&self, grace: Duration) -> Result<(), VmmError> {
@@ -202,11 +242,6 @@ impl<B: Backend> Vmm for Vm<B> {
             Err(_) => Err(VmmError::Timeout { what: "the end of the killed VMM", limit: KILL_LIMIT }),
         }
     }
-}
-
-fn not_booted(request: &str) -> VmmError {
-    let reply = "it has not been booted".to_owned();
-    VmmError::Refused { program: "the VMM", request: request.into(), reply }
 }
 
 /// The death of a helper if one has died, else `error`: a VMM reports it in its own, vaguer words.

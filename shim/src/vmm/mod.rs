@@ -6,25 +6,31 @@
 
 mod cloud_hypervisor;
 mod console;
+mod error;
 mod helper;
 mod image;
 pub mod kvm;
 mod machine;
+mod pidfd;
 mod process;
 pub mod program;
 mod qemu;
 pub mod select;
 mod virtiofsd;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 
 pub use self::{
+    error::{SnapshotDefect, VmmError},
     qemu::Accel,
     select::{Backend, Choice, choose, select},
 };
-use crate::{agent::dial::HybridVsock, cgroup::CgroupError};
+use crate::agent::dial::HybridVsock;
 
 /// What a VM is made of. Host paths are absolute and exist before [`Vmm::boot`].
 #[derive(Debug, Clone)]
@@ -35,16 +41,21 @@ pub struct VmSpec {
     pub run_dir: PathBuf,
     /// The sandbox's cgroup v2 directory, created by the caller.
     pub cgroup: PathBuf,
-    /// 1 to 255.
+    /// 1 to 255. A VM made from a snapshot has those that the snapshot has.
     pub vcpus: u32,
-    /// At least 64.
+    /// At least 64. A VM made from a snapshot has what the snapshot has.
     pub memory_mib: u64,
     /// Directory to export over virtiofs with the tag [`SHARE_TAG`]; `None` starts no virtiofsd.
     pub share: Option<PathBuf>,
-    /// Block devices, in order.
+    /// Block devices, in order. For a VM made from a snapshot: those of the snapshot, by serial, with
+    /// the files that take the place of the original's.
     pub disks: Vec<Disk>,
     /// Appended to the kernel command line, after what the backend and the configuration need.
     pub cmdline: String,
+    /// Directory that [`Vmm::snapshot`] wrote: the VM goes on from there, and no kernel is booted.
+    /// Nothing in it is written to, and any number of VMs may be made from it at once; it has to stay
+    /// until [`Vmm::boot`] returns.
+    pub restore: Option<PathBuf>,
 }
 
 /// Tag of the virtiofs device and of its mount in the guest, `/run/cube/shared`.
@@ -83,6 +94,10 @@ pub struct VmmExit {
 pub trait Vmm: Send + Sync {
     /// Starts the helpers and the VM. Returns when the VMM runs the virtual CPUs, which is before
     /// the agent listens. On an error nothing is left running.
+    ///
+    /// With [`VmSpec::restore`] the guest goes on where the snapshot was taken, which is quiesced: it
+    /// wants `Guest.Thaw` next. Its old connections are gone, and its agent listens. Takes as long as
+    /// it takes to read the memory that the guest had used.
     async fn boot(&mut self) -> Result<(), VmmError>;
 
     /// Pid on the host of the VMM; what containerd is told. 0 before [`boot`](Vmm::boot).
@@ -102,91 +117,26 @@ pub trait Vmm: Send + Sync {
     /// they run. Same times and same doubt as [`pause`](Vmm::pause).
     async fn resume(&self) -> Result<(), VmmError>;
 
+    /// Writes memory and device state of the paused VM into `dir`, which exists, is empty and absolute,
+    /// and has mode 0700. The files get mode 0600; guest memory is full of secrets. Disks are the
+    /// caller's to copy, before [`resume`](Vmm::resume). Nothing is synced to the host's disk.
+    ///
+    /// The VM stays paused, also after an error; whatever is in `dir` then is the caller's to remove.
+    /// Takes as long as it takes to write the memory that the guest has used, and 20 s and a second for
+    /// every 32 MiB of the VM's memory at most. A VMM that is still writing when that time is over
+    /// answers nothing before it is done.
+    ///
+    /// Cloud Hypervisor only, and only without [`VmSpec::share`]; otherwise
+    /// [`VmmError::CannotSnapshot`].
+    async fn snapshot(&self, dir: &Path) -> Result<(), VmmError>;
+
+    /// Gives the running VM one more block device. The guest sees it soon after this returns, and finds
+    /// it by its serial, which no other device of this VM may have. A snapshot has it from then on.
+    async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError>;
+
     /// Waits at most `grace` for a guest that was told to power off, then kills the VMM.
     async fn shutdown(&self, grace: Duration) -> Result<(), VmmError>;
 
     /// Ends the VMM and its helpers with SIGKILL, and returns when they are gone.
     async fn kill(&self) -> Result<(), VmmError>;
-}
-
-/// What a VMM backend can fail with. The texts name the file or program and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum VmmError {
-    /// A program that the backend needs is not installed.
-    #[error("{program} was not found: {hint}")]
-    MissingProgram {
-        /// As configured in `[tools]`.
-        program: PathBuf,
-        /// How to get it.
-        hint: &'static str,
-    },
-    /// A file that the guest boots from does not exist.
-    #[error(
-        "the guest image file {path} does not exist: make it with `rootfs-scripts/build-guest`, or set guest.{key} in the configuration file"
-    )]
-    MissingImage {
-        /// The file.
-        path: PathBuf,
-        /// The key of the `[guest]` table.
-        key: &'static str,
-    },
-    /// A program could not be started.
-    #[error("cannot start {program}")]
-    Spawn {
-        /// The program.
-        program: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A program ended before it was ready.
-    #[error("{program} ended with {status} before it was ready: {output}")]
-    Died {
-        /// The program.
-        program: PathBuf,
-        /// Exit status or signal.
-        status: String,
-        /// The last lines it printed.
-        output: String,
-    },
-    /// A program did what it was asked too slowly.
-    #[error("{what} took longer than {limit:?}")]
-    Timeout {
-        /// What was awaited.
-        what: &'static str,
-        /// The deadline.
-        limit: Duration,
-    },
-    /// The VMM refused a request.
-    #[error("{program} refused {request}: {reply}")]
-    Refused {
-        /// The VMM.
-        program: &'static str,
-        /// Request and path, or QMP command.
-        request: String,
-        /// Its answer.
-        reply: String,
-    },
-    /// A file or socket operation failed.
-    #[error("{action} {path}")]
-    Io {
-        /// What was done, "cannot create" for example.
-        action: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The sandbox's processes could not be ended or frozen.
-    #[error("cannot end or freeze the processes of the sandbox")]
-    Cgroup(#[from] CgroupError),
-    /// The backend cannot do this.
-    #[error("the {backend} backend does not support {what}: {hint}")]
-    Unsupported {
-        /// The backend's name in the configuration.
-        backend: &'static str,
-        /// What was asked.
-        what: String,
-        /// What to do instead.
-        hint: &'static str,
-    },
 }

@@ -3,15 +3,17 @@
 //! util-linux's unshare(1) makes the namespaces: the agent must be the first process of a pid
 //! namespace, which takes a fork that an asynchronous program cannot do by itself.
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use tokio::task::spawn_blocking;
 
 use super::{
-    VSOCK_SOCKET, VmSpec, VmmError,
+    Disk, VSOCK_SOCKET, VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch},
+    helper::{Helper, Launch, remove_stale},
     machine::{Backend, CONTROL_LIMIT, Control, EndReason, Parts},
-    program::{AGENT_HINT, UNSHARE_HINT, find},
+    program::{AGENT_HINT, RESTORE_HINT, UNSHARE_HINT, find},
 };
 use crate::{
     cgroup::SandboxCgroup,
@@ -46,10 +48,13 @@ impl Backend for Process {
     async fn start(&self) -> Result<Parts, VmmError> {
         let spec = &self.spec;
         if let Some(disk) = spec.disks.first() {
+            return Err(no_disk(disk));
+        }
+        if spec.restore.is_some() {
             return Err(VmmError::Unsupported {
                 backend: "process",
-                what: format!("the block device {}", disk.path.display()),
-                hint: "use a snapshotter that mounts directories, overlayfs for example",
+                what: "a start from a snapshot".into(),
+                hint: RESTORE_HINT,
             });
         }
         let unshare = find("unshare".as_ref(), UNSHARE_HINT)?;
@@ -61,6 +66,7 @@ impl Backend for Process {
             path: state.clone(),
             source,
         })?;
+        remove_stale(&spec.run_dir.join(VSOCK_SOCKET))?;
         let mut args: Vec<_> = UNSHARE.iter().map(Into::into).collect();
         args.extend([agent.into(), "process".into()]);
         args.extend(["--listen".into(), spec.run_dir.join(VSOCK_SOCKET).into()]);
@@ -77,6 +83,14 @@ impl Backend for Process {
         let console = Ring::new(GUEST_CONSOLE);
         let control = Box::new(Freezer(cgroup));
         Ok(Parts { vmm, control, helpers: Vec::new(), console, reason: EndReason::default(), events: None })
+    }
+}
+
+fn no_disk(disk: &Disk) -> VmmError {
+    VmmError::Unsupported {
+        backend: "process",
+        what: format!("the block device {}", disk.path.display()),
+        hint: "use a snapshotter that mounts directories, overlayfs for example",
     }
 }
 
@@ -101,5 +115,16 @@ impl Control for Freezer {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.set(false).await
+    }
+
+    async fn snapshot(&self, _: &Path) -> Result<(), VmmError> {
+        Err(VmmError::CannotSnapshot {
+            backend: "process",
+            reason: "it has no VM; set vmm = \"cloud-hypervisor\" on a host with KVM",
+        })
+    }
+
+    async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
+        Err(no_disk(disk))
     }
 }

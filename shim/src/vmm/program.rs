@@ -24,6 +24,9 @@ pub(crate) const AGENT_HINT: &str =
     "`make install` installs it, and writes a configuration file that names it in tools.agent";
 pub(crate) const UNSHARE_HINT: &str = "`apt-get install util-linux`";
 
+pub(crate) const RESTORE_HINT: &str =
+    "set vmm = \"cloud-hypervisor\" in the configuration file, on a host with KVM";
+
 /// The executable that `program` means: a path as it is, a name on `PATH`.
 pub fn find(program: &Path, hint: &'static str) -> Result<PathBuf, VmmError> {
     let path = env::var_os("PATH").unwrap_or_default();

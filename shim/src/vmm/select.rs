@@ -3,15 +3,18 @@
 use std::fmt;
 
 use super::{
-    VmSpec, Vmm,
-    cloud_hypervisor::CloudHypervisor,
+    VmSpec, Vmm, VmmError,
+    cloud_hypervisor::{CloudHypervisor, version},
     kvm,
     machine::Vm,
     process::Process,
     program::{CLOUD_HYPERVISOR_HINT, find},
     qemu::{Accel, Qemu},
 };
-use crate::config::{Config, VmmChoice};
+use crate::{
+    config::{Config, VmmChoice},
+    errors::chain,
+};
 
 /// A VMM, and how it runs guest code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,9 +53,10 @@ impl fmt::Display for Choice {
     }
 }
 
-/// Decides what `vmm` in the configuration means on this host, at this moment. Starts nothing.
+/// Decides what `vmm` in the configuration means on this host, at this moment. Starts no VM.
 ///
-/// Blocks while KVM is tried: milliseconds, or up to three seconds where KVM hangs.
+/// Blocks while KVM is tried and a program tells its version: milliseconds, or up to three seconds where
+/// KVM hangs.
 pub fn choose(config: &Config) -> Choice {
     let configured =
         |backend, name: &str| Choice { backend, reason: format!("the configuration says vmm = \"{name}\"") };
@@ -69,9 +73,13 @@ pub fn choose(config: &Config) -> Choice {
         }
         VmmChoice::Auto => automatic(
             kvm::probe().map_err(|error| error.to_string()),
-            find(&config.tools.cloud_hypervisor, CLOUD_HYPERVISOR_HINT).map_err(|error| error.to_string()),
+            usable_cloud_hypervisor(config).map_err(|error| chain(&error)),
         ),
     }
+}
+
+fn usable_cloud_hypervisor(config: &Config) -> Result<(), VmmError> {
+    version::check_installed(&find(&config.tools.cloud_hypervisor, CLOUD_HYPERVISOR_HINT)?)
 }
 
 fn automatic<T>(kvm: Result<(), String>, cloud_hypervisor: Result<T, String>) -> Choice {
@@ -79,7 +87,7 @@ fn automatic<T>(kvm: Result<(), String>, cloud_hypervisor: Result<T, String>) ->
         (Ok(()), Ok(_)) => {
             (Backend::CloudHypervisor, "KVM works and Cloud Hypervisor is installed".to_owned())
         }
-        (Ok(()), Err(missing)) => (Backend::Qemu(Accel::Kvm), format!("KVM works, but {missing}")),
+        (Ok(()), Err(unusable)) => (Backend::Qemu(Accel::Kvm), format!("KVM works, but {unusable}")),
         (Err(kvm), _) => (Backend::Qemu(Accel::Tcg), kvm),
     };
     Choice { backend, reason }

@@ -208,7 +208,8 @@ pub fn a_full_disk_does_not_stall_a_writer_whose_oldest_output_is_dropped(backen
     let (lab, disk) = lab_on(ONE_SEGMENT, backend, |point| Disk::tmpfs(point, 512 << 20));
     let writer = Writer::detached(&lab, "c", &["--annotation", "cube.container.log_mode=drop-oldest"]);
     let (mut most, enough) = (0, 64 << 20);
-    for _ in 0..soak::rounds(2, 20) {
+    // Each round leaves the log less room to grow.
+    for _ in 0..soak::rounds(2, 10) {
         fill_until_the_log_waits(&lab, &disk);
         let (before, since) = (writer.written(), Instant::now());
         assert!(poll(lab.limit(), || writer.written() > before + enough), "the writer waits for the log");
@@ -277,7 +278,11 @@ pub fn a_shim_that_dies_on_a_full_disk_leaves_an_exact_prefix(backend: Backend) 
         kill(lab.shim_pid("c"), Signal::SIGKILL).unwrap();
         let gone = || writer.state().is_none_or(|state| state == "STOPPED");
         assert!(poll(lab.limit(), gone), "the task lives on");
-        lab.ctr(&["task", "delete", "--force", "c"]);
+        let deleted = || {
+            lab.ctr(&["task", "delete", "--force", "c"]);
+            writer.state().is_none()
+        };
+        assert!(poll(lab.limit(), deleted), "the task cannot be deleted");
         lab.ctr(&["container", "delete", "c"]).succeeds();
         assert!(writer.compare_prefix() >= before, "round {round}: the log lost what was acknowledged");
         // A dead shim never says that its log goes on.

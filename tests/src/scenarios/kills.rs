@@ -259,7 +259,7 @@ fn run_when_told(kills: &KillLab, id: &str, go: &Path) {
 }
 
 /// Points of Delete, in the shim and in the agent that it ends.
-const DELETION: [&str; 11] = [
+const DELETION: [&str; 12] = [
     "delete.drained",
     "agent.delete.killed",
     "agent.delete.unmounted",
@@ -268,6 +268,7 @@ const DELETION: [&str; 11] = [
     "destroy.processes_killed",
     "destroy.cgroup_removed",
     "destroy.share_removed",
+    "destroy.disks_removed",
     "destroy.run_dir_removed",
     "delete.before_reply",
     "agent.delete.exec_forgotten",
@@ -298,7 +299,7 @@ pub fn a_deletion_killed_at_any_step_is_completed(backend: Backend) {
 }
 
 /// Points of `shim delete`.
-const CLEANUP: [&str; 8] = [
+const CLEANUP: [&str; 9] = [
     "cleanup.begun",
     "cleanup.containers_killed",
     "cleanup.log_recovered",
@@ -306,6 +307,7 @@ const CLEANUP: [&str; 8] = [
     "destroy.processes_killed",
     "destroy.cgroup_removed",
     "destroy.share_removed",
+    "destroy.disks_removed",
     "destroy.run_dir_removed",
 ];
 

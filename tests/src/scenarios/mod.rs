@@ -1,5 +1,6 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
+pub mod block;
 pub mod counters;
 pub mod disks;
 pub mod exactness;
@@ -8,13 +9,17 @@ pub mod faults;
 pub mod isolation;
 pub mod kills;
 pub mod large_logs;
+pub mod layers;
 pub mod lifecycle;
+pub mod machines;
 pub mod memory;
 pub mod output;
+pub mod pause;
 pub mod pods;
 pub mod rest;
 pub mod rotation;
 pub mod scale;
+pub mod snapshots;
 pub mod survival;
 pub mod terminal;
 

@@ -3,6 +3,7 @@
 
 use std::{
     env,
+    ffi::CString,
     io::{self, Write},
     path::Path,
     process::ExitCode,
@@ -24,7 +25,8 @@ const USAGE: &str = "usage:
   cube-test-writer vsock CID PORT                   connect; tells whether that was refused
   cube-test-writer io-uring                         io_uring_setup(2); tells whether that was refused
   cube-test-writer hog MIB                          use that much memory, then say so
-  cube-test-writer forks N                          N processes at once; tells how many there could be";
+  cube-test-writer forks N                          N processes at once; tells how many there could be
+  cube-test-writer xattr FILE NAME                  an extended attribute, in hexadecimal";
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -72,6 +74,7 @@ fn run(args: &[&str]) -> io::Result<()> {
         ["io-uring"] => report("io_uring_setup", io_uring()),
         ["hog", mib] => hog(number(mib)?),
         ["forks", n] => forks(number(n)?),
+        ["xattr", file, name] => xattr(file, name),
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, USAGE)),
     }
 }
@@ -243,6 +246,17 @@ fn forks(wanted: usize) -> io::Result<()> {
         // SAFETY: takes no pointers; the pid is of a child that was not reaped.
         unsafe { libc::kill(pid, libc::SIGKILL) };
     }
+    Ok(())
+}
+
+fn xattr(file: &str, name: &str) -> io::Result<()> {
+    let (file, name) = (CString::new(file)?, CString::new(name)?);
+    let mut value = [0_u8; 256];
+    // SAFETY: the names end with a zero, and the length is that of the buffer.
+    let n = unsafe { libc::lgetxattr(file.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+    let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+    let digits: String = value[..n].iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("{digits}");
     Ok(())
 }
 

@@ -13,7 +13,11 @@ use cube_shim::{
     config::Config,
     errors::chain,
     log::{locate, locate::Name, retention},
-    rootfs::mountinfo,
+    rootfs::{
+        RootfsError,
+        block::{Cache, SandboxDisks},
+        mountinfo,
+    },
     state::{RunDir, StateError},
 };
 use nix::mount::{MntFlags, umount2};
@@ -30,6 +34,7 @@ pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), Cl
     let mut gc =
         Gc { tasks: Tasks::new()?, dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
     gc.run_dirs(&config.run_dir)?;
+    gc.disks(config)?;
     if config.log.dir.as_os_str() != locate::BUNDLE {
         gc.logs(config)?;
     }
@@ -92,6 +97,32 @@ impl Gc {
         Ok(self.say(&format!("{} (sandbox {name}: no shim, no processes)", dir.path().display()))?)
     }
 
+    /// Removes disks of sandboxes that are gone, then packed images beyond the limit.
+    fn disks(&mut self, config: &Config) -> Result<(), CliError> {
+        if !config.rootfs.cache_dir.exists() {
+            return Ok(());
+        }
+        let collect = || -> Result<_, RootfsError> {
+            let cache = Cache::open(&config.rootfs.cache_dir)?;
+            let orphans = cache.remove_orphans(self.dry_run)?;
+            Ok((orphans, cache.evict(config.rootfs.cache_limit, self.dry_run)?))
+        };
+        let (orphans, evicted) = match collect() {
+            Ok(collected) => collected,
+            Err(e) => {
+                self.failed(&e);
+                return Ok(());
+            }
+        };
+        let orphans = orphans.iter().map(|disks| (disks, "disks of a sandbox that is gone"));
+        let evicted = evicted.iter().map(|image| (image, "a packed image that no sandbox uses"));
+        for (collected, what) in orphans.chain(evicted) {
+            let line = format!("{} ({what}, {} MiB)", collected.path.display(), collected.bytes >> 20);
+            self.say(&line).map_err(CliError::Output)?;
+        }
+        Ok(())
+    }
+
     fn logs(&mut self, config: &Config) -> Result<(), CliError> {
         let root = &config.log.dir;
         let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
@@ -131,6 +162,8 @@ enum GcError {
     State(#[from] StateError),
     #[error(transparent)]
     Cgroup(#[from] cube_shim::cgroup::CgroupError),
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     #[error("cannot write the output")]
     Output(#[from] io::Error),
     #[error("cannot list the mounts below {path}")]
@@ -154,6 +187,9 @@ fn remove(dir: &RunDir) -> Result<(), GcError> {
     }
     if let Some(path) = mounts()?.pop() {
         return Err(GcError::StillMounted { path });
+    }
+    if let Some(disks) = SandboxDisks::of(dir.path())? {
+        disks.remove()?;
     }
     Ok(dir.remove()?)
 }

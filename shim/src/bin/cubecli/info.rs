@@ -29,6 +29,8 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
         ("tools.virtiofsd", &tools.virtiofsd),
         ("tools.vhost_device_vsock", &tools.vhost_device_vsock),
         ("tools.agent", &tools.agent),
+        ("tools.mkfs_erofs", &tools.mkfs_erofs),
+        ("tools.mke2fs", &tools.mke2fs),
     ] {
         rows.push(program(name, path));
     }
@@ -39,6 +41,7 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
         rows.push(file(name, path));
     }
     rows.push(file("run_dir", &config.run_dir));
+    rows.push(file("rootfs.cache_dir", &config.rootfs.cache_dir));
     rows.push(match config.log.dir.as_os_str() == locate::BUNDLE {
         true => row("log.dir", format!("in each bundle, below {}", locate::TASK_DIR)),
         false => file("log.dir", &config.log.dir),

@@ -1,7 +1,12 @@
 //! Cloud Hypervisor, the VMM for production. Its own seccomp filters stay on.
 
 mod api;
+mod config;
+mod control;
 mod events;
+mod restore;
+mod snapshot;
+pub(super) mod version;
 
 use std::{
     os::fd::{AsRawFd, OwnedFd},
@@ -10,15 +15,15 @@ use std::{
 };
 
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use self::api::Api;
+use self::{api::Api, control::Controller};
 use super::{
-    Disk, SHARE_TAG, VSOCK_SOCKET, VmSpec, VmmError,
+    VSOCK_SOCKET, VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, listen},
+    helper::{Helper, Launch, listen, remove_stale},
     image,
-    machine::{Backend, CONTROL_LIMIT, Control, EndReason, Parts, culprit},
+    machine::{Backend, EndReason, Parts, culprit},
     program::{CLOUD_HYPERVISOR_HINT, find},
     virtiofsd,
 };
@@ -27,8 +32,8 @@ use crate::{
     config::{Config, Guest, Tools},
 };
 
-/// How long a request may take. vm.boot is the longest: it reads the kernel and makes every device,
-/// and on nested virtualization takes seconds.
+/// How long a request may take that moves no memory. vm.boot is the longest: it reads the kernel and makes
+/// every device, and on nested virtualization takes seconds.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 
 /// A VM in Cloud Hypervisor.
@@ -45,6 +50,61 @@ impl CloudHypervisor {
     }
 }
 
+/// What a VM begins with.
+enum Origin {
+    /// A kernel, and vm.create's body that names it.
+    Kernel { config: Value, memory_bytes: u64 },
+    /// A snapshot.
+    Snapshot { url: String, memory_bytes: u64 },
+}
+
+impl CloudHypervisor {
+    fn origin(&self) -> Result<Origin, VmmError> {
+        match &self.spec.restore {
+            Some(dir) => {
+                let source = restore::prepare(&self.spec, dir)?;
+                Ok(Origin::Snapshot { url: snapshot::url(&source.dir)?, memory_bytes: source.memory_bytes })
+            }
+            None => {
+                image::check(&self.guest.vmlinux, "vmlinux")?;
+                image::check(&self.guest.initrd, "initrd")?;
+                let config = config::vm(&self.spec, &self.guest);
+                Ok(Origin::Kernel { config, memory_bytes: self.spec.memory_mib << 20 })
+            }
+        }
+    }
+}
+
+impl Origin {
+    /// Makes the VM, and lets its virtual CPUs run.
+    async fn run(&self, api: &Api) -> Result<(), VmmError> {
+        match self {
+            Origin::Kernel { config, .. } => {
+                api.put("vm.create", Some(config), self.limit()).await?;
+                api.put("vm.boot", None, self.limit()).await
+            }
+            Origin::Snapshot { url, .. } => {
+                api.put("vm.restore", Some(&restore::request(url)), self.limit()).await?;
+                api.put("vm.resume", None, self.limit()).await
+            }
+        }
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        match self {
+            Origin::Kernel { memory_bytes, .. } | Origin::Snapshot { memory_bytes, .. } => *memory_bytes,
+        }
+    }
+
+    /// How long a request may take.
+    fn limit(&self) -> Duration {
+        match self {
+            Origin::Kernel { .. } => REQUEST_LIMIT,
+            Origin::Snapshot { memory_bytes, .. } => REQUEST_LIMIT + snapshot::limit(*memory_bytes),
+        }
+    }
+}
+
 fn api_socket(run_dir: &Path) -> PathBuf {
     run_dir.join("api.sock")
 }
@@ -57,20 +117,20 @@ impl Backend for CloudHypervisor {
 
     async fn start(&self) -> Result<Parts, VmmError> {
         let program = find(&self.tools.cloud_hypervisor, CLOUD_HYPERVISOR_HINT)?;
-        image::check(&self.guest.vmlinux, "vmlinux")?;
-        image::check(&self.guest.initrd, "initrd")?;
+        let origin = self.origin()?;
         let cgroup = SandboxCgroup::at(&self.spec.cgroup);
         let mut helpers = Vec::new();
         if let Some(share) = &self.spec.share {
             helpers.push(virtiofsd::launch(&self.spec, share, &self.tools.virtiofsd)?);
         }
 
+        remove_stale(&self.spec.run_dir.join(VSOCK_SOCKET))?;
         let socket = api_socket(&self.spec.run_dir);
         let listener = OwnedFd::from(listen(&socket)?);
         let (events, events_write_end) = events::pipe()?;
         let console = Ring::new(GUEST_CONSOLE);
         let vmm = Helper::launch(Launch {
-            program,
+            program: program.clone(),
             args: vec![
                 "--api-socket".into(),
                 format!("fd={}", listener.as_raw_fd()).into(),
@@ -86,110 +146,16 @@ impl Backend for CloudHypervisor {
         let events = tokio::spawn(events::follow(events, reason.clone(), cgroup));
 
         let api = Api::new(socket);
-        let config = vm_config(&self.spec, &self.guest);
-        let boot = async {
-            api.put("vm.create", Some(&config), REQUEST_LIMIT).await?;
-            api.put("vm.boot", None, REQUEST_LIMIT).await
+        let run = async {
+            version::check_running(&api, &program, REQUEST_LIMIT).await?;
+            origin.run(&api).await
         };
-        match vmm.until("the start of Cloud Hypervisor", 2 * REQUEST_LIMIT, boot).await {
+        match vmm.until("the start of Cloud Hypervisor", 2 * origin.limit(), run).await {
             Ok(()) => {
-                let control = Box::new(api);
+                let control = Box::new(Controller::new(api, &self.spec, origin.memory_bytes()));
                 Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
             }
             Err(error) => Err(culprit(&helpers, error).await),
         }
-    }
-}
-
-#[async_trait]
-impl Control for Api {
-    async fn pause(&self) -> Result<(), VmmError> {
-        become_state(self, "vm.pause", "Paused").await
-    }
-
-    async fn resume(&self) -> Result<(), VmmError> {
-        become_state(self, "vm.resume", "Running").await
-    }
-}
-
-/// Cloud Hypervisor refuses what is done already, as after a request whose answer was lost.
-async fn become_state(api: &Api, request: &'static str, state: &str) -> Result<(), VmmError> {
-    let refusal = match api.put(request, None, CONTROL_LIMIT).await {
-        Err(refusal @ VmmError::Refused { .. }) => refusal,
-        other => return other,
-    };
-    match api.get("vm.info", CONTROL_LIMIT).await {
-        Ok(info) if info["state"] == state => Ok(()),
-        _ => Err(refusal),
-    }
-}
-
-/// The body of vm.create: `VmConfig` in `vmm/src/api/openapi/cloud-hypervisor.yaml` of its sources.
-fn vm_config(spec: &VmSpec, guest: &Guest) -> Value {
-    let mut config = json!({
-        "cpus": {"boot_vcpus": spec.vcpus, "max_vcpus": spec.vcpus},
-        // Shared, for virtiofsd reads guest memory in its own process.
-        "memory": {"size": spec.memory_mib << 20, "shared": true},
-        "payload": {
-            "kernel": guest.vmlinux,
-            "initramfs": guest.initrd,
-            "cmdline": image::cmdline("", &guest.cmdline, &spec.cmdline),
-        },
-        "rng": {"src": "/dev/urandom"},
-        // The guest's console comes out of the VMM's standard output, which the shim reads.
-        "serial": {"mode": "Tty"},
-        "console": {"mode": "Off"},
-        "vsock": {"cid": 3, "socket": spec.run_dir.join(VSOCK_SOCKET)},
-        "disks": spec.disks.iter().map(disk_config).collect::<Vec<_>>(),
-    });
-    if spec.share.is_some() {
-        config["fs"] = json!([{"tag": SHARE_TAG, "socket": virtiofsd::socket(&spec.run_dir)}]);
-    }
-    config
-}
-
-/// Always raw: a guest could write the header of another format into its own disk.
-fn disk_config(disk: &Disk) -> Value {
-    json!({"path": disk.path, "readonly": disk.read_only, "serial": disk.serial, "image_type": "Raw"})
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec() -> VmSpec {
-        VmSpec {
-            sandbox_id: "s".into(),
-            run_dir: "/run/cube/k".into(),
-            cgroup: "/nonexistent".into(),
-            vcpus: 2,
-            memory_mib: 256,
-            share: None,
-            disks: Vec::new(),
-            cmdline: "cube.x=1".into(),
-        }
-    }
-
-    #[test]
-    fn the_configuration_says_size_kernel_and_vsock() {
-        let config = vm_config(&spec(), &Guest::default());
-        assert_eq!(config["cpus"], json!({"boot_vcpus": 2, "max_vcpus": 2}));
-        assert_eq!(config["memory"], json!({"size": 268_435_456, "shared": true}));
-        assert_eq!(config["vsock"]["socket"], "/run/cube/k/vm.vsock");
-        assert_eq!(config["payload"]["kernel"], "/usr/share/cube/guest/vmlinux");
-        let cmdline = config["payload"]["cmdline"].as_str().unwrap();
-        assert!(cmdline.ends_with(" cube.x=1") && !cmdline.contains("mitigations"), "{cmdline}");
-        assert!(config.get("fs").is_none());
-    }
-
-    #[test]
-    fn a_share_and_disks_are_devices() {
-        let disk = Disk { path: "/disk".into(), serial: "rootfs-1".into(), read_only: true };
-        let spec = VmSpec { share: Some("/share".into()), disks: vec![disk], ..spec() };
-        let config = vm_config(&spec, &Guest::default());
-        assert_eq!(config["fs"], json!([{"tag": "cube", "socket": "/run/cube/k/virtiofsd.sock"}]));
-        let expected =
-            json!([{"path": "/disk", "readonly": true, "serial": "rootfs-1", "image_type": "Raw"}]);
-        assert_eq!(config["disks"], expected);
     }
 }

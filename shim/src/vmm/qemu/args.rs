@@ -2,7 +2,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    os::unix::fs::FileTypeExt,
     path::Path,
 };
 
@@ -10,7 +9,7 @@ use serde_json::json;
 
 use super::{
     super::{Disk, SHARE_TAG, VmSpec, VmmError, image, virtiofsd},
-    Accel, qmp_socket, vsock_device_socket,
+    Accel, disk, qmp_socket, vsock_device_socket,
 };
 use crate::config::Guest;
 
@@ -57,6 +56,9 @@ pub(super) fn command_line(spec: &VmSpec, guest: &Guest, accel: Accel) -> Result
     for (number, disk) in spec.disks.iter().enumerate() {
         args.disk(number, disk)?;
     }
+    for number in 0..disk::PORTS {
+        args.device(disk::port(number));
+    }
     Ok(args.0)
 }
 
@@ -85,22 +87,9 @@ impl Args {
     }
 
     fn disk(&mut self, number: usize, disk: &Disk) -> Result<(), VmmError> {
-        let meta = std::fs::metadata(&disk.path).map_err(|source| VmmError::Io {
-            action: "cannot open the disk",
-            path: disk.path.clone(),
-            source,
-        })?;
-        let driver = if meta.file_type().is_block_device() { "host_device" } else { "file" };
         let node = format!("disk{number}");
-        // Always raw: a guest could write the header of another format into its own disk.
-        let blockdev = json!({
-            "driver": "raw",
-            "node-name": node,
-            "read-only": disk.read_only,
-            "file": {"driver": driver, "filename": disk.path, "read-only": disk.read_only, "discard": "unmap"},
-        });
-        self.pair("-blockdev", blockdev.to_string());
-        self.device(json!({"driver": "virtio-blk-pci", "drive": node, "serial": disk.serial}));
+        self.pair("-blockdev", disk::node(&node, disk)?.to_string());
+        self.device(disk::device(&node, disk));
         Ok(())
     }
 }
@@ -119,6 +108,7 @@ mod tests {
             share: None,
             disks: Vec::new(),
             cmdline: "cube.debug=1".into(),
+            restore: None,
         }
     }
 
@@ -172,6 +162,23 @@ mod tests {
         assert_eq!(blockdev["read-only"], true);
         assert_eq!(blockdev["file"]["filename"], file.path().to_str().unwrap());
         assert!(has(&line, "-device", r#""serial":"rootfs-1""#), "{line:?}");
+    }
+
+    #[test]
+    fn there_is_room_for_disks_that_come_later() {
+        let line = line(&spec(), Accel::Tcg);
+        let ports: Vec<serde_json::Value> = line
+            .iter()
+            .filter(|arg| arg.contains("pcie-root-port"))
+            .map(|arg| serde_json::from_str(arg).unwrap())
+            .collect();
+        assert_eq!(ports.len(), disk::PORTS);
+        for field in ["id", "chassis", "addr"] {
+            let mut values: Vec<String> = ports.iter().map(|port| port[field].to_string()).collect();
+            values.sort();
+            values.dedup();
+            assert_eq!(values.len(), disk::PORTS, "{field} is not unique: {ports:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! QEMU: for hosts whose KVM cannot be used, by emulation; with KVM where that works.
 
 mod args;
+mod control;
+mod disk;
 mod qmp;
 mod vsock;
 
@@ -13,14 +15,14 @@ use async_trait::async_trait;
 use serde_json::Value;
 use tokio::{net::UnixListener, task::JoinHandle};
 
-use self::qmp::Qmp;
+use self::{control::Controller, qmp::Qmp};
 use super::{
     VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, listening},
+    helper::{Helper, Launch, listening, remove_stale},
     image,
     machine::{Backend, CONTROL_LIMIT, EndReason, Parts, culprit},
-    program::{QEMU_HINT, find},
+    program::{QEMU_HINT, RESTORE_HINT, find},
     virtiofsd,
 };
 use crate::{
@@ -76,6 +78,13 @@ impl Backend for Qemu {
     }
 
     async fn start(&self) -> Result<Parts, VmmError> {
+        if self.spec.restore.is_some() {
+            return Err(VmmError::Unsupported {
+                backend: "qemu",
+                what: "a start from a snapshot".into(),
+                hint: RESTORE_HINT,
+            });
+        }
         let program = find(&self.tools.qemu, QEMU_HINT)?;
         image::check(&self.guest.kernel, "kernel")?;
         image::check(&self.guest.initrd, "initrd")?;
@@ -92,6 +101,7 @@ impl Backend for Qemu {
         helpers.push(vsock);
 
         let qmp_path = qmp_socket(&self.spec.run_dir);
+        remove_stale(&qmp_path)?;
         let listener = UnixListener::bind(&qmp_path).map_err(|source| VmmError::Io {
             action: "cannot listen on",
             path: qmp_path.clone(),
@@ -112,7 +122,8 @@ impl Backend for Qemu {
             Ok(both) => both,
             Err(error) => return Err(culprit(&helpers, error).await),
         };
-        Ok(Parts { vmm, control: Box::new(qmp), helpers, console, reason, events: Some(events) })
+        let control = Box::new(Controller::new(qmp, &vmm)?);
+        Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
     }
 }
 
@@ -129,7 +140,7 @@ async fn wait_until_running(
         source,
     })?;
     let (qmp, events) = Qmp::negotiate(stream, path, reason).await?;
-    let status = qmp.execute("query-status", CONTROL_LIMIT).await?;
+    let status = qmp.execute("query-status", Value::Null, CONTROL_LIMIT).await?;
     match status.get("running").and_then(Value::as_bool) {
         Some(true) => Ok((qmp, events)),
         _ => Err(VmmError::Refused {

@@ -2,7 +2,6 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -17,7 +16,7 @@ use tokio::{
 
 use super::super::{
     VmmError,
-    machine::{CONTROL_LIMIT, Control, EndReason},
+    machine::{CONTROL_LIMIT, EndReason},
 };
 
 /// The longest line that is read; QEMU's answers to what we ask have less than a kilobyte.
@@ -60,15 +59,20 @@ impl Qmp {
         let (sender, answers) = mpsc::channel(ANSWERS);
         let events = tokio::spawn(follow(reader, sender, reason));
         let qmp = Qmp { path, exchange: Mutex::new(Exchange { writer, answers, id: 0 }) };
-        qmp.execute("qmp_capabilities", CONTROL_LIMIT).await?;
+        qmp.execute("qmp_capabilities", Value::Null, CONTROL_LIMIT).await?;
         Ok((qmp, events))
     }
 
-    /// Sends a command and awaits its answer.
-    pub(super) async fn execute(&self, command: &'static str, limit: Duration) -> Result<Value, VmmError> {
+    /// Sends a command and awaits its answer. Commands without arguments take `null`.
+    pub(super) async fn execute(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value, VmmError> {
         let exchange = async {
             let mut exchange = self.exchange.lock().await;
-            exchange.execute(command).await
+            exchange.execute(command, arguments).await
         };
         let answer = timeout(limit, exchange).await;
         let mut answer =
@@ -82,22 +86,14 @@ impl Qmp {
     }
 }
 
-#[async_trait]
-impl Control for Qmp {
-    async fn pause(&self) -> Result<(), VmmError> {
-        self.execute("stop", CONTROL_LIMIT).await.map(drop)
-    }
-
-    async fn resume(&self) -> Result<(), VmmError> {
-        self.execute("cont", CONTROL_LIMIT).await.map(drop)
-    }
-}
-
 impl Exchange {
-    async fn execute(&mut self, command: &str) -> io::Result<Value> {
+    async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
         self.id += 1;
-        let request = json!({"execute": command, "id": self.id}).to_string() + "\n";
-        self.writer.write_all(request.as_bytes()).await?;
+        let mut request = json!({"execute": command, "id": self.id});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        self.writer.write_all((request.to_string() + "\n").as_bytes()).await?;
         loop {
             let answer = self.answers.recv().await.ok_or(io::ErrorKind::UnexpectedEof)?;
             if answer.get("id").and_then(Value::as_u64) == Some(self.id) {
@@ -174,7 +170,7 @@ mod tests {
         });
         let reason = EndReason::default();
         let (qmp, events) = Qmp::negotiate(ours, "/qmp.sock".into(), reason.clone()).await?;
-        let value = qmp.execute("query-status", CONTROL_LIMIT).await?;
+        let value = qmp.execute("query-status", Value::Null, CONTROL_LIMIT).await?;
         drop(qmp);
         peer.await.unwrap();
         events.await.unwrap();

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use super::{
     super::{
         VSOCK_SOCKET, VmSpec, VmmError,
-        helper::{Helper, Launch},
+        helper::{Helper, Launch, remove_stale},
         program::{VSOCK_HINT, find},
     },
     vsock_device_socket,
@@ -26,6 +26,11 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// Starts the daemon. The host can dial after [`publish`].
 pub(super) fn launch(spec: &VmSpec, program: &Path) -> Result<Helper, VmmError> {
+    for socket in
+        [vsock_device_socket(&spec.run_dir), spec.run_dir.join(UNPUBLISHED), spec.run_dir.join(VSOCK_SOCKET)]
+    {
+        remove_stale(&socket)?;
+    }
     Helper::launch(Launch {
         program: find(program, VSOCK_HINT)?,
         args: vec![

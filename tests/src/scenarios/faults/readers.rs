@@ -67,7 +67,8 @@ impl<'a> Echo<'a> {
     fn read_to(&mut self, reader: &mut File, end: u64, mut gap: Option<u64>) {
         let (mut got, mut expected) = (vec![0; 64 << 10], vec![0; 64 << 10]);
         while self.read < end {
-            let n = reader.read(&mut got).unwrap();
+            let limit = got.len().min((end - self.read) as usize);
+            let n = reader.read(&mut got[..limit]).unwrap();
             assert!(n > 0, "the reader's stream ended at {} of {end}", self.read);
             fill(2, self.read, &mut expected[..n]);
             let same = got[..n].iter().zip(&expected).take_while(|(got, expected)| got == expected).count();

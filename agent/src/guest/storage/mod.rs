@@ -1,10 +1,11 @@
 //! File systems that the host asks for: root file systems of containers, and shared directories.
 
+mod device;
+mod layered;
+
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
-    thread,
-    time::{Duration, Instant},
 };
 
 use nix::{
@@ -12,14 +13,8 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
 };
 
+use self::layered::Layered;
 use super::paths;
-
-/// How long a disk may take to appear after its driver is loaded.
-const DEVICE_LIMIT: Duration = Duration::from_secs(5);
-const DEVICE_POLL: Duration = Duration::from_millis(5);
-
-/// What the source of a mount begins with if it names a disk by its virtio-blk serial.
-const SERIAL: &str = "serial:";
 
 /// A mount as containerd describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +34,7 @@ pub enum StorageError {
     #[error("the request names no rootfs mount: at least one is needed")]
     NoMount,
     /// No disk has the serial.
-    #[error("no disk with serial {serial:?} appeared within {DEVICE_LIMIT:?}")]
+    #[error("no disk with serial {serial:?} appeared within {:?}", device::LIMIT)]
     NoDevice {
         /// What the host named.
         serial: String,
@@ -83,11 +78,7 @@ pub enum StorageError {
 impl Mount {
     /// Mounts it on the existing directory `target`. Blocks for as long as the file system does.
     pub fn apply(&self, target: &Path) -> Result<(), StorageError> {
-        let source = match self.source.strip_prefix(SERIAL) {
-            Some(serial) => wait_for_disk(serial)?,
-            None => PathBuf::from(&self.source),
-        };
-        self.apply_from(&source, target)
+        self.apply_from(&device::resolve(&self.source)?, target)
     }
 
     /// [`Mount::apply`] with another source than its own.
@@ -146,53 +137,26 @@ fn flags_and_data(options: &[String]) -> (MsFlags, Vec<&str>) {
     (flags, data)
 }
 
-/// The device node of the disk with `serial`. A driver finds its disks after it is loaded.
-fn wait_for_disk(serial: &str) -> Result<PathBuf, StorageError> {
-    const BLOCK: &str = "/sys/block";
-    let deadline = Instant::now() + DEVICE_LIMIT;
-    loop {
-        let found = disk_with_serial(Path::new(BLOCK), serial).map_err(|source| StorageError::Io {
-            action: "cannot list",
-            path: BLOCK.into(),
-            source,
-        })?;
-        match found {
-            Some(name) => return Ok(Path::new("/dev").join(name)),
-            None if Instant::now() >= deadline => {
-                return Err(StorageError::NoDevice { serial: serial.to_owned() });
-            }
-            None => thread::sleep(DEVICE_POLL),
-        }
-    }
-}
-
-fn disk_with_serial(block: &Path, serial: &str) -> io::Result<Option<String>> {
-    for entry in fs::read_dir(block)? {
-        let entry = entry?;
-        // Not every kind of disk has the file.
-        let Ok(found) = fs::read_to_string(entry.path().join("serial")) else { continue };
-        if !serial.is_empty() && found.trim() == serial {
-            return Ok(Some(entry.file_name().to_string_lossy().into_owned()));
-        }
-    }
-    Ok(None)
-}
-
 /// A directory of its own for a container, with the root file system mounted in it. Dropping it
 /// detaches the mounts and removes the directory.
 #[derive(Debug)]
 pub struct Rootfs {
     directory: PathBuf,
+    /// Mounts on the root itself.
     mounted: usize,
+    /// What an overlay of disks is made of.
+    layers: Vec<Layered>,
 }
 
 impl Rootfs {
-    /// Makes `directory` and does `mounts`, in order, on `directory/rootfs`. Blocks.
+    /// Makes `directory` and does `mounts`, in order, on `directory/rootfs`. An overlay whose
+    /// `lowerdir` and `upperdir` are `serial:<virtio-blk serial>` is one of an erofs and an ext4 disk.
+    /// Blocks.
     pub fn mount(directory: PathBuf, mounts: &[Mount]) -> Result<Rootfs, StorageError> {
         if mounts.is_empty() {
             return Err(StorageError::NoMount);
         }
-        let mut rootfs = Rootfs { directory, mounted: 0 };
+        let mut rootfs = Rootfs { directory, mounted: 0, layers: Vec::new() };
         let path = rootfs.path();
         fs::create_dir_all(&path).map_err(|source| StorageError::Io {
             action: "cannot create",
@@ -200,7 +164,16 @@ impl Rootfs {
             source,
         })?;
         for mount in mounts {
-            mount.apply(&path)?;
+            match layered::disks(mount) {
+                Some(disks) => {
+                    // Kept before it is used, for the clean-up after an error.
+                    rootfs.layers.push(Layered::new(&rootfs.directory));
+                    if let Some(layers) = rootfs.layers.last_mut() {
+                        layers.mount(disks)?.apply(&path)?;
+                    }
+                }
+                None => mount.apply(&path)?,
+            }
             rootfs.mounted += 1;
         }
         Ok(rootfs)
@@ -224,6 +197,9 @@ impl Rootfs {
                 }
             }
         }
+        for layers in &mut self.layers {
+            layers.unmount()?;
+        }
         for directory in [&path, &self.directory] {
             match fs::remove_dir(directory) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -245,6 +221,7 @@ impl Drop for Rootfs {
                 tracing::warn!(path = %path.display(), "cannot unmount: {}", errno.desc());
             }
         }
+        self.layers.clear();
         // Gone already after unmount(); never recursive, for what is inside is not ours.
         let _ = fs::remove_dir(&path);
         let _ = fs::remove_dir(&self.directory);
@@ -277,20 +254,6 @@ mod tests {
         let (flags, data) = flags_and_data(&options);
         assert_eq!(flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
         assert_eq!(data, ["lowerdir=/a:/b"]);
-    }
-
-    #[test]
-    fn a_disk_is_found_by_its_whole_serial() {
-        let block = tempfile::tempdir().unwrap();
-        for (name, serial) in [("vda", "root-1\n"), ("vdb", "root"), ("loop0", "")] {
-            fs::create_dir(block.path().join(name)).unwrap();
-            fs::write(block.path().join(name).join("serial"), serial).unwrap();
-        }
-        fs::create_dir(block.path().join("sr0")).unwrap();
-        assert_eq!(disk_with_serial(block.path(), "root").unwrap().as_deref(), Some("vdb"));
-        assert_eq!(disk_with_serial(block.path(), "root-1").unwrap().as_deref(), Some("vda"));
-        assert_eq!(disk_with_serial(block.path(), "roo").unwrap(), None);
-        assert_eq!(disk_with_serial(block.path(), "").unwrap(), None);
     }
 
     #[test]

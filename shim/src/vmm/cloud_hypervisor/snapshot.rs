@@ -1,0 +1,149 @@
+//! Writing a snapshot, and what one consists of.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufReader},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    time::Duration,
+};
+
+use serde::de::IgnoredAny;
+use serde_json::json;
+use tokio::task::spawn_blocking;
+
+use super::{super::VmmError, api::Api};
+
+/// The configuration of the VM, as of vm.create with every default filled in.
+pub(super) const CONFIG: &str = "config.json";
+/// The state of processors and devices.
+pub(super) const STATE: &str = "state.json";
+/// The guest's memory from its first byte to its last, with holes where it never wrote.
+pub(super) const MEMORY: &str = "memory-ranges";
+
+/// How long memory may take to get to a file or back: a disk does 32 MiB/s on a bad day.
+pub(super) fn limit(memory_bytes: u64) -> Duration {
+    Duration::from_secs(20 + memory_bytes / (32 << 20))
+}
+
+/// A directory as Cloud Hypervisor wants it named.
+pub(super) fn url(dir: &Path) -> Result<String, VmmError> {
+    let path = dir.to_str().ok_or_else(|| VmmError::Io {
+        action: "Cloud Hypervisor takes only UTF-8 paths, not",
+        path: dir.into(),
+        source: io::ErrorKind::InvalidInput.into(),
+    })?;
+    Ok(format!("file://{path}"))
+}
+
+/// Writes memory and state of the paused VM behind `api`. See [`Vmm::snapshot`](super::super::Vmm::snapshot).
+pub(super) async fn write(api: &Api, dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
+    let failed = |source| VmmError::Snapshot { dir: dir.into(), source: Box::new(source) };
+    let request = json!({"destination_url": url(dir)?});
+    api.put("vm.snapshot", Some(&request), limit(memory_bytes)).await.map_err(failed)?;
+    let written = dir.to_owned();
+    match spawn_blocking(move || check(&written, memory_bytes)).await {
+        Ok(checked) => checked.map_err(failed),
+        Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+    }
+}
+
+/// Whether all is there. Cloud Hypervisor (up to 54 at least) writes the JSON files with one write(2)
+/// each and does not look at how much of them the file system took.
+fn check(dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
+    for (name, check) in [(CONFIG, is_json as fn(&File) -> io::Result<()>), (STATE, is_json)] {
+        check_file(dir, name, check)?;
+    }
+    check_file(dir, MEMORY, |file| match file.metadata()?.len() {
+        len if len == memory_bytes => Ok(()),
+        len => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{len} bytes for {memory_bytes} bytes of memory"),
+        )),
+    })
+}
+
+fn check_file(dir: &Path, name: &str, check: impl Fn(&File) -> io::Result<()>) -> Result<(), VmmError> {
+    let path = dir.join(name);
+    let result = File::open(&path).and_then(|file| {
+        // Its umask is 077 already; the mode is a promise of ours.
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        check(&file)
+    });
+    result.map_err(|source| VmmError::Incomplete { path, source })
+}
+
+fn is_json(file: &File) -> io::Result<()> {
+    serde_json::from_reader::<_, IgnoredAny>(BufReader::new(file))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixListener,
+    };
+
+    use super::*;
+    use crate::errors::chain;
+
+    const MEMORY_BYTES: u64 = 64 << 20;
+
+    /// What a VMM does that writes `state` and answers `reply`.
+    async fn write_with(
+        state: &'static str,
+        reply: &'static str,
+    ) -> (tempfile::TempDir, Result<(), VmmError>) {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, target) = (dir.path().join("api.sock"), dir.path().join("snapshot"));
+        fs::create_dir(&target).unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let files = target.clone();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let count = stream.read(&mut [0; 4096]).await.unwrap();
+            assert_ne!(count, 0);
+            fs::write(files.join(CONFIG), "{}").unwrap();
+            fs::write(files.join(STATE), state).unwrap();
+            File::create_new(files.join(MEMORY)).unwrap().set_len(MEMORY_BYTES).unwrap();
+            stream.write_all(reply.as_bytes()).await.unwrap();
+        });
+        let result = write(&Api::new(socket), &target, MEMORY_BYTES).await;
+        server.await.unwrap();
+        (dir, result)
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_for_its_owner_alone() {
+        let (dir, result) = write_with("{}", "HTTP/1.1 204 \r\n\r\n").await;
+        result.unwrap();
+        for name in [CONFIG, STATE, MEMORY] {
+            let meta = fs::metadata(dir.path().join("snapshot").join(name)).unwrap();
+            assert_eq!(meta.permissions().mode() & 0o777, 0o600, "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_cut_short_is_no_success_whatever_the_vmm_says() {
+        let (_dir, result) = write_with("{\"cpus\": [", "HTTP/1.1 204 \r\n\r\n").await;
+        let error = chain(&result.unwrap_err());
+        assert!(error.contains("snapshot/state.json is not complete") && error.contains("full"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_named_with_the_directory() {
+        let reply = "HTTP/1.1 500 \r\ncontent-length: 56\r\n\r\n[\"cannot send\",\"No space left on device (os error 28)\"] ";
+        let (dir, result) = write_with("", reply).await;
+        let error = chain(&result.unwrap_err());
+        let target = dir.path().join("snapshot");
+        assert!(error.contains(target.to_str().unwrap()), "{error}");
+        assert!(error.contains("No space left on device"), "{error}");
+    }
+
+    #[test]
+    fn more_memory_has_more_time() {
+        assert_eq!(limit(256 << 20), Duration::from_secs(28));
+        assert_eq!(limit(64 << 30), Duration::from_secs(2068));
+    }
+}
