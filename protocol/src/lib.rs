@@ -7,6 +7,9 @@
 
 pub mod annotations;
 pub mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hybrid;
 pub mod ports;
 pub mod version;

@@ -95,6 +95,18 @@ impl Input {
         Arc::new(Input { epoch, terminal, state: Mutex::new(state), work: Notify::new() })
     }
 
+    /// A copy without connections, whose sink is to be attached.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn fork(&self) -> Arc<Input> {
+        let fork = Input::new(self.epoch, self.terminal);
+        let (ours, mut theirs) = (self.state(), fork.state());
+        theirs.consumed = ours.consumed;
+        theirs.sink = ours.sink;
+        theirs.sessions = ours.sessions.fork();
+        drop(theirs);
+        fork
+    }
+
     /// Begins to write to `sink`.
     pub(super) fn attach(self: &Arc<Self>, sink: Arc<AsyncFd<OwnedFd>>) {
         tokio::spawn(Arc::clone(self).pump(sink));

@@ -9,13 +9,13 @@ const UNCONFIRMED_MAX: usize = 64;
 ///
 /// A jump is told to the host by GAP or OPENED, and the connection may die before the host hears of
 /// it. It then opens from before the jump, and what it has lost is told, and counted, anew.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Losses {
     confirmed: u64,
     unconfirmed: VecDeque<Jump>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Jump {
     /// Where the stream goes on.
     to: u64,
@@ -48,6 +48,12 @@ impl Losses {
         self.unconfirmed.clear();
     }
 
+    /// What the host knows that it has lost.
+    pub(super) fn confirmed(&self) -> u64 {
+        self.confirmed
+    }
+
+    /// That, and what it was told on the connection that is served.
     pub(super) fn total(&self) -> u64 {
         self.confirmed + self.unconfirmed.iter().map(|jump| jump.bytes).sum::<u64>()
     }

@@ -9,6 +9,11 @@
 //! (`server.rs`) only reads and moves positions in the stream's state. That state is a machine without
 //! I/O of its own, behind one lock that is never held across an await.
 
+#[cfg(feature = "fuzzing")]
+mod fork;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod input;
 mod losses;
 mod output;

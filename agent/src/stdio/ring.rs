@@ -50,6 +50,20 @@ impl Ring {
         Ring { pool, chunks: VecDeque::new(), base: 0, tail: 0, end: 0 }
     }
 
+    /// A copy, in memory of another pool.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn fork(&self, pool: Arc<Pool>) -> io::Result<Ring> {
+        let mut fork =
+            Ring { pool, chunks: VecDeque::new(), base: self.base, tail: self.tail, end: self.end };
+        for chunk in &self.chunks {
+            let taken = fork.pool.take(fork.chunks.len())?;
+            let mut copy = taken.ok_or(io::ErrorKind::OutOfMemory)?;
+            copy.copy_from_slice(chunk);
+            fork.chunks.push_back(copy);
+        }
+        Ok(fork)
+    }
+
     /// Offset of the first byte that the ring holds.
     pub(super) fn tail(&self) -> u64 {
         self.tail

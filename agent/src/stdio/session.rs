@@ -194,6 +194,12 @@ impl<T> Sessions<T> {
         Sessions { highest: None, admitted: 0, by_attempt: BTreeMap::new() }
     }
 
+    /// What is left of them when all are gone.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn fork(&self) -> Sessions<T> {
+        Sessions { highest: self.highest, admitted: self.admitted, by_attempt: BTreeMap::new() }
+    }
+
     /// Connections so far.
     pub(super) fn admitted(&self) -> u64 {
         self.admitted

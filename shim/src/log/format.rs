@@ -24,6 +24,10 @@ pub const HEADER_LEN: usize = 64;
 /// Bytes in a [`Record`].
 pub const RECORD_LEN: usize = 32;
 
+/// No file is longer, and no stream gets as far, as this offset (`off_t` of POSIX); no log has so many
+/// segments. What claims to is damaged.
+pub const OFFSET_MAX: u64 = i64::MAX as u64;
+
 /// What the segment is a part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentHeader {
@@ -75,6 +79,9 @@ pub enum FormatError {
     /// A record kind that this version does not know.
     #[error("record kind {0} is not known")]
     Kind(u8),
+    /// An offset or a segment number that is above [`OFFSET_MAX`].
+    #[error("{0} is no offset and no segment number")]
+    Range(u64),
 }
 
 impl SegmentHeader {
@@ -101,8 +108,8 @@ impl SegmentHeader {
         }
         let field = |n: usize| u64_at(bytes, 8 + 8 * n);
         Ok(SegmentHeader {
-            number: field(0),
-            first_offset: field(1),
+            number: in_range(field(0))?,
+            first_offset: in_range(field(1))?,
             timeline: field(2),
             epoch: field(3),
             created_ns: field(4),
@@ -137,8 +144,8 @@ impl Record {
         };
         Ok(Record {
             kind,
-            stream_offset: u64_at(bytes, 8),
-            file_offset: u64_at(bytes, 16),
+            stream_offset: in_range(u64_at(bytes, 8))?,
+            file_offset: in_range(u64_at(bytes, 16))?,
             time_ns: u64_at(bytes, 24),
         })
     }
@@ -149,6 +156,10 @@ fn record_checksum(bytes: &[u8; RECORD_LEN]) -> u32 {
     hasher.update(&bytes[..4]);
     hasher.update(&bytes[8..]);
     hasher.finalize()
+}
+
+fn in_range(offset: u64) -> Result<u64, FormatError> {
+    if offset <= OFFSET_MAX { Ok(offset) } else { Err(FormatError::Range(offset)) }
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -164,7 +175,7 @@ mod tests {
     use super::*;
 
     fn any_record() -> impl Strategy<Value = Record> {
-        (any::<bool>(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+        (any::<bool>(), ..=OFFSET_MAX, ..=OFFSET_MAX, any::<u64>()).prop_map(
             |(gap, stream_offset, file_offset, time_ns)| Record {
                 kind: if gap { RecordKind::Gap } else { RecordKind::Write },
                 stream_offset,
@@ -187,14 +198,35 @@ mod tests {
 
         #[test]
         fn a_header_survives_the_disk_and_no_single_damaged_byte_goes_unseen(
-            fields in any::<[u64; 5]>(), at in 0..HEADER_LEN, damage in 1u8..,
+            number in ..=OFFSET_MAX, first_offset in ..=OFFSET_MAX, fields in any::<[u64; 3]>(),
+            at in 0..HEADER_LEN, damage in 1u8..,
         ) {
-            let [number, first_offset, timeline, epoch, created_ns] = fields;
+            let [timeline, epoch, created_ns] = fields;
             let header = SegmentHeader { number, first_offset, timeline, epoch, created_ns };
             let mut bytes = header.encode();
             prop_assert_eq!(SegmentHeader::decode(&bytes), Ok(header));
             bytes[at] ^= damage;
             prop_assert!(SegmentHeader::decode(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn what_no_file_and_no_stream_reaches_is_refused_whatever_its_checksum() {
+        let record = Record { kind: RecordKind::Gap, stream_offset: 0, file_offset: 0, time_ns: u64::MAX };
+        let header =
+            SegmentHeader { number: 1, first_offset: 0, timeline: 0, epoch: 0, created_ns: u64::MAX };
+        let refused = FormatError::Range(OFFSET_MAX + 1);
+        for beyond in [
+            Record { stream_offset: OFFSET_MAX + 1, ..record },
+            Record { file_offset: OFFSET_MAX + 1, ..record },
+        ] {
+            assert_eq!(Record::decode(&beyond.encode()), Err(refused));
+        }
+        for beyond in [
+            SegmentHeader { number: OFFSET_MAX + 1, ..header },
+            SegmentHeader { first_offset: OFFSET_MAX + 1, ..header },
+        ] {
+            assert_eq!(SegmentHeader::decode(&beyond.encode()), Err(refused));
         }
     }
 

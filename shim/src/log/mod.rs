@@ -3,6 +3,9 @@
 pub mod dir;
 pub mod follow;
 pub mod format;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod locate;
 pub mod reader;
 mod recover;

@@ -14,7 +14,7 @@ use std::{
 use super::{
     dir::{LogDir, LogError},
     format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
-    segment::{Segment, closed_name, index_name},
+    segment::{Segment, closed_name, closed_number, index_name},
     writer::{Identity, Limits, LogWriter, makes_room},
 };
 
@@ -93,13 +93,15 @@ impl LogWriter {
         let data_len = len(&self.dir, self.stream, &data)?;
         let failed = |dir: &LogDir, e| dir.error("cannot read the log index", &index_name(self.stream), e);
         let index = read_index(&index_file, data_len).map_err(|e| failed(&self.dir, e))?;
-        let header = index.header.unwrap_or(SegmentHeader {
+        let found = index.header.unwrap_or(SegmentHeader {
             number: self.next_number,
             first_offset: self.next_offset,
             timeline: self.identity.timeline,
             epoch: self.identity.epoch,
             created_ns: modified_ns(&data),
         });
+        // A number that a closed segment has would cost that segment when this one is closed.
+        let header = SegmentHeader { number: found.number.max(self.next_number), ..found };
         let mut segment = Segment {
             header,
             data: Arc::new(data),
@@ -109,7 +111,7 @@ impl LogWriter {
             last: index.last,
             owed: None,
         };
-        mend(&mut segment, index.header.is_none())
+        mend(&mut segment, index.header != Some(header))
             .map_err(|e| self.dir.error("cannot write the log index", &index_name(self.stream), e))?;
         self.adopt(&index, data_len);
         self.next_number = header.number.saturating_add(1);
@@ -127,9 +129,9 @@ impl LogWriter {
 }
 
 /// Cuts off what is not valid in the index, and indexes the tail of the data that no record covers.
-fn mend(segment: &mut Segment, without_header: bool) -> io::Result<()> {
+fn mend(segment: &mut Segment, wrong_header: bool) -> io::Result<()> {
     segment.index.set_len(segment.index_len)?;
-    if without_header {
+    if wrong_header {
         segment.rewrite_header(segment.header)?;
     }
     let (covered, offset, since) = match segment.last {
@@ -174,11 +176,7 @@ impl Numbers {
                         Some(number) => (number, &mut found.index),
                         None => (rest, &mut found.data),
                     };
-                    // Only names as this writer makes them: "007" and "+7" are somebody else's.
-                    match number.parse::<u64>() {
-                        Ok(n) if n.to_string() == number => set.insert(n),
-                        _ => false,
-                    };
+                    set.extend(closed_number(number));
                 }
                 None => {}
             }
@@ -192,9 +190,12 @@ impl Numbers {
 fn complete_rotation(dir: &LogDir, stream: &str) -> Result<(), LogError> {
     let found = Numbers::list(dir, stream)?;
     let newest_data = found.data.last().copied().unwrap_or(0);
-    for number in found.index.difference(&found.data).copied() {
+    let without_data: Vec<u64> = found.index.difference(&found.data).copied().collect();
+    let is_rotated = |number: u64| number > newest_data && found.current_data && !found.current_index;
+    let rotated = without_data.last().copied().filter(|number| is_rotated(*number));
+    for number in without_data {
         let closed = closed_name(stream, number);
-        if number > newest_data && found.current_data && !found.current_index {
+        if rotated == Some(number) {
             dir.rename(stream, &closed)?;
         } else {
             dir.remove(&index_name(&closed))?;

@@ -11,7 +11,7 @@ use nix::sys::uio::pwritev;
 
 use super::{
     dir::{LogDir, LogError},
-    format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
+    format::{HEADER_LEN, OFFSET_MAX, RECORD_LEN, Record, RecordKind, SegmentHeader},
 };
 
 /// Bytes after which a write gets an index record of its own, however quickly it follows.
@@ -28,6 +28,11 @@ pub(super) fn index_name(data_name: &str) -> String {
 /// `<stream>.<number>`.
 pub(super) fn closed_name(stream: &str, number: u64) -> String {
     format!("{stream}.{number}")
+}
+
+/// The number in `<number>`, as [`closed_name`] writes it: "007" and "+7" are somebody else's.
+pub(super) fn closed_number(digits: &str) -> Option<u64> {
+    digits.parse().ok().filter(|number: &u64| number.to_string() == digits && *number <= OFFSET_MAX)
 }
 
 /// Both files of a segment and how much of each is valid. Writes are positioned, so that one that

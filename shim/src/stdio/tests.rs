@@ -1,6 +1,7 @@
 //! The contract of [`ProcessIo`], against a guest that fails in every way.
 
 mod files;
+mod histories;
 mod log;
 mod misbehaviour;
 mod readers;

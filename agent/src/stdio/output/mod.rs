@@ -1,5 +1,7 @@
 //! An output stream: from the pipe or terminal into the retention ring, and from there to the host.
 
+#[cfg(feature = "fuzzing")]
+mod fork;
 mod sending;
 
 use std::{
@@ -157,11 +159,16 @@ impl Output {
 
     pub(super) fn figures(&self) -> Figures {
         let mut state = self.state();
-        let expected = state.sessions.current().map_or(0, |session| session.detail.sent).max(state.acked);
+        let sent = state.sessions.current().map(|session| session.detail.sent);
+        // What was told on a connection that is gone is told, and counted, anew on the next.
+        let (told, expected) = match sent {
+            Some(sent) => (state.losses.total(), sent.max(state.acked)),
+            None => (state.losses.confirmed(), state.acked),
+        };
         Figures {
             end: state.ring.end(),
             acked: state.acked,
-            lost: state.losses.total() + state.ring.tail().saturating_sub(expected),
+            lost: told + state.ring.tail().saturating_sub(expected),
             connections: state.sessions.admitted(),
             attempt: state.sessions.highest(),
         }

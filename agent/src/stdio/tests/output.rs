@@ -103,6 +103,22 @@ async fn a_dropping_stream_never_stalls_its_writer_and_counts_what_it_lost() {
 }
 
 #[tokio::test]
+async fn a_loss_that_was_told_on_a_connection_that_is_gone_is_counted_once() {
+    let hub = hub();
+    let child = spawn(&hub, &process(), Policy::DropOldest, "seq 1 1000000");
+    assert!(exit(child).await.success());
+    until(|| info(&hub, "stdout").end_offset == seq(1_000_000).len() as u64).await;
+    let lost = info(&hub, "stdout").lost_bytes;
+    for attempt in 1..3 {
+        let (host, start) = Host::open(&hub, STDOUT, attempt, 0).await;
+        assert_eq!((start, info(&hub, "stdout").lost_bytes), (lost, lost));
+        drop(host);
+        until(|| hub.connections.load(std::sync::atomic::Ordering::Relaxed) == 0).await;
+        assert_eq!(info(&hub, "stdout").lost_bytes, lost, "nothing more was lost by the end of a connection");
+    }
+}
+
+#[tokio::test]
 async fn a_dropping_stream_drops_nothing_before_more_comes() {
     let hub = hub();
     let script = format!("head -c {RING_MAX} /dev/zero; read wait; echo more");

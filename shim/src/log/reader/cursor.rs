@@ -108,7 +108,8 @@ impl Cursor {
             let mut end = segment.len().min(self.at.offset.saturating_add(BLOCK as u64));
             if let Some(index) = segment.index() {
                 let failed = |e| index_error(segment, e);
-                self.lost += self.walk.advance(index, self.at.offset).map_err(failed)?;
+                let lost = self.walk.advance(index, self.at.offset).map_err(failed)?;
+                self.lost = self.lost.saturating_add(lost);
                 end = self.walk.end_of_run(index, end).map_err(failed)?;
             }
             if end > self.at.offset {
@@ -129,7 +130,7 @@ impl Cursor {
 
     fn enter_next_segment(&mut self) -> Result<(), ReadError> {
         if let [left, entered, ..] = &self.segments.list()[self.at.segment..] {
-            self.lost += lost_between(left, entered)?;
+            self.lost = self.lost.saturating_add(lost_between(left, entered)?);
         }
         self.at = Position { segment: self.at.segment + 1, offset: 0 };
         self.walk = self.walk_at(self.at)?;

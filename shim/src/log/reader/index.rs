@@ -170,6 +170,11 @@ impl Walk {
         let read = index.file.read_at(&mut bytes, position(self.next))?;
         for bytes in bytes[..read].as_chunks::<RECORD_LEN>().0 {
             let Ok(record) = Record::decode(bytes) else { break };
+            // Records are in the order of the file: one that goes back ends the index.
+            let last = self.ahead.back().or(self.here.as_ref());
+            if last.is_some_and(|last| record.file_offset < last.file_offset) {
+                break;
+            }
             self.ahead.push_back(record);
             self.next += 1;
         }

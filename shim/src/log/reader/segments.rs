@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{Dir, Index, ReadError, Stream, open::inode};
+use crate::log::segment::closed_number;
 
 /// Attempts to open the live segment, each foiled by a rotation. Without it, what is read is an exact
 /// prefix, and the next look goes on from there.
@@ -238,10 +239,7 @@ impl Segments {
     /// Numbers of the closed segments, in order.
     fn closed_numbers(&self, dir: &Dir) -> Result<Vec<u64>, ReadError> {
         let name = self.stream.file_name();
-        let number = |file: &str| {
-            let digits = file.strip_prefix(name)?.strip_prefix('.')?;
-            digits.parse().ok().filter(|number: &u64| number.to_string() == digits && *number < u64::MAX)
-        };
+        let number = |file: &str| closed_number(file.strip_prefix(name)?.strip_prefix('.')?);
         let mut numbers: Vec<u64> = dir.names()?.iter().filter_map(|file| number(file)).collect();
         numbers.sort_unstable();
         Ok(numbers)

@@ -6,7 +6,7 @@ use super::{
     testing::{TestLog, read_all},
     *,
 };
-use crate::log::format::{HEADER_LEN, RECORD_LEN};
+use crate::log::format::{HEADER_LEN, RECORD_LEN, Record, RecordKind};
 
 fn cursor(log: &TestLog) -> Cursor {
     let segments = log.segments();
@@ -29,6 +29,19 @@ fn segments_are_read_in_the_order_of_their_numbers() {
         log.rotate();
     }
     assert_eq!(contents(&log), expected);
+}
+
+#[test]
+fn a_record_that_goes_back_costs_no_byte() {
+    let mut log = TestLog::new();
+    log.append(b"0123456789");
+    let record = |kind, file_offset| Record { kind, stream_offset: 0, file_offset, time_ns: 0 };
+    let records = [record(RecordKind::Write, 8), record(RecordKind::Gap, 4), record(RecordKind::Gap, 9)];
+    let index = fs::File::options().append(true).open(log.path("stdout.idx")).unwrap();
+    for (n, record) in records.iter().enumerate() {
+        index.write_all_at(&record.encode(), (HEADER_LEN + n * RECORD_LEN) as u64).unwrap();
+    }
+    assert_eq!(contents(&log), b"0123456789");
 }
 
 #[test]

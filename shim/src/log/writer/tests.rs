@@ -312,6 +312,28 @@ fn a_segment_whose_header_is_torn_goes_on_where_the_one_before_ended() {
 }
 
 #[test]
+fn a_header_with_a_number_that_is_in_use_costs_no_closed_segment() {
+    let log = long_log();
+    let current = segments(&log.path()).pop().unwrap().header;
+    let before = stream(&log.path()).len();
+    let damaged = copy(&log.path());
+    let wrong = SegmentHeader { number: current.number - 1, ..current };
+    let index = fs::File::options().write(true).open(damaged.path().join("stdout.idx")).unwrap();
+    index.write_all_at(&wrong.encode(), 0).unwrap();
+    let mut writer = recover(damaged.path());
+    // Another timeline closes the segment.
+    writer.identify(Identity { timeline: current.timeline + 1, epoch: 9 }).unwrap();
+    append_pattern(&mut writer, 100);
+    assert_eq!(stream(damaged.path()).len(), before + 100 - dropped(&log.path()));
+}
+
+/// Bytes that go when another segment is begun.
+fn dropped(path: &Path) -> usize {
+    let all = segments(path);
+    if all.len() < LIMITS.segments as usize { 0 } else { all[0].data.len() }
+}
+
+#[test]
 fn a_rotation_cut_short_at_any_step_is_completed() {
     let log = long_log();
     let whole = stream(&log.path());
@@ -343,6 +365,20 @@ fn a_rotation_cut_short_at_any_step_is_completed() {
         let last = segments(damaged.path()).pop().unwrap().header;
         assert_eq!(last.number, if steps == 0 { number } else { number + 1 });
     }
+}
+
+#[test]
+fn a_rotation_cut_short_is_completed_once_however_many_indices_have_no_data() {
+    let log = long_log();
+    let end = log.writer.next_offset();
+    let number = segments(&log.path()).last().unwrap().header.number;
+    let damaged = copy(&log.path());
+    let at = |number: u64| damaged.path().join(index_name(&closed_name("stdout", number)));
+    fs::rename(damaged.path().join("stdout.idx"), at(number)).unwrap();
+    fs::write(at(number - 1), fs::read(at(number)).unwrap()).unwrap();
+    fs::remove_file(damaged.path().join(closed_name("stdout", number - 1))).unwrap();
+    assert_eq!(recover(damaged.path()).next_offset(), end);
+    assert!(damaged.path().join(closed_name("stdout", number)).exists() && !at(number - 1).exists());
 }
 
 #[test]

@@ -1,0 +1,230 @@
+//! The shim's relays of one run of a sandbox, with sinks that check every byte they get.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::AsRawFd,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use cube_agent::stdio::Policy;
+use cube_protocol::stream::Stream;
+use nix::{fcntl::OFlag, unistd::pipe2};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+
+use super::{
+    byte_at,
+    guest::{Guest, OUTPUTS, nonblocking},
+    log::{Log, Pace, write},
+    wire::{Dialled, Wire},
+};
+use crate::stdio::{
+    Counters, Endpoint, Phase, Phases, StdinRelay, flow::Flows, relay::Relay, sink, source::Source,
+};
+
+/// STOP has 2 s for its answer, and the last ACK and the close after it have 2 s.
+const REST_LIMIT: Duration = Duration::from_millis(4_100);
+
+/// The client that feeds stdin.
+struct Client {
+    /// `None` once it has closed its end.
+    fifo: Option<File>,
+    close: watch::Sender<bool>,
+    fed: u64,
+}
+
+/// The shim.
+pub(super) struct Host {
+    pub(super) logs: [Arc<Mutex<Log>>; 2],
+    counters: [Arc<Counters>; 3],
+    pace: [watch::Sender<Pace>; 2],
+    phase: watch::Sender<Phase>,
+    flows: Flows,
+    client: Option<Client>,
+    /// Bytes of stdin that the guest had consumed at the beginning.
+    consumed: u64,
+    relays: JoinSet<()>,
+    pub(super) wire: Arc<Wire>,
+}
+
+impl Host {
+    /// Begins each log at what `guest` knows to be acknowledged. Input of a guest that has consumed some is
+    /// left alone: nobody would have it again.
+    pub(super) fn start(guest: &Guest, timeline: u64) -> Host {
+        let wire = Wire::new(Arc::clone(&guest.hub));
+        let phase = watch::Sender::new(Phase::Running);
+        let flows = Flows::on(timeline);
+        let phases = || Phases::new(phase.subscribe(), flows.watch());
+        let counters = [(); 3].map(|()| Arc::<Counters>::default());
+        let endpoint = |stream| Endpoint {
+            container_id: "c".into(),
+            exec_id: String::new(),
+            stream,
+            attempt: guest.info(stream).attempt,
+            dial: Arc::new(Dialled(Arc::clone(&wire))),
+        };
+        let mut relays = JoinSet::new();
+        let mut pace = Vec::new();
+        let logs = [0, 1].map(|output: usize| {
+            let stream = OUTPUTS[output];
+            let info = guest.info(stream);
+            let offset = info.acked_offset;
+            let log = Log::new(stream, offset);
+            let (sink, end) = sink::channel(offset);
+            let paced = watch::Sender::new(Pace::Quick);
+            let counters = Arc::clone(&counters[output]);
+            let relay = Relay::new(endpoint(stream), info.epoch, sink, flows.join(), counters);
+            let writing = write(end, Arc::clone(&log), paced.subscribe());
+            let relaying = relay.run(phases());
+            // As it is with a log: both end before the stream has.
+            relays.spawn(async move {
+                tokio::join!(relaying, writing);
+            });
+            pace.push(paced);
+            log
+        });
+        let consumed = guest.info(Stream::STDIN).acked_offset;
+        let client = (consumed == 0).then(|| {
+            let (client, source, closed) = Client::new();
+            let counters = Arc::clone(&counters[2]);
+            let endpoint = endpoint(Stream::STDIN);
+            let relay = StdinRelay::new(endpoint, source, consumed, closed, flows.join(), counters);
+            relays.spawn(relay.run(phases()));
+            client
+        });
+        let pace = pace.try_into().unwrap();
+        Host { logs, counters, pace, phase, flows, client, consumed, relays, wire }
+    }
+
+    /// Brings every stream to rest. Whatever hangs, that takes no longer than a guest may take for STOP, the
+    /// last ACK and the close.
+    pub(super) async fn rest(&self) -> Result<(), String> {
+        let late = |_| format!("the streams are not at rest after {REST_LIMIT:?}");
+        timeout(REST_LIMIT, self.flows.rest()).await.map_err(late)
+    }
+
+    /// Lets them flow again.
+    pub(super) fn flow(&self, timeline: u64) {
+        self.flows.flow(timeline);
+    }
+
+    pub(super) fn pace(&self, output: usize, pace: Pace) {
+        self.pace[output].send_replace(pace);
+    }
+
+    /// The client writes `len` bytes, or as many as the FIFO takes.
+    pub(super) fn feed(&mut self, len: u64) {
+        let Some(Client { fifo: Some(fifo), fed, .. }) = &mut self.client else { return };
+        let bytes: Vec<u8> = (*fed..*fed + len).map(|offset| byte_at(Stream::STDIN, offset)).collect();
+        match fifo.write(&bytes) {
+            Ok(written) => *fed += written as u64,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => panic!("nobody reads the FIFO: {e}"),
+        }
+    }
+
+    /// CloseIO.
+    pub(super) fn close_stdin(&mut self) {
+        if let Some(client) = &mut self.client {
+            client.close.send_replace(true);
+            client.fifo = None;
+        }
+    }
+
+    /// What the client has written, if this host has a stdin.
+    pub(super) fn fed(&self) -> Option<u64> {
+        self.client.as_ref().map(|client| client.fed)
+    }
+
+    /// What must hold at any time.
+    pub(super) fn check(&self, guest: &Guest) -> Result<(), String> {
+        for (output, log) in self.logs.iter().enumerate() {
+            let log = log.lock().unwrap();
+            if let Some(wrong) = &log.wrong {
+                return Err(wrong.clone());
+            }
+            let info = guest.info(OUTPUTS[output]);
+            if info.acked_offset > log.safe {
+                return Err(format!("{info} is acknowledged, but the log is safe up to {}", log.safe));
+            }
+            if guest.policy == Policy::Block && log.lost() > 0 {
+                return Err(format!("{:?} was dropped from a stream that drops nothing", log.gaps));
+            }
+        }
+        for counters in &self.counters {
+            if counters.refused.get() > 0 {
+                return Err("host and guest accuse each other".into());
+            }
+        }
+        if self.client.is_none() && guest.info(Stream::STDIN).acked_offset > self.consumed {
+            return Err("the process has got input that was forgotten with the old timeline".into());
+        }
+        let given = self.counters[2].acknowledged.get();
+        let consumed = guest.info(Stream::STDIN).acked_offset;
+        if given > consumed {
+            return Err(format!("{given} bytes of stdin are acknowledged, and {consumed} were consumed"));
+        }
+        Ok(())
+    }
+
+    /// Which outputs have a connection.
+    pub(super) fn connected(&self) -> [bool; 2] {
+        [0, 1].map(|output| self.counters[output].connected.get() > 0)
+    }
+
+    /// What must hold at rest of a stream that `tells` the guest: it knows of everything that is in the log.
+    pub(super) fn check_rest(&self, guest: &Guest, tells: [bool; 2]) -> Result<(), String> {
+        for ((stream, log), tells) in OUTPUTS.into_iter().zip(&self.logs).zip(tells) {
+            let (info, log) = (guest.info(stream), log.lock().unwrap());
+            if tells && info.acked_offset != log.safe {
+                return Err(format!("at rest {info} is not where its log is, at {}", log.safe));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every output has its end in its log, and the guest all input.
+    pub(super) fn is_done(&self) -> bool {
+        self.relays.is_empty() && self.counters[..2].iter().all(|counters| counters.relayed.get() > 0)
+    }
+
+    /// Lets what has ended go.
+    pub(super) fn reap(&mut self) {
+        while let Some(ended) = self.relays.try_join_next() {
+            ended.unwrap();
+        }
+    }
+
+    /// Delete whose time is over: everything ends at once, whoever hangs.
+    pub(super) async fn abandon(mut self) -> Result<(), String> {
+        self.phase.send_replace(Phase::Abandoned);
+        // A sink that hangs is told by its owner.
+        for pace in &self.pace {
+            pace.send_replace(Pace::Quick);
+        }
+        let began = Instant::now();
+        let end = async { while self.relays.join_next().await.is_some() {} };
+        let ended = timeout(Duration::from_secs(1), end).await;
+        if ended.is_err() || began.elapsed() > Duration::from_millis(100) {
+            return Err(format!("abandoned relays took {:?} to end", began.elapsed()));
+        }
+        Ok(())
+    }
+}
+
+impl Client {
+    fn new() -> (Client, Source, watch::Receiver<bool>) {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        // A pipe that is opened by its name is a FIFO.
+        let path = PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()));
+        let source = Source::open(&path).unwrap();
+        let (close, closed) = watch::channel(false);
+        (Client { fifo: Some(nonblocking(write)), close, fed: 0 }, source, closed)
+    }
+}
