@@ -98,6 +98,7 @@ pub struct FileDigest {
     pub path: String,
     /// Length in bytes; files may be sparse.
     pub bytes: u64,
-    /// SHA-256, in hex.
+    /// SHA-256 in hex, of what is not zero: the blocks of 64 KiB that are not all zero, each preceded by its
+    /// number as 64 bits, little-endian.
     pub sha256: String,
 }

@@ -11,6 +11,7 @@
 //! It is complete and on disk when it gets its name, and is never changed afterwards.
 
 mod copy;
+mod digest;
 mod manifest;
 mod store;
 #[cfg(test)]

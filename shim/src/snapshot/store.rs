@@ -2,16 +2,15 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, ErrorKind, Read, Write},
+    io::{self, ErrorKind, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use cube_protocol::version;
 use nix::fcntl::{Flock, FlockArg};
-use sha2::{Digest, Sha256};
 
-use super::{DiskFile, FileDigest, MANIFEST, Manifest, SnapshotError, copy::copy, failed};
+use super::{DiskFile, FileDigest, MANIFEST, Manifest, SnapshotError, copy::copy, digest::digest, failed};
 use crate::{task::check_id, vmm::Disk};
 
 const VM: &str = "vm";
@@ -216,7 +215,7 @@ impl Draft {
         Copies(writable.map(|disk| (disk.path.clone(), self.disk(disk))).collect())
     }
 
-    /// Completes it: the disks that never change, the digests, the name. Takes seconds per GiB. On an
+    /// Completes it: the disks that never change, the digests, the name. Takes seconds per GiB of data. On an
     /// error nothing is left of it.
     pub fn finish(self, manifest: Manifest, disks: &[Disk]) -> Result<Listed, SnapshotError> {
         let finished = self.try_finish(manifest, disks);
@@ -277,24 +276,13 @@ impl Draft {
         written.map_err(failed("cannot write", &path))
     }
 
-    /// Reads the whole file, and waits until it is on disk.
+    /// Reads what is no hole of the file, and waits until it is on disk.
     fn digest(&self, path: &Path) -> Result<FileDigest, SnapshotError> {
-        let hashed = || -> io::Result<(u64, String)> {
-            let mut file = File::open(path)?;
-            let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0; 1 << 20], 0);
-            loop {
-                match file.read(&mut buffer)? {
-                    0 => break,
-                    n => {
-                        hash.update(&buffer[..n]);
-                        bytes += n as u64;
-                    }
-                }
-            }
+        let hashed = File::open(path).and_then(|file| {
             file.sync_all()?;
-            Ok((bytes, hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
-        };
-        let (bytes, sha256) = hashed().map_err(failed("cannot read", path))?;
+            digest(&file)
+        });
+        let (bytes, sha256) = hashed.map_err(failed("cannot read", path))?;
         let below = path.strip_prefix(&self.dir).unwrap_or(path);
         Ok(FileDigest { path: below.to_string_lossy().into_owned(), bytes, sha256 })
     }

@@ -2,6 +2,8 @@
 
 use std::{fs, path::PathBuf};
 
+use cube_protocol::version;
+
 use super::*;
 use crate::vmm::Disk;
 
@@ -23,7 +25,7 @@ fn manifest(name: &str) -> Manifest {
         created_ns: 7,
         cubebox: "0.1.0".into(),
         agent: "0.1.0".into(),
-        protocol: "1.1".into(),
+        protocol: version::CURRENT.to_string(),
         origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
         containers: Vec::new(),
         last_event: 3,
@@ -73,8 +75,8 @@ fn a_snapshot_is_complete_when_it_has_its_name() {
     assert_eq!(manifest, made.manifest);
     let files: Vec<_> = manifest.files.iter().map(|file| (file.path.as_str(), file.bytes)).collect();
     assert_eq!(files, [("vm/state.json", 2), ("disks/image", 5), ("disks/writable", 8)]);
-    // printf writable | sha256sum
-    assert!(manifest.files[2].sha256.starts_with("6ebd0a2e7fab"), "{}", manifest.files[2].sha256);
+    // printf '\0\0\0\0\0\0\0\0writable' | sha256sum
+    assert!(manifest.files[2].sha256.starts_with("01257c3e7d88"), "{}", manifest.files[2].sha256);
     assert_eq!(fs::read(dir.join(&manifest.disks[1].file)).unwrap(), b"writable");
 }
 
@@ -136,8 +138,9 @@ fn what_cannot_work_is_refused_with_both_versions() {
     };
     let error = refused("\"format\": 1", "\"format\": 2");
     assert!(error.contains("format 2") && error.contains("format 1"), "{error}");
-    let error = refused("\"protocol\": \"1.1\"", "\"protocol\": \"2.0\"");
-    assert!(error.contains("2.0") && error.contains("1.1"), "{error}");
+    let ours = version::CURRENT.to_string();
+    let error = refused(&format!("\"protocol\": \"{ours}\""), "\"protocol\": \"2.0\"");
+    assert!(error.contains("2.0") && error.contains(&ours), "{error}");
     refused("\"containers\"", "\"container\"");
     fs::write(&path, &text).unwrap();
     fs::write(place.path("one/disks/writable"), "short").unwrap();
