@@ -2,15 +2,12 @@
 
 #![no_main]
 
-use std::sync::LazyLock;
+use std::{env::temp_dir, path::Path};
 
-use tempfile::TempDir;
-
-/// Made once: what is in it is removed by each run.
-static DIR: LazyLock<TempDir> = LazyLock::new(|| {
-    let memory = std::path::Path::new("/dev/shm");
-    let parent = if memory.is_dir() { memory.into() } else { std::env::temp_dir() };
-    tempfile::tempdir_in(parent).expect("a directory for the log")
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    // In memory, where there is such a place.
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() { memory.to_path_buf() } else { temp_dir() };
+    let dir = tempfile::tempdir_in(parent).expect("a directory for the log");
+    cube_shim::log::fuzzing::log(dir.path(), input);
 });
-
-libfuzzer_sys::fuzz_target!(|input: &[u8]| cube_shim::log::fuzzing::log(DIR.path(), input));
