@@ -1,6 +1,6 @@
 //! Brings the streams of a sandbox to rest, and lets them flow again.
 //!
-//! A stream at rest has no connection to the guest, and has acknowledged exactly what its sink has. The
+//! A stream at rest has no connection to the guest, and has acknowledged what its sink has, or less. The
 //! guest holds everything else, so whatever becomes of the VM meanwhile, the next OPEN goes on there.
 
 use tokio::{sync::watch, time::Instant};
