@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         pause::pauses_in_full_flow_cost_and_double_no_byte,
         restore::clones_go_on_with_their_streams_and_so_does_the_original,
         restore::a_clone_can_be_snapshotted_like_any_other,
+        restore::containerd_checkpoints_a_task_and_restores_it_live,
         restore::what_cannot_be_snapshotted_or_restored_says_why,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,

@@ -58,16 +58,17 @@ impl Proxy {
     /// that were there before it go on.
     pub fn at(path: &Path) -> Proxy {
         fs::rename(path, real(path)).unwrap();
-        Proxy::listen(path)
+        Proxy::listen(path, real(path))
     }
 
     /// Is there before the first connection of the sandbox in `run_dir`, which must not exist yet. Only
     /// the `process` backend can be told to listen elsewhere.
     pub fn before(lab: &Lab, run_dir: &Path) -> Proxy {
         let agent = lab.dir().join("agent-behind-proxy");
-        // The shim calls it with "process --listen <socket> ...".
+        // The shim calls it with "process --listen <socket> ...", when it has removed a stale socket there.
         let script = format!(
             "#!/bin/sh\ncommand=$1 socket=$3\n[ \"$2\" = --listen ] || exit 64\nshift 3\n\
+             ln \"${{socket%.vsock}}.proxy\" \"$socket\" || exit 1\n\
              exec '{}' \"$command\" --listen \"${{socket%.vsock}}.real\" \"$@\"\n",
             paths::agent().display()
         );
@@ -78,13 +79,13 @@ impl Proxy {
         fs::write(lab.config_file(), config).unwrap();
         fs::create_dir_all(run_dir).unwrap();
         fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700)).unwrap();
-        Proxy::listen(&run_dir.join("vm.vsock"))
+        Proxy::listen(&run_dir.join("vm.proxy"), real(&run_dir.join("vm.vsock")))
     }
 
-    fn listen(path: &Path) -> Proxy {
+    fn listen(path: &Path, real: PathBuf) -> Proxy {
         let listener = UnixListener::bind(path).unwrap();
         let shared = Arc::new(Shared {
-            real: real(path),
+            real,
             plans: Mutex::default(),
             live: Mutex::default(),
             connections: AtomicU64::new(0),

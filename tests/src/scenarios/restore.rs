@@ -127,3 +127,27 @@ pub fn a_clone_can_be_snapshotted_like_any_other(backend: Backend) {
     end(&lab, "e");
     lab.nothing_is_left_but_fifos();
 }
+
+/// containerd's own way: its client pauses the task, has it checkpointed, packs what it finds, and resumes.
+pub fn containerd_checkpoints_a_task_and_restores_it_live(backend: Backend) {
+    let lab = Lab::new(backend);
+    lab.detached_with(&BLOCK, "c", &WRITER);
+    writes_on(&lab, "c");
+    lab.ctr(&["containers", "checkpoint", "--image", "--task", "c", "localhost/warm:1"]).succeeds();
+    assert_eq!(lab.task("c").unwrap().0, "RUNNING");
+    writes_on(&lab, "c");
+    // Named after the sandbox and the time.
+    let listed = lab.cubecli(&["cubebox", "snapshots"]).succeeds().out();
+    assert!(listed.lines().any(|line| line.starts_with("c-20")), "{listed}");
+    // What containerd keeps of it is a few hundred bytes.
+    let blobs = lab.ctr(&["content", "ls"]).succeeds().out();
+    let large = blobs.lines().skip(1).filter(|line| line.contains("MB") || line.contains("GB")).count();
+    assert!(large <= 1, "besides the image's own layer: {blobs}");
+
+    lab.uses_sandbox(lab.key("d"));
+    lab.ctr(&["containers", "restore", "--live", "d", "localhost/warm:1"]).succeeds();
+    assert_eq!(lab.task("d").unwrap().0, "RUNNING");
+    writes_on(&lab, "d");
+    ["c", "d"].iter().for_each(|id| end(&lab, id));
+    lab.nothing_is_left_but_fifos();
+}
