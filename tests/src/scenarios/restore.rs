@@ -94,7 +94,7 @@ pub fn what_cannot_be_snapshotted_or_restored_says_why(backend: Backend) {
     lab.detached("c", &super::WAIT);
     let refused = lab.cubecli(&["cubebox", "snapshot", "c", "one"]);
     let words: &[&str] =
-        if backend == Backend::CloudHypervisor { &["cube.rootfs.mode=block"] } else { &["Cloud Hypervisor"] };
+        if backend == Backend::CloudHypervisor { &["cube.rootfs.mode=block"] } else { &["cloud-hypervisor"] };
     refused.fails_with(words);
     assert_eq!(lab.task("c").unwrap().0, "RUNNING");
     assert_eq!(lab.exec("c", &["echo", "alive"]).succeeds().out(), "alive\n");
