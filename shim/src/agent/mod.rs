@@ -3,10 +3,12 @@
 mod bounded;
 pub mod client;
 pub mod dial;
+mod error;
 mod pace;
 
-pub use client::{Agent, AgentError, Clients, GuestEvent, Link, LinkStatus};
+pub use client::{Agent, Clients, GuestEvent, Link, LinkStatus};
 pub use dial::{Dial, DialError};
+pub use error::AgentError;
 
 /// Longest text of the guest's that is kept, in characters.
 const TEXT_MAX: usize = 1000;

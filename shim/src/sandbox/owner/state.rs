@@ -1,0 +1,66 @@
+//! The states of a sandbox.
+
+/// Where a sandbox is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SandboxState {
+    /// No VM yet.
+    Creating,
+    /// The guest answers.
+    Running,
+    /// A job is bringing everything to rest.
+    Pausing,
+    /// The VM stands still.
+    Paused,
+    /// A job is setting everything going again.
+    Resuming,
+    /// A job is taking a snapshot.
+    Snapshotting,
+    /// The main container is being deleted, and everything with it.
+    Stopping,
+    /// The VM has ended, or could not be booted.
+    Stopped,
+}
+
+impl SandboxState {
+    /// For programs.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            SandboxState::Creating => "creating",
+            SandboxState::Running => "running",
+            SandboxState::Pausing => "pausing",
+            SandboxState::Paused => "paused",
+            SandboxState::Resuming => "resuming",
+            SandboxState::Snapshotting => "snapshotting",
+            SandboxState::Stopping => "stopping",
+            SandboxState::Stopped => "stopped",
+        }
+    }
+
+    /// For sentences.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            SandboxState::Creating => "being created",
+            SandboxState::Running => "running",
+            SandboxState::Pausing => "being paused",
+            SandboxState::Paused => "paused",
+            SandboxState::Resuming => "being resumed",
+            SandboxState::Snapshotting => "being snapshotted",
+            SandboxState::Stopping => "being stopped",
+            SandboxState::Stopped => "stopped",
+        }
+    }
+
+    /// Whether nothing can be asked of the guest for a while.
+    pub(super) fn is_pause(self) -> bool {
+        match self {
+            SandboxState::Pausing
+            | SandboxState::Paused
+            | SandboxState::Resuming
+            | SandboxState::Snapshotting => true,
+            SandboxState::Creating
+            | SandboxState::Running
+            | SandboxState::Stopping
+            | SandboxState::Stopped => false,
+        }
+    }
+}
