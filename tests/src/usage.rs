@@ -14,7 +14,8 @@ const SETTLING: Duration = Duration::from_secs(20);
 pub struct Usage {
     /// Resident set, KiB.
     pub rss_kib: u64,
-    /// Open descriptors; `None` in a VM, whose processes the host cannot look into.
+    /// Open descriptors without inotify instances, of which a shim has one from the moment on when it first
+    /// waits for the reader of a FIFO; `None` in a VM, whose processes the host cannot look into.
     pub descriptors: Option<usize>,
 }
 
@@ -25,7 +26,7 @@ impl Usage {
         let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         Usage {
             rss_kib: rss.trim().trim_end_matches(" kB").parse().unwrap(),
-            descriptors: Some(descriptors(pid).len()),
+            descriptors: Some(descriptors(pid).len() - inotify_instances(pid)),
         }
     }
 
