@@ -180,12 +180,20 @@ impl Store {
 
 /// Copies that must be made while the guest stands still.
 #[derive(Debug)]
-pub struct Copies(Vec<(PathBuf, PathBuf)>);
+pub struct Copies(Vec<(Disk, PathBuf)>);
 
 impl Copies {
-    /// Makes them.
+    /// Copies the disks that the guest can write to. Of the others it takes the file itself where that is
+    /// possible, for nobody ever changes it, and the sandbox may be deleted soon; else [`Draft::finish`]
+    /// copies them, when the guest runs again.
     pub fn make(&self) -> Result<(), SnapshotError> {
-        self.0.iter().try_for_each(|(from, to)| copy(from, to).map_err(failed("cannot copy the disk to", to)))
+        self.0.iter().try_for_each(|(disk, to)| {
+            if disk.read_only {
+                let _ = fs::hard_link(&disk.path, to);
+                return Ok(());
+            }
+            copy(&disk.path, to).map_err(failed("cannot copy the disk to", to))
+        })
     }
 }
 
@@ -209,10 +217,9 @@ impl Draft {
         self.dir.join(VM)
     }
 
-    /// How those disks are copied that the guest can write to.
+    /// How the disks get into the snapshot.
     pub fn copies(&self, disks: &[Disk]) -> Copies {
-        let writable = disks.iter().filter(|disk| !disk.read_only);
-        Copies(writable.map(|disk| (disk.path.clone(), self.disk(disk))).collect())
+        Copies(disks.iter().map(|disk| (disk.clone(), self.disk(disk))).collect())
     }
 
     /// Completes it: the disks that never change, the digests, the name. Takes seconds per GiB of data. On an
@@ -226,10 +233,9 @@ impl Draft {
     }
 
     fn try_finish(&self, mut manifest: Manifest, disks: &[Disk]) -> Result<Listed, SnapshotError> {
-        for disk in disks.iter().filter(|disk| disk.read_only) {
+        for disk in disks {
             let to = self.disk(disk);
-            // The same file where that is possible: nobody ever changes it.
-            if fs::hard_link(&disk.path, &to).is_err() {
+            if !to.exists() {
                 copy(&disk.path, &to).map_err(failed("cannot copy the disk to", &to))?;
             }
         }

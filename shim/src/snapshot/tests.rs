@@ -91,6 +91,16 @@ fn what_the_guest_writes_later_is_not_in_it() {
 }
 
 #[test]
+fn a_sandbox_may_be_deleted_before_its_snapshot_is_complete() {
+    let place = place();
+    let (draft, disks) = (place.store.begin("one").unwrap(), place.disks());
+    draft.copies(&disks).make().unwrap();
+    disks.iter().for_each(|disk| fs::remove_file(&disk.path).unwrap());
+    draft.finish(manifest("one"), &disks).unwrap();
+    assert_eq!(fs::read(place.path("one/disks/image")).unwrap(), b"image");
+}
+
+#[test]
 fn a_name_is_had_once_and_leads_nowhere_else() {
     let place = place();
     place.make("one");

@@ -103,7 +103,7 @@ pub(super) struct Owner {
     working: usize,
     /// What waits for them.
     waiting: Option<Waiting>,
-    /// The guest at rest, while the sandbox is paused.
+    /// The guest at rest, while the sandbox is paused; without figures if it came to be so by a failure.
     rest: Option<QuiesceResponse>,
     /// Disks of the VM.
     disks: Vec<Disk>,

@@ -82,7 +82,10 @@ impl Owner {
                 (SandboxState::Paused, Ok(()))
             }
             Err(pause::Failed { error, runs: true }) => (SandboxState::Running, Err(error)),
-            Err(pause::Failed { error, runs: false }) => (SandboxState::Paused, Err(error)),
+            Err(pause::Failed { error, runs: false }) => {
+                self.rest.get_or_insert_default();
+                (SandboxState::Paused, Err(error))
+            }
         };
         self.settle(SandboxState::Pausing, state, result, TaskEvent::paused(id))
     }

@@ -60,6 +60,9 @@ impl Owner {
         // If the VM has ended meanwhile, that has been told already.
         if self.state == SandboxState::Snapshotting {
             self.state = if runs { SandboxState::Running } else { SandboxState::Paused };
+            if !runs {
+                self.rest.get_or_insert_default();
+            }
         }
         self.serve_those_that_waited();
         let taken = match result {

@@ -89,6 +89,18 @@ async fn a_snapshot_that_fails_leaves_the_sandbox_as_it_was_and_no_part_of_itsel
 }
 
 #[tokio::test]
+async fn a_sandbox_that_cannot_be_set_going_again_is_paused_and_can_be_resumed() {
+    let lab = Lab::running().await;
+    lab.guest().fault("Thaw", Fault::Refuse(ttrpc::get_status(Code::INTERNAL, "no")));
+    lab.snapshot("one").await.unwrap_err();
+    assert_eq!(lab.state().await, "paused");
+    lab.guest().faults.lock().unwrap().clear();
+    within(lab.sandbox.resume("c1".into())).await.unwrap();
+    lab.snapshot("two").await.unwrap();
+    assert_eq!(lab.state().await, "running");
+}
+
+#[tokio::test]
 async fn a_name_that_cannot_be_had_costs_the_sandbox_nothing() {
     let lab = Lab::running().await;
     lab.snapshot("one").await.unwrap();
