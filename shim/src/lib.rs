@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod errors;
 pub mod events;
+mod files;
 pub mod log;
 pub mod logging;
 pub mod options;

@@ -9,7 +9,7 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 use nix::unistd::Whence;
 use sha2::{Digest, Sha256};
 
-use super::copy::seek;
+use crate::files::seek;
 
 const BLOCK: u64 = 64 << 10;
 

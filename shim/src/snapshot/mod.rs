@@ -10,7 +10,6 @@
 //! A snapshot has the whole memory of the sandbox in it, keys and all: directories are 0700, files 0600.
 //! It is complete and on disk when it gets its name, and is never changed afterwards.
 
-mod copy;
 mod digest;
 mod manifest;
 mod store;
@@ -19,7 +18,6 @@ mod tests;
 
 use std::{io, path::PathBuf};
 
-pub(crate) use self::copy::copy;
 pub use self::{
     manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition},
     store::{Copies, Draft, Listed, Store},

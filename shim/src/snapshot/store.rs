@@ -1,17 +1,17 @@
 //! The directory of all snapshots.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::{self, ErrorKind, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    fs::{self, File},
+    io::{ErrorKind, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use cube_protocol::version;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{DiskFile, FileDigest, MANIFEST, Manifest, SnapshotError, copy::copy, digest::digest, failed};
-use crate::{task::check_id, vmm::Disk};
+use super::{DiskFile, FileDigest, MANIFEST, Manifest, SnapshotError, digest::digest, failed};
+use crate::{files, task::check_id, vmm::Disk};
 
 const VM: &str = "vm";
 const DISKS: &str = "disks";
@@ -62,9 +62,9 @@ impl Store {
     pub fn begin(&self, name: &str) -> Result<Draft, SnapshotError> {
         let target = self.path(name)?;
         let taken = |state| SnapshotError::Exists { name: name.into(), state };
-        make_dir(&self.dir, true)?;
+        make_dir(&self.dir)?;
         let dir = self.dir.join(format!(".{name}.new"));
-        make_dir(&dir, true)?;
+        make_dir(&dir)?;
         let file = File::open(&dir).map_err(failed("cannot open", &dir))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| taken("is being made"))?;
         if target.exists() {
@@ -76,8 +76,8 @@ impl Store {
             remove(&entry)?;
         }
         let draft = Draft { name: name.into(), dir, target, _lock: lock };
-        make_dir(&draft.vm_dir(), false)?;
-        make_dir(&draft.dir.join(DISKS), false)?;
+        make_dir(&draft.vm_dir())?;
+        make_dir(&draft.dir.join(DISKS))?;
         Ok(draft)
     }
 
@@ -135,7 +135,7 @@ impl Store {
         let read = |name: &str| {
             let dir = self.path(name)?;
             let manifest = self.read(name, &dir)?;
-            Ok(Listed { manifest, disk_bytes: size_below(&dir) })
+            Ok(Listed { manifest, disk_bytes: files::size_below(&dir) })
         };
         Ok(complete.map(read).collect())
     }
@@ -192,7 +192,7 @@ impl Copies {
                 let _ = fs::hard_link(&disk.path, to);
                 return Ok(());
             }
-            copy(&disk.path, to).map_err(failed("cannot copy the disk to", to))
+            files::copy(&disk.path, to).map_err(failed("cannot copy the disk to", to))
         })
     }
 }
@@ -236,7 +236,7 @@ impl Draft {
         for disk in disks {
             let to = self.disk(disk);
             if !to.exists() {
-                copy(&disk.path, &to).map_err(failed("cannot copy the disk to", &to))?;
+                files::copy(&disk.path, &to).map_err(failed("cannot copy the disk to", &to))?;
             }
         }
         manifest.disks = disks
@@ -258,7 +258,7 @@ impl Draft {
         sync(&self.dir)?;
         fs::rename(&self.dir, &self.target).map_err(failed("cannot rename", &self.dir))?;
         sync(self.target.parent().unwrap_or(&self.target))?;
-        Ok(Listed { manifest, disk_bytes: size_below(&self.target) })
+        Ok(Listed { manifest, disk_bytes: files::size_below(&self.target) })
     }
 
     /// Removes it.
@@ -294,38 +294,18 @@ impl Draft {
     }
 }
 
-fn make_dir(dir: &Path, may_exist: bool) -> Result<(), SnapshotError> {
-    let made = DirBuilder::new().recursive(may_exist).mode(0o700).create(dir);
-    made.map_err(failed("cannot create", dir))
+fn make_dir(dir: &Path) -> Result<(), SnapshotError> {
+    files::make_dir(dir).map_err(failed("cannot create", dir))
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
-    let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let mut paths: Vec<_> = entries.map_err(failed("cannot list", dir))?.iter().map(|e| e.path()).collect();
-    paths.sort();
-    Ok(paths)
+    files::entries(dir).map_err(failed("cannot list", dir))
 }
 
 fn remove(path: &Path) -> Result<(), SnapshotError> {
-    let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-    let removed = if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-    match removed {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(failed("cannot remove", path)(e)),
-        _ => Ok(()),
-    }
+    files::remove(path).map_err(failed("cannot remove", path))
 }
 
 fn sync(dir: &Path) -> Result<(), SnapshotError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("cannot write out", dir))
-}
-
-/// Bytes on disk. What cannot be looked at takes nothing.
-fn size_below(dir: &Path) -> u64 {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let size = |entry: fs::DirEntry| match entry.metadata() {
-        Ok(meta) if meta.is_dir() => size_below(&entry.path()),
-        Ok(meta) => meta.blocks() * 512,
-        Err(_) => 0,
-    };
-    entries.map(size).sum()
 }

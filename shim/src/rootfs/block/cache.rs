@@ -7,9 +7,9 @@
 //! file's ctime, which thus says when a sandbox last began or ended to use it.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    fs::{self, File},
+    io::ErrorKind,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process, thread,
     time::Duration,
@@ -25,6 +25,7 @@ use super::{super::failed, Identity, Limits, RootfsError, SandboxDisks};
 
 /// The packed layers in an identity's directory.
 const IMAGE: &str = "rootfs.erofs";
+use crate::files;
 
 /// How often a lock that somebody holds is tried. flock(2) has no time limit of its own.
 const LOCK_POLL: Duration = Duration::from_millis(10);
@@ -139,7 +140,7 @@ impl Cache {
             if entry.join(SandboxDisks::RUN_DIR).exists() {
                 continue;
             }
-            let bytes = size_below(&entry);
+            let bytes = files::size_below(&entry);
             if !dry_run {
                 remove_dir(&entry)?;
             }
@@ -165,7 +166,7 @@ impl Cache {
             // Somebody else may have removed it.
             let Ok(meta) = meta else { continue };
             let ctime = (meta.ctime(), meta.ctime_nsec());
-            entries.push(Entry { identity, bytes: size_below(&dir), ctime });
+            entries.push(Entry { identity, bytes: files::size_below(&dir), ctime });
         }
         Ok(entries)
     }
@@ -228,18 +229,11 @@ fn publish(new: &Path, image: &Path) -> Result<(), RootfsError> {
 }
 
 fn make_dir(dir: &Path) -> Result<(), RootfsError> {
-    match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
-        // It was there, and is gone before it could be seen to be a directory.
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-        made => made.map_err(failed("cannot create", dir)),
-    }
+    files::make_dir(dir).map_err(failed("cannot create", dir))
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {
-    let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let mut paths: Vec<_> = entries.map_err(failed("cannot list", dir))?.iter().map(|e| e.path()).collect();
-    paths.sort();
-    Ok(paths)
+    files::entries(dir).map_err(failed("cannot list", dir))
 }
 
 fn remove_all_but(dir: &Path, kept: &str) -> Result<(), RootfsError> {
@@ -248,16 +242,7 @@ fn remove_all_but(dir: &Path, kept: &str) -> Result<(), RootfsError> {
 }
 
 pub(super) fn remove_dir(dir: &Path) -> Result<(), RootfsError> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(failed("cannot remove", dir)(e)),
-        _ => Ok(()),
-    }
-}
-
-/// Of the files in `dir`, on disk. What cannot be looked at takes nothing.
-fn size_below(dir: &Path) -> u64 {
-    let files = fs::read_dir(dir).into_iter().flatten().flatten();
-    files.filter_map(|entry| entry.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
+    files::remove(dir).map_err(failed("cannot remove", dir))
 }
 
 #[cfg(test)]

@@ -159,7 +159,7 @@ pub fn restore_disks(cache_dir: &Path, run_dir: &Path, snapshot: &[Disk]) -> Res
             let linked = std::fs::hard_link(&disk.path, &path).is_ok();
             return Ok(if linked { Disk { path, ..disk.clone() } } else { disk.clone() });
         }
-        crate::snapshot::copy(&disk.path, &path).map_err(super::failed("cannot copy a disk to", &path))?;
+        crate::files::copy(&disk.path, &path).map_err(super::failed("cannot copy a disk to", &path))?;
         Ok(Disk { path, ..disk.clone() })
     });
     restored.collect()

@@ -41,7 +41,7 @@ fn copy_data(source: &File, target: &File, len: u64) -> io::Result<()> {
 }
 
 /// lseek(2) to the next data or hole; `None` behind the last data.
-pub(super) fn seek(file: &File, from: i64, whence: Whence) -> io::Result<Option<i64>> {
+pub(crate) fn seek(file: &File, from: i64, whence: Whence) -> io::Result<Option<i64>> {
     match lseek(file, from, whence) {
         Ok(at) => Ok(Some(at)),
         Err(Errno::ENXIO) => Ok(None),

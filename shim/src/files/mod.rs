@@ -1,0 +1,48 @@
+//! Directories and large files on the host's disks, for the stores that are there: packed layers, snapshots.
+
+mod copy;
+
+use std::{
+    fs::{self, DirBuilder},
+    io::{self, ErrorKind},
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+pub(crate) use copy::{copy, seek};
+
+/// Makes `dir` with its parents, mode 0700, unless it is there.
+pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+        // It was there, and is gone before it could be seen to be a directory.
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// The paths in `dir`, sorted.
+pub(crate) fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()?;
+    let mut paths: Vec<_> = entries.iter().map(|entry| entry.path()).collect();
+    paths.sort();
+    Ok(paths)
+}
+
+/// Removes a file, or a directory with all that is in it, unless it is gone.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    match if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Bytes on disk of all below `dir`. What cannot be looked at takes nothing.
+pub(crate) fn size_below(dir: &Path) -> u64 {
+    let size = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => size_below(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    };
+    fs::read_dir(dir).into_iter().flatten().flatten().map(size).sum()
+}
