@@ -202,6 +202,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         SnapshotError::Manifest { .. }
         | SnapshotError::Format { .. }
         | SnapshotError::Protocol { .. }
+        | SnapshotError::Foreign { .. }
         | SnapshotError::Damaged { .. } => Code::FAILED_PRECONDITION,
         SnapshotError::Io { .. } => Code::UNKNOWN,
     }

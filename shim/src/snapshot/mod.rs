@@ -99,6 +99,15 @@ pub enum SnapshotError {
         /// Of this build.
         known: String,
     },
+    /// The manifest names what is no file of its snapshot. It may come from another host, and must not lead to
+    /// files of this one.
+    #[error("the manifest of the snapshot {name:?} names {path:?}, which is no file of the snapshot")]
+    Foreign {
+        /// The snapshot.
+        name: String,
+        /// The path.
+        path: String,
+    },
     /// A file is not what the manifest says.
     #[error("{path} has {found} bytes, its manifest says {expected}: the snapshot is damaged")]
     Damaged {

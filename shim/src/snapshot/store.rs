@@ -85,8 +85,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Those of a manifest that this build cannot read, of files that are missing or have another length,
-    /// and [`SnapshotError::Protocol`] for an agent that could not be talked to.
+    /// Those of a manifest that this build cannot read, of files that are missing, have another length or are
+    /// none of the snapshot, and [`SnapshotError::Protocol`] for an agent that could not be talked to.
     pub fn open(&self, name: &str) -> Result<(Manifest, PathBuf), SnapshotError> {
         let dir = self.path(name)?;
         let manifest = self.read(name, &dir)?;
@@ -96,11 +96,22 @@ impl Store {
             let (found, known) = (manifest.protocol, ours.to_string());
             return Err(SnapshotError::Protocol { name: name.into(), found, known });
         }
+        let foreign = |path: &str| SnapshotError::Foreign { name: name.into(), path: path.into() };
+        for disk in &manifest.disks {
+            let known = manifest.files.iter().any(|file| file.path == disk.file);
+            if !known || !is_serial(&disk.serial) || disk.file != format!("{DISKS}/{}", disk.serial) {
+                return Err(foreign(&disk.file));
+            }
+        }
         for file in &manifest.files {
             let path = dir.join(&file.path);
-            let found = fs::metadata(&path).map_err(failed("cannot open", &path))?.len();
-            if found != file.bytes {
-                return Err(SnapshotError::Damaged { path, found, expected: file.bytes });
+            let below = [VM, DISKS].iter().any(|sub| path.parent() == Some(&dir.join(sub)));
+            let meta = fs::symlink_metadata(&path).map_err(failed("cannot open", &path))?;
+            if !below || !meta.is_file() {
+                return Err(foreign(&file.path));
+            }
+            if meta.len() != file.bytes {
+                return Err(SnapshotError::Damaged { path, found: meta.len(), expected: file.bytes });
             }
         }
         Ok((manifest, dir))
@@ -292,6 +303,12 @@ impl Draft {
         let below = path.strip_prefix(&self.dir).unwrap_or(path);
         Ok(FileDigest { path: below.to_string_lossy().into_owned(), bytes, sha256 })
     }
+}
+
+/// Whether it can be the serial of a virtio-blk device, and a file name.
+fn is_serial(serial: &str) -> bool {
+    (1..=20).contains(&serial.len())
+        && serial.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 fn make_dir(dir: &Path) -> Result<(), SnapshotError> {

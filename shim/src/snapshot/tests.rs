@@ -91,6 +91,32 @@ fn what_the_guest_writes_later_is_not_in_it() {
 }
 
 #[test]
+fn a_manifest_leads_to_no_file_of_the_host() {
+    let place = place();
+    place.make("one");
+    let path = place.path("one/manifest.json");
+    let text = fs::read_to_string(&path).unwrap();
+    for (from, to) in [
+        ("\"file\": \"disks/writable\"", "\"file\": \"/etc/passwd\""),
+        ("\"file\": \"disks/writable\"", "\"file\": \"disks/../manifest.json\""),
+        ("\"serial\": \"writable\"", "\"serial\": \"../writable\""),
+        ("\"path\": \"vm/state.json\"", "\"path\": \"/etc/passwd\""),
+        ("\"path\": \"vm/state.json\"", "\"path\": \"vm/../manifest.json\""),
+    ] {
+        let forged = text.replace(from, to);
+        assert_ne!(forged, text);
+        fs::write(&path, forged).unwrap();
+        let refused = place.store.open("one").unwrap_err();
+        assert!(matches!(refused, SnapshotError::Foreign { .. }), "{to}: {refused}");
+    }
+    fs::write(&path, text).unwrap();
+    place.store.open("one").unwrap();
+    fs::remove_file(place.path("one/disks/writable")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", place.path("one/disks/writable")).unwrap();
+    assert!(matches!(place.store.open("one"), Err(SnapshotError::Foreign { .. })));
+}
+
+#[test]
 fn a_sandbox_may_be_deleted_before_its_snapshot_is_complete() {
     let place = place();
     let (draft, disks) = (place.store.begin("one").unwrap(), place.disks());
