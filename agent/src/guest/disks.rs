@@ -8,7 +8,10 @@ use std::{
 
 use nix::unistd::syncfs;
 
-use super::{paths, storage::StorageError};
+use super::{
+    paths,
+    storage::{StorageError, failed},
+};
 
 /// Writes out every file system on a disk that is mounted for containers, syncfs(2). Blocks.
 ///
@@ -42,11 +45,6 @@ fn on_disks(mountinfo: &str) -> Vec<PathBuf> {
         }
     }
     found
-}
-
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StorageError {
-    let path = path.to_owned();
-    move |source| StorageError::Io { action, path, source }
 }
 
 #[cfg(test)]

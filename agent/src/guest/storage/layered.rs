@@ -11,7 +11,7 @@ use nix::{
     mount::{MntFlags, umount2},
 };
 
-use super::{Mount, StorageError, device::SERIAL};
+use super::{Mount, StorageError, device::SERIAL, failed};
 
 /// The disks of an overlay, as the host names them: `serial:<virtio-blk serial>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,11 +118,6 @@ impl Drop for Layered {
         let _ = fs::remove_dir(&self.disk);
         let _ = fs::remove_dir(&self.lower);
     }
-}
-
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError {
-    let path = path.to_owned();
-    move |source| StorageError::Io { action, path, source }
 }
 
 #[cfg(test)]

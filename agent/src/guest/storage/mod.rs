@@ -75,6 +75,12 @@ pub enum StorageError {
     },
 }
 
+/// What a file operation fails with.
+pub(super) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError {
+    let path = path.to_owned();
+    move |source| StorageError::Io { action, path, source }
+}
+
 impl Mount {
     /// Mounts it on the existing directory `target`. Blocks for as long as the file system does.
     pub fn apply(&self, target: &Path) -> Result<(), StorageError> {
@@ -158,11 +164,7 @@ impl Rootfs {
         }
         let mut rootfs = Rootfs { directory, mounted: 0, layers: Vec::new() };
         let path = rootfs.path();
-        fs::create_dir_all(&path).map_err(|source| StorageError::Io {
-            action: "cannot create",
-            path: path.clone(),
-            source,
-        })?;
+        fs::create_dir_all(&path).map_err(failed("cannot create", &path))?;
         for mount in mounts {
             match layered::disks(mount) {
                 Some(disks) => {
