@@ -44,6 +44,13 @@ pub struct State {
     pub vmm_pid: u32,
     /// Timeline that the guest is on; 0 before the VM runs.
     pub timeline: u64,
+    /// The timelines that led to this one, the oldest first: those that the sandbox was on before a
+    /// rollback, and the one of the snapshot that it was restored from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub past_timelines: Vec<u64>,
+    /// Where the memory of a sandbox is that is paused to disk, or is to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended: Option<PathBuf>,
     /// When the shim began, nanoseconds since 1970.
     pub created_ns: u64,
     /// By id.
@@ -136,6 +143,11 @@ impl RunDir {
         let digest = Sha256::digest(format!("{address}\0{namespace}\0{id}"));
         let key: String = digest.iter().take(10).map(|byte| format!("{byte:02x}")).collect();
         RunDir(run_dir.join(key))
+    }
+
+    /// The one at this path, which somebody has noted.
+    pub fn at(path: impl Into<PathBuf>) -> RunDir {
+        RunDir(path.into())
     }
 
     /// The directory that holds `socket`, which is what a bundle's `address` file names.
@@ -267,6 +279,8 @@ mod tests {
             backend: "qemu".into(),
             vmm_pid: 42,
             timeline: u64::MAX,
+            past_timelines: vec![u64::MAX - 1],
+            suspended: Some("/s/.suspended-x".into()),
             created_ns: 6,
             containers: [("c1".to_owned(), container)].into(),
         }

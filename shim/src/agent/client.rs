@@ -7,7 +7,7 @@
 use std::{
     future::Future,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -82,6 +82,9 @@ pub enum GuestEvent {
 #[derive(Clone)]
 pub struct Agent {
     clients: watch::Receiver<Option<Clients>>,
+    /// To put another connection in its place; the link's as long as that runs.
+    connection: Weak<watch::Sender<Option<Clients>>>,
+    boot_id: u64,
     counters: Arc<Counters>,
     polling: watch::Sender<Polling>,
 }
@@ -125,7 +128,7 @@ impl std::fmt::Debug for Agent {
 /// Owns the connection; becomes a task with [`Link::run`].
 pub struct Link {
     dial: Arc<dyn Dial>,
-    clients: watch::Sender<Option<Clients>>,
+    clients: Arc<watch::Sender<Option<Clients>>>,
     counters: Arc<Counters>,
     polling: watch::Sender<Polling>,
     boot_id: u64,
@@ -146,14 +149,12 @@ impl Agent {
         let counters = Arc::<Counters>::default();
         counters.timeline.store(hello.timeline, Ordering::Relaxed);
         let polling = watch::Sender::new(Polling::On);
-        let link = Link {
-            dial,
-            clients: sender,
-            counters: counters.clone(),
-            polling: polling.clone(),
-            boot_id: hello.boot_id,
-        };
-        Ok((Agent { clients: receiver, counters, polling }, link, hello))
+        let sender = Arc::new(sender);
+        let connection = Arc::downgrade(&sender);
+        let boot_id = hello.boot_id;
+        let link =
+            Link { dial, clients: sender, counters: counters.clone(), polling: polling.clone(), boot_id };
+        Ok((Agent { clients: receiver, connection, boot_id, counters, polling }, link, hello))
     }
 
     /// Makes no further poll for events; the one that waits is answered when the guest is quiesced.
@@ -186,6 +187,31 @@ impl Agent {
         self.counters.timeline.store(timeline, Ordering::Relaxed);
         self.counters.last_event.store(after, Ordering::Relaxed);
         self.follow_events();
+    }
+
+    /// Gives up the connection to a guest that has no VM for a while. Events have to be
+    /// [held](Agent::hold_events): nobody connects then before [`renew`](Agent::renew).
+    pub fn disconnect(&self) {
+        if let Some(connection) = self.connection.upgrade() {
+            connection.send_replace(None);
+        }
+    }
+
+    /// Connects to the same guest in another VM, trying again for at most `limit`. Events are still held.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`connect`](Agent::connect); [`AgentError::OtherGuest`] for a guest that has booted anew.
+    pub async fn renew(&self, dial: &dyn Dial, limit: Duration) -> Result<HelloResponse, AgentError> {
+        let (clients, hello) = connect(dial, limit).await?;
+        if hello.boot_id != self.boot_id {
+            return Err(AgentError::OtherGuest { expected: self.boot_id, found: hello.boot_id });
+        }
+        if let Some(connection) = self.connection.upgrade() {
+            self.counters.reconnects.fetch_add(1, Ordering::Relaxed);
+            connection.send_replace(Some(clients));
+        }
+        Ok(hello)
     }
 
     /// How the connection has fared, from memory.
@@ -334,12 +360,12 @@ impl Link {
         let mut refused = 0_u64;
         let mut pace = Pace::new();
         loop {
-            let clients = self.clients.borrow().clone();
-            let clients = match clients {
-                Some(clients) => clients,
-                None => self.reconnect().await?,
-            };
+            if self.clients.borrow().is_none() {
+                self.reconnect().await?;
+            }
             self.may_poll().await;
+            // Another one than before, if the guest has moved to another VM meanwhile.
+            let Some(clients) = self.clients.borrow().clone() else { continue };
             let mut after = self.counters.last_event.load(Ordering::Relaxed);
             let request = EventsRequest {
                 after,
@@ -398,7 +424,7 @@ impl Link {
     }
 
     /// Tries until it works: the VMM's end is noticed elsewhere and stops this task.
-    async fn reconnect(&self) -> Result<Clients, AgentError> {
+    async fn reconnect(&self) -> Result<(), AgentError> {
         loop {
             match connect(&*self.dial, HELLO_LIMIT).await {
                 Ok((_, hello)) if hello.boot_id != self.boot_id => {
@@ -406,8 +432,8 @@ impl Link {
                 }
                 Ok((clients, _)) => {
                     self.counters.reconnects.fetch_add(1, Ordering::Relaxed);
-                    self.clients.send_replace(Some(clients.clone()));
-                    return Ok(clients);
+                    self.clients.send_replace(Some(clients));
+                    return Ok(());
                 }
                 Err(e) if e.is_final() => return Err(e),
                 Err(e) => warn!("cannot reconnect to the agent, trying again: {}", chain(&e)),

@@ -216,6 +216,8 @@ mod tests {
             backend: "fake".into(),
             vmm_pid: 4242,
             timeline: 1,
+            past_timelines: Vec::new(),
+            suspended: None,
             created_ns: 1,
             containers: containers.iter().map(entry).collect(),
         };

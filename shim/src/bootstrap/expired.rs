@@ -137,6 +137,8 @@ mod tests {
             backend: "qemu".into(),
             vmm_pid: 1,
             timeline: 1,
+            past_timelines: Vec::new(),
+            suspended: None,
             created_ns: 1,
             containers: [("living".to_owned(), container)].into(),
         })

@@ -10,7 +10,10 @@ use async_trait::async_trait;
 use tracing::info;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use self::sandbox::{StatusRequest, StatusResponse, WaitReadyRequest, WaitReadyResponse};
+use self::sandbox::{
+    PauseRequest, PauseResponse, ResumeRequest, ResumeResponse, StatusRequest, StatusResponse,
+    WaitReadyRequest, WaitReadyResponse,
+};
 use crate::sandbox::{Sandbox, SandboxReadiness, SnapshotRequest};
 
 /// Longest time that a caller may wait for a sandbox to be ready.
@@ -59,6 +62,22 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
             SandboxReadiness::Waiting(what) => (false, what),
         };
         Ok(WaitReadyResponse { ready, waits_for, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<PauseResponse> {
+        info!(to_disk = request.to_disk, "pause");
+        if request.to_disk {
+            self.sandbox.pause_to_disk().await?;
+        } else {
+            self.sandbox.pause_all().await?;
+        }
+        Ok(PauseResponse::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<ResumeResponse> {
+        info!("resume");
+        self.sandbox.resume_all().await?;
+        Ok(ResumeResponse::new())
     }
 
     async fn snapshot(

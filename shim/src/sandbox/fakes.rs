@@ -29,6 +29,7 @@ use crate::{
     agent::dial::HybridVsock,
     config::Config,
     errors::Error,
+    snapshot::Suspended,
     state::{RunDir, now_ns},
     vmm::{Disk, VmSpec, Vmm, VmmError, VmmExit},
 };
@@ -61,7 +62,7 @@ pub(super) struct Guest {
     /// Changes to cut every connection.
     cut: watch::Sender<u32>,
     quiesces: watch::Sender<u32>,
-    /// Whether it was restored.
+    /// Whether it is at rest.
     pub(super) quiesced: AtomicBool,
     /// What the last Thaw asked for.
     pub(super) thaw: Mutex<guest::ThawRequest>,
@@ -257,6 +258,7 @@ impl guest_ttrpc::Guest for Service {
         self.0.called("Quiesce", "", "").await?;
         // Waiting polls are answered.
         self.0.quiesces.send_modify(|count| *count += 1);
+        self.0.quiesced.store(true, Ordering::Relaxed);
         Ok(guest::QuiesceResponse::new())
     }
 
@@ -267,6 +269,7 @@ impl guest_ttrpc::Guest for Service {
     ) -> ttrpc::Result<guest::ThawResponse> {
         self.0.called("Thaw", "", "").await?;
         *self.0.thaw.lock().unwrap() = request;
+        self.0.quiesced.store(false, Ordering::Relaxed);
         Ok(guest::ThawResponse::new())
     }
 
@@ -316,18 +319,34 @@ impl guest_ttrpc::Guest for Service {
 #[derive(Clone)]
 pub(super) struct FakeVmm {
     socket: PathBuf,
-    alive: watch::Sender<bool>,
+    /// How many were chosen before it.
+    generation: u64,
+    /// Generation of the last that was booted, and whether it lives.
+    alive: watch::Sender<(u64, bool)>,
     paused: watch::Sender<bool>,
     /// Whether a pause fails.
     pub(super) sticks: Arc<AtomicBool>,
     /// Whether a snapshot fails.
     pub(super) sticks_in_snapshots: Arc<AtomicBool>,
+    /// What one does that is booted from a snapshot.
+    pub(super) restores: Arc<Mutex<Boot>>,
+    /// What it was made from.
+    pub(super) spec: Option<VmSpec>,
     boots: bool,
+}
+
+/// What a VMM does when it is to boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Boot {
+    #[default]
+    Works,
+    Fails,
+    Hangs,
 }
 
 impl FakeVmm {
     pub(super) fn die(&self) {
-        self.alive.send_replace(false);
+        self.alive.send_modify(|(_, alive)| *alive = false);
     }
 
     pub(super) fn is_paused(&self) -> bool {
@@ -335,21 +354,28 @@ impl FakeVmm {
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        *self.alive.borrow()
+        self.alive.borrow().1
     }
 }
 
 #[async_trait]
 impl Vmm for FakeVmm {
     async fn boot(&mut self) -> Result<(), VmmError> {
-        if !self.boots {
+        let restores = self.spec.as_ref().is_some_and(|spec| spec.restore.is_some());
+        let fate = *self.restores.lock().unwrap();
+        if !self.boots || (restores && fate == Boot::Hangs) {
             std::future::pending::<()>().await;
         }
+        if restores && fate == Boot::Fails {
+            return Err(VmmError::Timeout { what: "booting", limit: Duration::ZERO });
+        }
+        self.alive.send_replace((self.generation, true));
+        self.paused.send_replace(false);
         Ok(())
     }
 
     fn pid(&self) -> u32 {
-        PID
+        PID + self.generation as u32
     }
 
     fn vsock(&self) -> HybridVsock {
@@ -357,7 +383,8 @@ impl Vmm for FakeVmm {
     }
 
     async fn wait(&self) -> VmmExit {
-        let _ = self.alive.subscribe().wait_for(|alive| !alive).await;
+        let mine = self.generation;
+        let _ = self.alive.subscribe().wait_for(|(current, alive)| !alive || *current != mine).await;
         VmmExit { expected: false, description: "killed by a test".into() }
     }
 
@@ -405,6 +432,8 @@ pub(super) struct FakeHost {
     pub(super) guest: Arc<Guest>,
     pub(super) released: Mutex<Vec<String>>,
     pub(super) size: Mutex<(u32, u64)>,
+    /// What each VM was made from.
+    pub(super) chosen: Mutex<Vec<VmSpec>>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -413,15 +442,19 @@ impl FakeHost {
         FakeHost {
             vmm: FakeVmm {
                 socket,
-                alive: watch::Sender::new(true),
+                generation: 0,
+                alive: watch::Sender::new((0, true)),
                 paused: watch::Sender::new(false),
                 sticks: Arc::default(),
                 sticks_in_snapshots: Arc::default(),
+                restores: Arc::default(),
+                spec: None,
                 boots,
             },
             guest: Arc::new(guest),
             released: Mutex::default(),
             size: Mutex::default(),
+            chosen: Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         }
     }
@@ -454,13 +487,21 @@ impl Host for FakeHost {
     fn select(&self, _: &Config, spec: VmSpec) -> Result<Selected, Error> {
         *self.size.lock().unwrap() = (spec.vcpus, spec.memory_mib);
         let _context = self.runtime.enter();
-        self.guest.listen(&self.vmm.socket);
+        // The guest of one that was before is the same, and has its socket.
+        if !self.vmm.socket.exists() {
+            self.guest.listen(&self.vmm.socket);
+        }
+        let mut chosen = self.chosen.lock().unwrap();
+        let generation = chosen.len() as u64;
+        let vmm = Box::new(FakeVmm { generation, spec: Some(spec.clone()), ..self.vmm.clone() });
+        chosen.push(spec);
         let (backend, reason) = ("fake".into(), "test".into());
-        Ok(Selected { vmm: Box::new(self.vmm.clone()), backend, reason, shared_mount: Default::default() })
+        Ok(Selected { vmm, backend, reason, shared_mount: Default::default() })
     }
 
     fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
         self.vmm.die();
+        Suspended::remove_of(run_dir)?;
         Ok(run_dir.remove()?)
     }
 }

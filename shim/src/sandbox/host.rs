@@ -17,6 +17,7 @@ use crate::{
         Plan, Prepared, Share,
         block::{self, BlockRequest, SandboxDisks},
     },
+    snapshot::Suspended,
     state::RunDir,
     vmm::{self, Disk, VmSpec, Vmm},
 };
@@ -152,6 +153,8 @@ impl Host for LinuxHost {
             disks.remove()?;
         }
         cube_fault::point("destroy.disks_removed");
+        Suspended::remove_of(run_dir)?;
+        cube_fault::point("destroy.memory_removed");
         run_dir.remove()?;
         cube_fault::point("destroy.run_dir_removed");
         Ok(())

@@ -18,7 +18,7 @@ use ttrpc::Code;
 
 use super::{
     Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, SnapshotRequest, create::Created,
-    machine::Machine, pause, process::Stdio, snapshot::Taken,
+    machine::Machine, pause, process::Stdio, snapshot::Taken, suspend::Loaded,
 };
 use crate::{
     agent::{Agent, AgentError, Clients, Dial},
@@ -57,6 +57,8 @@ pub(super) enum Report {
     Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
     Paused { id: String, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
     Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
+    Suspended { id: String, paused: bool, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
+    Loaded { id: String, result: Result<Loaded, Error>, reply: Reply<()> },
     Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
@@ -72,6 +74,8 @@ impl Report {
             | Report::Deleted { .. } => true,
             Report::Paused { .. }
             | Report::Resumed { .. }
+            | Report::Suspended { .. }
+            | Report::Loaded { .. }
             | Report::Snapshotted { .. }
             | Report::Stats { .. } => false,
         }

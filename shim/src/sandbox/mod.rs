@@ -15,12 +15,14 @@ mod owner;
 mod pause;
 mod process;
 mod ready;
+mod relaunch;
 mod restore;
 pub mod size;
 mod snapshot;
 pub mod spec;
 mod status;
 mod steps;
+mod suspend;
 #[cfg(test)]
 mod tests;
 
@@ -153,6 +155,10 @@ enum Request {
     Kill(KillRequest, Reply<()>),
     Pause(String, Reply<()>),
     Resume(String, Reply<()>),
+    /// The whole sandbox, by its own id.
+    PauseAll(Reply<()>),
+    PauseToDisk(Reply<()>),
+    ResumeAll(Reply<()>),
     Snapshot(SnapshotRequest, Reply<Listed>),
     Delete(ProcessId, Reply<Deleted>),
     Wait(ProcessId, Reply<Exit>),
@@ -242,9 +248,25 @@ impl Sandbox {
         self.ask(|reply| Request::Pause(id, reply)).await
     }
 
-    /// Lets a paused sandbox go on.
+    /// Lets a paused sandbox go on, also one that is paused to disk.
     pub async fn resume(&self, id: String) -> Result<(), Error> {
         self.ask(|reply| Request::Resume(id, reply)).await
+    }
+
+    /// Stops the VM, whatever the id of its main container.
+    pub async fn pause_all(&self) -> Result<(), Error> {
+        self.ask(Request::PauseAll).await
+    }
+
+    /// Writes the memory of a running or paused sandbox to disk, and ends its VMM. For containerd it is
+    /// paused then.
+    pub async fn pause_to_disk(&self) -> Result<(), Error> {
+        self.ask(Request::PauseToDisk).await
+    }
+
+    /// Lets a sandbox go on that is paused, in memory or to disk.
+    pub async fn resume_all(&self) -> Result<(), Error> {
+        self.ask(Request::ResumeAll).await
     }
 
     /// Takes a snapshot. The sandbox stands still while memory and disks are written, and is then as it

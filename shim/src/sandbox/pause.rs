@@ -14,7 +14,7 @@ use cube_protocol::guest::{QuiesceRequest, QuiesceResponse, ThawRequest};
 use tokio::{time::timeout, try_join};
 use tracing::{error, warn};
 
-use super::{job::Guest, steps::Steps};
+use super::{job::Guest, restore, steps::Steps};
 use crate::{
     errors::{Error, chain},
     state::now_ns,
@@ -124,7 +124,7 @@ pub(super) async fn wake(guest: &Guest, timeline: u64, steps: &mut Steps) -> Res
     steps.done("VM resumed");
     // First: this is also what connects again if that has to be.
     guest.agent.follow_events();
-    let request = ThawRequest { realtime_ns: now_ns(), ..Default::default() };
+    let request = ThawRequest { realtime_ns: now_ns(), entropy: restore::entropy()?, ..Default::default() };
     guest
         .agent
         .call("Thaw", THAW_LIMIT, request, |c, ctx, call| async move { c.guest.thaw(ctx, &call).await })

@@ -181,11 +181,9 @@ impl Creation {
 /// Lets a guest that was restored run. If that fails, it may be repeated.
 pub(super) async fn thaw(guest: &Guest, restored: &Restored) -> Result<(), Error> {
     let Restored { timeline, last_event, hostname, .. } = restored;
-    let mut entropy = vec![0; ENTROPY];
-    getrandom::fill(&mut entropy).map_err(|e| Error::Restore { reason: no_randomness(e) })?;
     let request = ThawRequest {
         realtime_ns: now_ns(),
-        entropy,
+        entropy: entropy()?,
         hostname: hostname.clone(),
         timeline: *timeline,
         ..Default::default()
@@ -200,8 +198,15 @@ pub(super) async fn thaw(guest: &Guest, restored: &Restored) -> Result<(), Error
     Ok(())
 }
 
+/// For the guest's generator: others may have gone on from the same memory.
+pub(super) fn entropy() -> Result<Vec<u8>, Error> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|e| Error::Restore { reason: no_randomness(e) })?;
+    Ok(entropy)
+}
+
 /// Random, and not 0, which stands for none.
-fn new_timeline() -> Result<u64, Error> {
+pub(super) fn new_timeline() -> Result<u64, Error> {
     let random = getrandom::u64().map_err(|e| Error::Restore { reason: no_randomness(e) })?;
     Ok(random.max(1))
 }

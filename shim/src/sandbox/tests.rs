@@ -25,6 +25,7 @@ mod pause;
 mod ready;
 mod restore;
 mod snapshot;
+mod suspend;
 
 struct Lab {
     dir: TempDir,

@@ -5,6 +5,7 @@
 //!              vm/              memory and devices, as the VMM has written them
 //!              disks/<serial>   block disks at the same instant
 //! <dir>/.<name>.new/            one that is being made; locked (flock) for as long
+//! <dir>/.suspended-<key>/       no snapshot: memory of a sandbox that is paused to disk
 //! ```
 //!
 //! A snapshot has the whole memory of the sandbox in it, keys and all: directories are 0700, files 0600.
@@ -13,6 +14,7 @@
 mod digest;
 mod manifest;
 mod store;
+mod suspended;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +23,7 @@ use std::{io, path::PathBuf};
 pub use self::{
     manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition},
     store::{Copies, Draft, Listed, Store},
+    suspended::Suspended,
 };
 
 /// A snapshot that cannot be made, read or removed.

@@ -94,6 +94,8 @@ impl Host {
             backend: "process".into(),
             vmm_pid: 4242,
             timeline: 1,
+            past_timelines: Vec::new(),
+            suspended: None,
             created_ns: 1,
             containers: BTreeMap::from([(id.into(), container)]),
         })

@@ -29,6 +29,15 @@ It is ready when each of its containers has been started and, where the containe
 annotations cube.ready.http, cube.ready.tcp and cube.ready.exec, that probe has succeeded once. It is an
 error if the sandbox's main container exits, or another one before it is ready.";
 
+const PAUSE: &str = "\
+Let a sandbox stand still
+
+Every container in it is paused at once, for containerd, too. With --to-disk its memory is written to
+snapshot.dir of the configuration and then given back to the host; `cubecli cubebox resume` or `ctr task
+resume` lets the sandbox go on from there, with the same processes, terminals and logs. Only sandboxes on
+Cloud Hypervisor whose rootfs is on disks of their own (annotation cube.rootfs.mode=block) can be paused to
+disk. A sandbox on disk does not outlive its shim or its host.";
+
 const SNAPSHOT: &str = "\
 Take a snapshot of a sandbox, which runs on; prints the snapshot's name
 
@@ -74,6 +83,11 @@ pub(crate) enum CubeboxCommand {
     /// Wait until a sandbox is ready
     #[command(long_about = WAIT)]
     Wait(WaitArgs),
+    /// Let a sandbox stand still, in memory or on disk
+    #[command(long_about = PAUSE)]
+    Pause(PauseArgs),
+    /// Let a paused sandbox go on, from memory or from disk
+    Resume(ResumeArgs),
     /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
     #[command(long_about = SNAPSHOT)]
     Snapshot(SnapshotArgs),
@@ -118,6 +132,29 @@ pub(crate) struct WaitArgs {
     /// Give up after so many seconds, with exit code 1 and the reason [default: wait for ever]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=31_536_000))]
     pub(crate) timeout: Option<u64>,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct PauseArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
+    /// Write the memory to disk and set it free; also for a sandbox that is paused already
+    #[arg(long)]
+    pub(crate) to_disk: bool,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct ResumeArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,

@@ -18,7 +18,7 @@ use cube_shim::{
         block::{Cache, SandboxDisks},
         mountinfo,
     },
-    snapshot::Store,
+    snapshot::{SnapshotError, Store, Suspended},
     state::{RunDir, StateError},
 };
 use nix::mount::{MntFlags, umount2};
@@ -125,8 +125,15 @@ impl Gc {
         Ok(())
     }
 
-    /// Removes snapshots that were left half made.
+    /// Removes snapshots that were left half made, and memory that nobody can go on from.
     fn snapshots(&mut self, config: &Config) -> Result<(), CliError> {
+        match Suspended::remove_orphans(&config.snapshot.dir, self.dry_run) {
+            Ok(removed) => removed.iter().try_for_each(|path| {
+                self.say(&format!("{} (memory of a sandbox that is gone)", path.display()))
+                    .map_err(CliError::Output)
+            })?,
+            Err(e) => self.failed(&e),
+        }
         match Store::at(&config.snapshot.dir).collect(self.dry_run) {
             Ok(removed) => removed.iter().try_for_each(|path| {
                 self.say(&format!("{} (a part of a snapshot)", path.display())).map_err(CliError::Output)
@@ -179,6 +186,8 @@ enum GcError {
     Cgroup(#[from] cube_shim::cgroup::CgroupError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("cannot write the output")]
     Output(#[from] io::Error),
     #[error("cannot list the mounts below {path}")]
@@ -206,6 +215,7 @@ fn remove(dir: &RunDir) -> Result<(), GcError> {
     if let Some(disks) = SandboxDisks::of(dir.path())? {
         disks.remove()?;
     }
+    Suspended::remove_of(dir)?;
     Ok(dir.remove()?)
 }
 

@@ -78,7 +78,7 @@ fn examine(tasks: &Tasks, sandbox: &Sandbox) -> Vec<Container> {
             namespace: name.namespace,
             id: name.id,
             sandbox: state.sandbox_id.clone(),
-            status: describe(answer),
+            status: describe(answer, state.suspended.is_some()),
             pid: answer.map_or(state.vmm_pid, |task| task.pid),
             vmm: if state.backend.is_empty() { "-".into() } else { state.backend.clone() },
             created: time::rfc3339(container.created_ns),
@@ -90,11 +90,13 @@ fn examine(tasks: &Tasks, sandbox: &Sandbox) -> Vec<Container> {
     containers
 }
 
-fn describe(answer: Result<TaskState, Silent>) -> &'static str {
+/// containerd has no word for a sandbox that is paused to disk.
+fn describe(answer: Result<TaskState, Silent>, on_disk: bool) -> &'static str {
     match answer.map(|task| task.status) {
         Ok(Status::CREATED) => "created",
         Ok(Status::RUNNING) => "running",
         Ok(Status::STOPPED) => "stopped",
+        Ok(Status::PAUSED) if on_disk => "suspended",
         Ok(Status::PAUSED) => "paused",
         Ok(Status::PAUSING) => "pausing",
         Ok(Status::UNKNOWN) => "unknown",

@@ -7,7 +7,9 @@ mod info;
 mod logs;
 mod ls;
 mod namespace;
+mod pause;
 mod print;
+mod progress;
 mod sandboxes;
 mod shim;
 mod snapshot;
@@ -47,6 +49,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Ls(args) } => ls::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Status(args) } => status::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Pause(args) } => pause::pause(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Resume(args) } => pause::resume(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
             snapshot::take(&config, &args, output)
         }

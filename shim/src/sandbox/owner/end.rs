@@ -16,6 +16,7 @@ use crate::{
         job::{self, Guest, Removal, Report},
         pause,
         process::{Exit, Phase},
+        suspend,
     },
     stdio::ProcessIo,
 };
@@ -44,7 +45,7 @@ impl Owner {
             Ok(_) if self.state.is_pause() && !(sigkill && last_resort) => {
                 self.waiting_kills.push((request, reply));
             }
-            Ok(guest) if matches!(self.state, SandboxState::Paused | SandboxState::Snapshotting) => {
+            Ok(guest) if self.has_deaf_guest() => {
                 answer_later(reply, async move {
                     guest.machine.kill().await;
                     Ok(())
@@ -57,6 +58,18 @@ impl Owner {
                 answer_later(reply, job::kill(guest, request, last_resort));
             }
             Err(e) => drop(reply.send(Err(e))),
+        }
+    }
+
+    /// Whether it is known that no signal would reach the guest.
+    fn has_deaf_guest(&self) -> bool {
+        match self.state {
+            SandboxState::Paused
+            | SandboxState::Suspending
+            | SandboxState::Suspended
+            | SandboxState::Snapshotting => true,
+            SandboxState::Resuming => self.disk.suspended.is_some(),
+            _ => false,
         }
     }
 
@@ -91,7 +104,9 @@ impl Owner {
             }
         }
         // A paused guest has output that the log has not: it goes on first.
-        let paused = self.state == SandboxState::Paused && id.is_init() && self.is_main(&id.container);
+        let still = matches!(self.state, SandboxState::Paused | SandboxState::Suspended);
+        let paused = still && id.is_init() && self.is_main(&id.container);
+        let way_back = self.way_back().filter(|_| self.state == SandboxState::Suspended);
         if self.state.is_pause() && !paused {
             // Refused, it would not come again: ctr and CRI delete an exec once, whatever the answer.
             return self.waiting_deletes.push((id, reply));
@@ -100,16 +115,26 @@ impl Owner {
             return drop(reply.send(Err(not_found("container", &id.container))));
         };
         let deleted = Deleted { pid: self.pid, exit };
-        let removal = self.removal(&id);
+        let mut removal = self.removal(&id);
         self.serve_those_that_waited();
         let (host, run_dir) = (self.host.clone(), self.identity.run_dir.clone());
         let resume = self.guest.clone().filter(|_| paused);
         let timeline = self.disk.timeline;
         self.work(async move {
-            if let Some(guest) = resume
-                && let Err(e) = pause::resume(&guest, timeline).await
-            {
-                warn!("deleting a paused sandbox that cannot be resumed: {}", chain(&e));
+            if let Some(guest) = resume {
+                let (resumed, has_vm) = match way_back {
+                    None => (pause::resume(&guest, timeline).await, true),
+                    Some((relaunch, memory)) => {
+                        match suspend::from_disk(&guest, timeline, relaunch, &memory).await {
+                            Ok(loaded) => (loaded.resumed, true),
+                            Err(e) => (Err(e), false),
+                        }
+                    }
+                };
+                if let Err(e) = resumed {
+                    warn!("deleting a paused sandbox that cannot be resumed: {}", chain(&e));
+                }
+                removal.guest = removal.guest.filter(|_| has_vm);
             }
             job::remove(removal, host, run_dir).await;
             Report::Deleted { process: id, deleted, reply }

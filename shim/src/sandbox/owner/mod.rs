@@ -8,6 +8,7 @@ mod run;
 mod snapshot;
 mod state;
 mod status;
+mod suspend;
 mod watch;
 
 use std::{
@@ -79,6 +80,12 @@ impl Container {
 /// What brings the sandbox to rest as soon as nothing is under way that changes it.
 enum Waiting {
     Pause(String, Reply<()>),
+    /// To disk. For the main container, and whether it was paused before.
+    Suspend {
+        id: String,
+        paused: bool,
+        reply: Reply<()>,
+    },
     Snapshot(SnapshotRequest, Reply<Listed>),
 }
 
@@ -140,6 +147,8 @@ impl Owner {
             backend: String::new(),
             vmm_pid: 0,
             timeline: 0,
+            past_timelines: Vec::new(),
+            suspended: None,
             created_ns: now_ns(),
             containers: BTreeMap::new(),
         };
@@ -207,6 +216,9 @@ impl Owner {
             Request::Kill(request, reply) => self.kill(request, reply),
             Request::Pause(id, reply) => self.pause(id, reply),
             Request::Resume(id, reply) => self.resume(id, reply),
+            Request::PauseAll(reply) => self.pause(self.main_id(), reply),
+            Request::PauseToDisk(reply) => self.suspend(reply),
+            Request::ResumeAll(reply) => self.resume(self.main_id(), reply),
             Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Delete(process, reply) => self.delete(process, reply),
             Request::Wait(process, reply) => match self.known(&process) {
@@ -268,6 +280,10 @@ impl Owner {
             }
             Report::Paused { id, result, reply } => drop(reply.send(self.paused(&id, result))),
             Report::Resumed { id, result, reply } => drop(reply.send(self.resumed(&id, result))),
+            Report::Suspended { id, paused, result, reply } => {
+                drop(reply.send(self.suspended(&id, paused, result)));
+            }
+            Report::Loaded { id, result, reply } => drop(reply.send(self.loaded(&id, result))),
             Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
@@ -294,7 +310,7 @@ impl Owner {
         let (status, stdio, exit) = (process.status(), process.stdio.clone(), process.exit());
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
         let status = match (status, state) {
-            (Status::Running, SandboxState::Pausing) => Status::Pausing,
+            (Status::Running, SandboxState::Pausing | SandboxState::Suspending) => Status::Pausing,
             (Status::Running, state) if state.is_pause() => Status::Paused,
             (status, _) => status,
         };

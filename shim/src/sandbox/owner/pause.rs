@@ -42,8 +42,13 @@ impl Owner {
                     Report::Paused { id, result, reply }
                 });
             }
+            (Waiting::Suspend { id, paused, reply }, Some(guest)) => {
+                self.write_to_disk(guest, id, paused, reply);
+            }
             (Waiting::Snapshot(request, reply), Some(guest)) => self.take_snapshot(guest, request, reply),
-            (Waiting::Pause(_, reply), None) => drop(reply.send(Err(self.ended_meanwhile()))),
+            (Waiting::Pause(_, reply) | Waiting::Suspend { reply, .. }, None) => {
+                drop(reply.send(Err(self.ended_meanwhile())))
+            }
             (Waiting::Snapshot(_, reply), None) => drop(reply.send(Err(self.ended_meanwhile()))),
         }
     }
@@ -63,7 +68,7 @@ impl Owner {
     }
 
     /// Checks that what is asked for container `id` can be done to its whole sandbox.
-    fn whole(&self, id: &str, what: &str) -> Result<(), Error> {
+    pub(super) fn whole(&self, id: &str, what: &str) -> Result<(), Error> {
         if self.is_main(id) {
             return Ok(());
         }
@@ -87,10 +92,13 @@ impl Owner {
                 (SandboxState::Paused, Err(error))
             }
         };
-        self.settle(SandboxState::Pausing, state, result, TaskEvent::paused(id))
+        self.settle(SandboxState::Pausing, state, result, Some(TaskEvent::paused(id)))
     }
 
     pub(super) fn resume(&mut self, id: String, reply: Reply<()>) {
+        if self.state == SandboxState::Suspended {
+            return self.load(id, reply);
+        }
         let guest = match self.admit_resume(&id) {
             Ok(guest) => guest,
             Err(e) => return drop(reply.send(Err(e))),
@@ -119,20 +127,21 @@ impl Owner {
         if result.is_ok() {
             self.rest = None;
         }
-        self.settle(SandboxState::Resuming, state, result, TaskEvent::resumed(id))
+        self.settle(SandboxState::Resuming, state, result, Some(TaskEvent::resumed(id)))
     }
 
-    /// Ends a transition. If the VM has ended meanwhile, that has been told already.
-    fn settle(
+    /// Ends a transition; `event` says that it has succeeded. If the VM has ended meanwhile, that has been
+    /// told already.
+    pub(super) fn settle(
         &mut self,
         from: SandboxState,
         to: SandboxState,
         result: Result<(), Error>,
-        event: TaskEvent,
+        event: Option<TaskEvent>,
     ) -> Result<(), Error> {
         if self.state == from {
             self.state = to;
-            if result.is_ok() {
+            if let (Ok(()), Some(event)) = (&result, event) {
                 self.publisher.publish(event);
             }
         } else if result.is_ok() {

@@ -26,6 +26,12 @@ impl Owner {
                 self.waiting = Some(Waiting::Snapshot(request, reply));
                 self.begin_waiting();
             }
+            (SandboxState::Suspended, _) => {
+                drop(
+                    reply
+                        .send(Err(self.wrong_state("it must be resumed first, and may then be snapshotted"))),
+                );
+            }
             _ => drop(reply.send(Err(self.wrong_state("it must be running or paused for a snapshot")))),
         }
     }

@@ -11,6 +11,10 @@ pub(super) enum SandboxState {
     Pausing,
     /// The VM stands still.
     Paused,
+    /// A job is writing memory to disk, and ends the VM.
+    Suspending,
+    /// The memory is on disk, and there is no VM.
+    Suspended,
     /// A job is setting everything going again.
     Resuming,
     /// A job is taking a snapshot.
@@ -29,6 +33,8 @@ impl SandboxState {
             SandboxState::Running => "running",
             SandboxState::Pausing => "pausing",
             SandboxState::Paused => "paused",
+            SandboxState::Suspending => "suspending",
+            SandboxState::Suspended => "suspended",
             SandboxState::Resuming => "resuming",
             SandboxState::Snapshotting => "snapshotting",
             SandboxState::Stopping => "stopping",
@@ -43,6 +49,8 @@ impl SandboxState {
             SandboxState::Running => "running",
             SandboxState::Pausing => "being paused",
             SandboxState::Paused => "paused",
+            SandboxState::Suspending => "being paused to disk",
+            SandboxState::Suspended => "paused to disk",
             SandboxState::Resuming => "being resumed",
             SandboxState::Snapshotting => "being snapshotted",
             SandboxState::Stopping => "being stopped",
@@ -55,6 +63,8 @@ impl SandboxState {
         match self {
             SandboxState::Pausing
             | SandboxState::Paused
+            | SandboxState::Suspending
+            | SandboxState::Suspended
             | SandboxState::Resuming
             | SandboxState::Snapshotting => true,
             SandboxState::Creating

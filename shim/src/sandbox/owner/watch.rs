@@ -122,6 +122,7 @@ impl Owner {
             error!("the VM has ended unexpectedly: {}", exit.description);
         }
         self.end_of_guest();
+        self.discard_memory();
         if self.state != SandboxState::Stopping {
             self.state = SandboxState::Stopped;
         }
