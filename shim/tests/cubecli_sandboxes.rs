@@ -17,6 +17,7 @@ use containerd_shim_protos::{
     api::{StateRequest, StateResponse, Status},
     shim_async::{Task, create_task},
 };
+use cube_shim::snapshot::Suspended;
 use support::Host;
 use tokio::sync::oneshot;
 use ttrpc::r#async::{Server, TtrpcContext};
@@ -68,6 +69,52 @@ fn ls_asks_each_shim_and_waits_for_none_that_hangs() {
     assert_eq!(row("hangs"), ["default", "hangs", "hangs", "no-answer", "4242", "process"]);
     assert_eq!(row("gone"), ["default", "gone", "gone", "shim-gone", "4242", "process"]);
     assert_eq!(host.text(&["cubebox", "ls", "--namespace", "other"]).lines().count(), 1);
+}
+
+/// containerd has no word for it.
+#[test]
+fn ls_tells_a_sandbox_on_disk_from_one_that_is_paused_in_memory() {
+    let host = Host::new();
+    let dirs = ["memory", "disk", "woken"].map(|id| host.sandbox(id, host.log_dir(id)));
+    for dir in &dirs[1..] {
+        let mut state = dir.load().unwrap().unwrap();
+        state.suspended = Some(host.path("store").join(format!(".suspended-{}", dir.key())));
+        dir.save(&state).unwrap();
+    }
+    let states = [Status::PAUSED, Status::PAUSED, Status::RUNNING];
+    let _shims: Vec<_> =
+        dirs.iter().zip(states).map(|(dir, state)| shim(&dir.socket().unwrap(), state)).collect();
+    let text = host.text(&["cubebox", "ls"]);
+    let status = |id: &str| {
+        let rows = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.into_iter().find(|row| row[1] == id).unwrap()[3].to_owned()
+    };
+    assert_eq!(["memory", "disk", "woken"].map(status), ["paused", "suspended", "running"]);
+}
+
+/// From the state file, and where that is gone from the link.
+#[test]
+fn gc_removes_memory_that_nobody_can_go_on_from() {
+    let host = Host::new();
+    let store = host.path("store");
+    host.configure(&format!("[snapshot]\ndir = {store:?}"));
+    let dirs = ["crashed", "lost", "lives"].map(|id| host.sandbox(id, host.log_dir(id)));
+    let memory = dirs.each_ref().map(|dir| Suspended::new(&store, dir));
+    for (dir, memory) in dirs.iter().zip(&memory) {
+        memory.create(dir).unwrap();
+        fs::write(memory.vm_dir().join("memory-ranges"), "secret").unwrap();
+        let mut state = dir.load().unwrap().unwrap();
+        state.suspended = Some(memory.path().into());
+        dir.save(&state).unwrap();
+    }
+    dirs[1].remove().unwrap();
+    let _shim = shim(&dirs[2].socket().unwrap(), Status::PAUSED);
+    let would = host.text(&["cubebox", "gc", "--dry-run"]);
+    assert!(would.contains(memory[1].path().to_str().unwrap()), "{would}");
+    assert!(memory.iter().all(|memory| memory.path().exists()));
+    let told = host.text(&["cubebox", "gc"]);
+    assert!(told.contains("memory of a sandbox that is gone"), "{told}");
+    assert_eq!(memory.map(|memory| memory.path().exists()), [false, false, true]);
 }
 
 #[test]

@@ -48,6 +48,10 @@ pub fn take(dir: &Path, keys: &[String]) -> BTreeSet<String> {
         let entries = files(&dir.join(below), if below.ends_with("v2.task") { 1 } else { 0 });
         found.extend(entries.iter().map(|file| format!("file {}", file.display())));
     }
+    // Snapshots stay when their sandbox goes. What has no name yet, or never gets one, does not.
+    let hidden = |file: &&PathBuf| file.file_name().is_some_and(|name| name.as_encoded_bytes()[0] == b'.');
+    let stored = files(&dir.join("snapshots"), 0);
+    found.extend(stored.iter().filter(hidden).map(|file| format!("file {}", file.display())));
     for cgroup in cgroups(keys) {
         found.insert(format!("cgroup {}", cgroup.display()));
         let pids = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();

@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
-        snapshots, survival, terminal,
+        snapshots, survival, suspend, terminal,
     },
 };
 
@@ -44,6 +44,12 @@ fn main() -> ExitCode {
         pause::a_paused_task_can_be_killed_and_deleted,
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
+        suspend::cubecli_pauses_and_resumes_like_containerd,
+        suspend::what_cannot_be_paused_to_disk_says_why_and_runs_on,
+        suspend::a_sandbox_on_disk_in_full_flow_loses_and_doubles_no_byte,
+        suspend::a_sandbox_on_disk_can_be_killed_and_deleted,
+        suspend::a_shim_that_is_killed_while_its_sandbox_is_on_disk_leaves_nothing,
+        suspend::a_pause_to_disk_or_a_resume_that_fails_leaves_what_was,
         restore::clones_go_on_with_their_streams_and_so_does_the_original,
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{pause, pauses, restore},
+    scenarios::{pause, pauses, restore, suspend},
 };
 
 fn main() -> ExitCode {
@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
         restore::what_cannot_be_snapshotted_or_restored_says_why,
+        suspend::cubecli_pauses_and_resumes_like_containerd,
+        suspend::what_cannot_be_paused_to_disk_says_why_and_runs_on,
         pauses::pause_upon_pause_costs_no_byte,
         pauses::execs_come_and_go_between_pauses,
         pauses::readers_that_read_nothing_do_not_hold_a_pause_up,
@@ -26,6 +28,8 @@ fn main() -> ExitCode {
         pause::a_paused_task_can_be_killed_and_deleted,
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
+        suspend::cubecli_pauses_and_resumes_like_containerd,
+        suspend::what_cannot_be_paused_to_disk_says_why_and_runs_on,
         pauses::pause_upon_pause_costs_no_byte,
         pauses::execs_come_and_go_between_pauses,
         pauses::readers_that_read_nothing_do_not_hold_a_pause_up,

@@ -18,6 +18,7 @@ use super::{
     Cache, RootfsError,
     cache::remove_dir,
 };
+use crate::vmm::Disk;
 
 /// Name of the link in the run directory.
 const LINK: &str = "disks";
@@ -75,6 +76,19 @@ impl SandboxDisks {
     /// The disk of a snapshot that the guest knows by `serial`.
     pub(super) fn restored(&self, serial: &str) -> PathBuf {
         self.dir.join(format!("{serial}.restored"))
+    }
+
+    /// Where the copy of a disk waits that is to take its place.
+    pub(super) fn staged(&self, serial: &str) -> PathBuf {
+        self.dir.join(format!("{serial}.staged"))
+    }
+
+    /// Where what takes the place of `disk` belongs: where that is, if it is here.
+    pub(super) fn home_of(&self, disk: &Disk) -> PathBuf {
+        match disk.path.parent() {
+            Some(parent) if parent == self.dir => disk.path.clone(),
+            _ => self.restored(&disk.serial),
+        }
     }
 
     /// Removes the disks of container `id`. May be repeated.

@@ -11,6 +11,8 @@
 //! images/<identity>/rootfs.erofs      packed layers; the directory is the lock of the identity
 //! sandboxes/<key>/<serial>.erofs      hard link to the above, or a file of its own
 //! sandboxes/<key>/<serial>.ext4       what the sandbox writes
+//! sandboxes/<key>/<serial>.restored   a disk that came from a snapshot
+//! sandboxes/<key>/<serial>.staged     one that is about to take the place of another
 //! sandboxes/<key>/run                 link to the run directory of the sandbox
 //! tree, empty                         mount point of packers, each in its own namespace
 //! ```
@@ -20,6 +22,7 @@ mod disks;
 mod identity;
 mod layers;
 mod pack;
+mod stage;
 mod tool;
 
 use std::{
@@ -36,6 +39,7 @@ pub use self::{
     disks::SandboxDisks,
     identity::Identity,
     layers::{Layers, Source},
+    stage::Staged,
 };
 use super::{RootfsError, plan::serial};
 use crate::{config::Config, vmm::Disk};
