@@ -183,7 +183,7 @@ fn set_aside(parent: &OwnedFd, name: &Path) -> io::Result<()> {
     }
 }
 
-fn is_log_file(name: &str) -> bool {
+pub(super) fn is_log_file(name: &str) -> bool {
     STREAMS
         .iter()
         .any(|stream| name.strip_prefix(stream).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))

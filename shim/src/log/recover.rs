@@ -55,6 +55,7 @@ impl LogWriter {
             next_offset: 0,
             next_number: 1,
             current: None,
+            goes_back: false,
         };
         writer.reopen_closed()?;
         // On a disk that is full, what is closed makes room for the index of what is not.

@@ -228,16 +228,6 @@ impl Retained {
         self.lock().segments.len()
     }
 
-    /// Numbers of the retained segments, oldest first.
-    pub(super) fn numbers(&self) -> Vec<u64> {
-        self.lock().segments.iter().map(|extent| extent.number).collect()
-    }
-
-    /// Data files of the retained segments, oldest first.
-    pub(super) fn files(&self) -> Vec<Arc<File>> {
-        self.lock().segments.iter().map(|extent| extent.data.clone()).collect()
-    }
-
     /// Number of the oldest segment if an attached reader does not need it.
     pub(super) fn droppable(&self) -> Option<u64> {
         let state = self.lock();

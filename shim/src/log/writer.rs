@@ -59,6 +59,8 @@ pub struct LogWriter {
     pub(super) next_number: u64,
     /// `None` between the closing of a segment and the beginning of the next.
     pub(super) current: Option<Segment>,
+    /// Whether the stream has gone back, and its new segment is not begun yet.
+    pub(super) goes_back: bool,
 }
 
 impl LogWriter {
@@ -79,6 +81,7 @@ impl LogWriter {
             next_offset: from,
             next_number: 1,
             current: None,
+            goes_back: false,
         };
         writer.begin_segment()?;
         Ok(writer)
@@ -92,7 +95,7 @@ impl LogWriter {
     /// [`next_offset`](LogWriter::next_offset) if the index is as far as the data, so that everything
     /// below may be acknowledged. For use after an error.
     pub fn safe_offset(&mut self) -> Option<u64> {
-        self.settle().ok().map(|()| self.next_offset)
+        self.go_back().and_then(|()| self.settle()).ok().map(|()| self.next_offset)
     }
 
     /// What the log belongs to, as far as it is known.
@@ -108,6 +111,7 @@ impl LogWriter {
     /// Says what the bytes that follow belong to. A segment never mixes two timelines: another one
     /// begins a new segment, unless the current one is still empty.
     pub fn identify(&mut self, identity: Identity) -> Result<(), Stalled> {
+        self.go_back()?;
         let known = Identity {
             timeline: identity.timeline,
             epoch: if identity.epoch == 0 { self.identity.epoch } else { identity.epoch },
@@ -131,6 +135,7 @@ impl LogWriter {
     /// Appends `parts` at [`LogWriter::next_offset`], and advances them by what was written. On an
     /// error the rest is to be offered again later.
     pub fn append(&mut self, parts: &mut &mut [IoSlice<'_>]) -> Result<(), Stalled> {
+        self.go_back()?;
         while !parts.is_empty() {
             if parts[0].is_empty() {
                 IoSlice::advance_slices(parts, 0);
@@ -147,6 +152,7 @@ impl LogWriter {
     /// Notes that the stream goes on at `offset`, which must not be below [`LogWriter::next_offset`]:
     /// what is between was dropped in the guest.
     pub fn gap(&mut self, offset: u64) -> Result<(), Stalled> {
+        self.go_back()?;
         self.with_space(|writer| {
             writer.settle()?;
             writer.room(RECORD_LEN as u64)?;
@@ -161,26 +167,8 @@ impl LogWriter {
         self.with_space(LogWriter::settle)
     }
 
-    /// Makes everything that was appended survive the host's death, too.
-    pub fn sync(&mut self) -> Result<(), Stalled> {
-        self.settle()?;
-        let failed = |dir: &LogDir, name: &str, e| dir.error("cannot sync the log file", name, e);
-        for (number, data) in self.retained.numbers().into_iter().zip(self.retained.files()) {
-            let closed = closed_name(self.stream, number);
-            data.sync_data().map_err(|e| failed(&self.dir, &closed, e))?;
-            if self.current.as_ref().is_none_or(|segment| segment.header.number != number) {
-                let name = index_name(&closed);
-                self.dir.open_file(&name)?.sync_data().map_err(|e| failed(&self.dir, &name, e))?;
-            }
-        }
-        if let Some(segment) = &self.current {
-            segment.index.sync_data().map_err(|e| failed(&self.dir, &index_name(self.stream), e))?;
-        }
-        Ok(self.dir.sync()?)
-    }
-
     /// Does `work`, dropping the oldest segments while the disk is full.
-    fn with_space<T>(
+    pub(super) fn with_space<T>(
         &mut self,
         mut work: impl FnMut(&mut LogWriter) -> Result<T, Stalled>,
     ) -> Result<T, Stalled> {
@@ -208,7 +196,7 @@ impl LogWriter {
         written.map_err(|e| Stalled::Disk(self.dir.error("cannot write the log file", self.stream, e)))
     }
 
-    fn settle(&mut self) -> Result<(), Stalled> {
+    pub(super) fn settle(&mut self) -> Result<(), Stalled> {
         let Some(segment) = &mut self.current else { return Ok(()) };
         let name = index_name(self.stream);
         Ok(segment.settle().map_err(|e| self.dir.error("cannot write the log index", &name, e))?)
@@ -228,14 +216,27 @@ impl LogWriter {
         Ok(self.current.as_ref().map_or(0, left))
     }
 
-    /// Closes the current segment and begins the next. Index first: recovery takes an index without
-    /// its data file for a rotation to be completed.
+    /// Closes the current segment and begins the next.
     fn rotate(&mut self) -> Result<(), Stalled> {
+        if !self.make_way()? {
+            return Err(Stalled::Reader);
+        }
+        self.close_current()?;
+        Ok(self.begin_segment()?)
+    }
+
+    /// Drops what must go before another segment is begun. `false` if an attached reader needs it.
+    pub(super) fn make_way(&mut self) -> Result<bool, LogError> {
         while self.retained.count() >= self.limits.segments.max(2) as usize {
             if !self.drop_closed()? {
-                return Err(Stalled::Reader);
+                return Ok(false);
             }
         }
+        Ok(true)
+    }
+
+    /// Index first: recovery takes an index without its data file for a rotation to be completed.
+    pub(super) fn close_current(&mut self) -> Result<(), LogError> {
         if let Some(segment) = &self.current {
             let closed = closed_name(self.stream, segment.header.number);
             rename_once(&self.dir, &index_name(self.stream), &index_name(&closed))?;
@@ -244,7 +245,7 @@ impl LogWriter {
             cube_fault::point("rotation.data_renamed");
             self.current = None;
         }
-        Ok(self.begin_segment()?)
+        Ok(())
     }
 
     pub(super) fn begin_segment(&mut self) -> Result<(), LogError> {

@@ -204,6 +204,13 @@ impl Connections {
         Ok(())
     }
 
+    /// The guest has seen attempts up to `attempt`.
+    pub(super) fn seen(&mut self, attempt: u64) {
+        self.attempt = self.attempt.max(attempt);
+        self.connected = None;
+        self.progressed();
+    }
+
     /// The last connection has ended.
     pub(super) fn closed(&self) {
         self.counters.connected.set(0);

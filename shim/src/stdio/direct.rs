@@ -12,6 +12,7 @@ use super::{
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
     sink::{Chunk, Halted, Position, SinkEnd},
     status::Counters,
+    uri::Target,
 };
 
 /// What became of bytes.
@@ -27,15 +28,30 @@ enum Taken {
 /// An outlet that is a sink by itself.
 #[derive(Debug)]
 pub(super) struct Direct {
-    pub(super) name: &'static str,
+    name: &'static str,
     /// `None` once the log program has gone away: what follows is discarded, so that the process does
-    /// not wait for a reader that cannot return.
-    pub(super) outlet: Option<Outlet>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) phases: Phases,
+    /// not wait for a reader that cannot return. And while the stream has ended.
+    outlet: Option<Outlet>,
+    /// What the outlet is of.
+    target: Target,
+    /// Whether the outlet was closed because the stream had ended, and is to be opened again for more.
+    ended: bool,
+    counters: Arc<Counters>,
+    phases: Phases,
 }
 
 impl Direct {
+    /// A sink that writes to `outlet`, which is one of `target`.
+    pub(super) fn new(
+        name: &'static str,
+        outlet: Option<Outlet>,
+        target: Target,
+        counters: Arc<Counters>,
+        phases: Phases,
+    ) -> Direct {
+        Direct { name, outlet, target, ended: false, counters, phases }
+    }
+
     /// Runs until the stream has ended and everything is delivered, or delivery is given up.
     pub(super) async fn run(mut self, end: SinkEnd) {
         let SinkEnd { mut chunks, safe, mut halted } = end;
@@ -43,10 +59,14 @@ impl Direct {
         let mut offset = *safe.borrow();
         // After a chunk that was not taken entirely nothing may follow.
         let mut dropping = false;
+        let mut next = None;
         loop {
-            let chunk = tokio::select! {
-                chunk = chunks.recv() => chunk,
-                () = self.phases.exhausted(last_chunk, GUEST_PATIENCE) => return,
+            let chunk = match next.take() {
+                Some(chunk) => chunk,
+                None => tokio::select! {
+                    chunk = chunks.recv() => chunk,
+                    () = self.phases.exhausted(last_chunk, GUEST_PATIENCE) => return,
+                },
             };
             match chunk {
                 None => break,
@@ -55,6 +75,20 @@ impl Direct {
                     // The relay may have been abandoned meanwhile.
                     let _ = reply.send(Position { safe: offset, next: offset });
                 }
+                Some(Chunk::Rewind(turn, reply)) => {
+                    (dropping, offset) = (false, turn.to);
+                    self.counters.deliver_again();
+                    safe.send_replace(offset);
+                    let _ = reply.send(Ok(()));
+                }
+                Some(Chunk::End) => {
+                    tokio::select! {
+                        // Before the reader has seen the end, if there is none after all.
+                        biased;
+                        chunk = chunks.recv() => next = Some(chunk),
+                        () = self.end() => {}
+                    }
+                }
                 Some(_) if dropping => continue,
                 Some(Chunk::Identity(_)) => {}
                 Some(Chunk::Gap(to)) => {
@@ -62,6 +96,7 @@ impl Direct {
                     offset = to;
                 }
                 Some(Chunk::Data(parts)) => {
+                    self.open_again();
                     let before = self.counters.stored.get();
                     let taken = self.take_all(parts, &mut halted).await;
                     offset += self.counters.stored.get() - before;
@@ -75,12 +110,31 @@ impl Direct {
             safe.send_replace(offset);
             last_chunk = Instant::now();
         }
+        self.end().await;
+    }
+
+    /// Lets the reader see the end, once it has the last bytes. Cancel safe.
+    async fn end(&mut self) {
         if let Some(outlet) = &mut self.outlet {
             tokio::select! {
                 () = outlet.emptied(TAKEN_PATIENCE) => {}
                 () = self.phases.abandoned() => {}
             }
+            self.outlet = None;
+            self.ended = true;
+        }
+        if self.ended {
             self.counters.deliver();
+        }
+    }
+
+    /// Opens the outlet that was closed at the end of the stream.
+    fn open_again(&mut self) {
+        if std::mem::take(&mut self.ended) {
+            self.outlet = Outlet::open(&self.target).unwrap_or_else(|e| {
+                tracing::warn!(stream = self.name, error = %error_chain(&e), "output goes on, and is discarded");
+                None
+            });
         }
     }
 

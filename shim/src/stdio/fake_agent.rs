@@ -24,6 +24,7 @@ use tokio::{
     sync::watch,
 };
 
+use super::Begin;
 use crate::agent::{Dial, DialError};
 
 pub(super) const EPOCH: u64 = 77;
@@ -48,8 +49,10 @@ pub(super) enum Fault {
     OpenedAt(u64),
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct State {
+    /// 0 is [`TIMELINE`].
+    timeline: u64,
     outputs: HashMap<i32, Output>,
     stdin: Stdin,
     faults: VecDeque<Fault>,
@@ -103,7 +106,12 @@ impl Output {
 pub(super) struct Stdin {
     pub(super) bytes: Vec<u8>,
     pub(super) eof: bool,
+    /// Whether the process has closed it.
+    pub(super) closed: bool,
 }
+
+/// The guest at some time.
+pub(super) struct Snapshot(State);
 
 /// The fake guest.
 pub(super) struct FakeAgent {
@@ -162,6 +170,44 @@ impl FakeAgent {
     /// The last writer of the stream has gone.
     pub(super) fn end(&self, stream: Stream, flags: Flags) {
         self.output(stream, |output| output.eof = Some(flags));
+    }
+
+    /// What a snapshot of the guest has, which must be at rest.
+    pub(super) fn snapshot(&self) -> Snapshot {
+        Snapshot(self.lock().clone())
+    }
+
+    /// The guest is what it was, on another timeline. Tells where its streams are.
+    pub(super) fn roll_back(&self, to: &Snapshot, timeline: u64) -> Begin {
+        assert_eq!(self.connections(), 0, "the guest is not at rest");
+        self.take_over(to, timeline)
+    }
+
+    /// The same of a guest that is not at rest.
+    pub(super) fn take_over(&self, Snapshot(state): &Snapshot, timeline: u64) -> Begin {
+        self.change(|now| {
+            let (opens, connections) = (std::mem::take(&mut now.opens), now.connections);
+            *now = State { timeline, opens, connections, ..state.clone() };
+            let output = |stream: Stream| now.outputs.get(&(stream as i32)).map_or(0, |output| output.acked);
+            Begin {
+                stdin: now.stdin.bytes.len() as u64,
+                stdout: output(Stream::STDOUT).max(output(Stream::TERMINAL)),
+                stderr: output(Stream::STDERR),
+                attempt: now.attempts.values().copied().max().unwrap_or(0),
+            }
+        })
+    }
+
+    fn timeline(&self) -> u64 {
+        match self.lock().timeline {
+            0 => TIMELINE,
+            timeline => timeline,
+        }
+    }
+
+    /// The process closes its stdin.
+    pub(super) fn close_stdin(&self) {
+        self.change(|state| state.stdin.closed = true);
     }
 
     /// From now on STOP is not answered.
@@ -231,7 +277,7 @@ impl FakeAgent {
             }
             _ => {}
         }
-        if message.timeline != TIMELINE {
+        if message.timeline != self.timeline() {
             return writer.error(ErrorCode::OTHER_TIMELINE).await;
         }
         match message.stream.enum_value_or_default() {
@@ -334,7 +380,12 @@ impl FakeAgent {
         let consumed = self.lock().stdin.bytes.len() as u64;
         writer.message(Kind::Opened, consumed, &opened()).await?;
         loop {
-            let frame = read(&mut reader).await?;
+            let frame = tokio::select! {
+                frame = read(&mut reader) => frame?,
+                () = self.until(|agent| agent.lock().stdin.closed) => {
+                    return writer.frame(Header::new(Kind::Eof, consumed), &[]).await;
+                }
+            };
             match frame.header.kind {
                 Kind::Stop => {
                     let at = self.lock().stdin.bytes.len() as u64;

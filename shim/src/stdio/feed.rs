@@ -9,8 +9,9 @@ use super::{
     error_chain,
     outlet::{Closed, Outlet, Waiting},
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
-    sink::Halted,
+    sink::{Halted, Life},
     status::Counters,
+    uri::Target,
 };
 use crate::log::retained::{Found, Retained};
 
@@ -24,7 +25,14 @@ pub(super) struct Feed {
     pub(super) retained: Arc<Retained>,
     /// Changes when the log has grown; its sender is gone when it will not any more.
     pub(super) grown: watch::Receiver<u64>,
-    pub(super) outlet: Outlet,
+    /// As that of `grown`.
+    pub(super) life: watch::Receiver<Life>,
+    /// How often the stream was rewound, as far as is known here.
+    pub(super) rewinds: u64,
+    /// `None` while the stream has ended.
+    pub(super) outlet: Option<Outlet>,
+    /// What the outlet is of.
+    pub(super) target: Target,
     pub(super) counters: Arc<Counters>,
     pub(super) phases: Phases,
     /// Position in the log up to which the outlet has everything.
@@ -34,40 +42,71 @@ pub(super) struct Feed {
 impl Feed {
     /// Runs until the log has ended and everything is delivered, or delivery is given up.
     pub(super) async fn run(mut self) {
-        self.retained.hold(self.position);
-        let result = self.follow().await;
-        self.retained.release();
-        let Feed { retained, mut grown, mut outlet, counters, position, name, mut phases } = self;
+        loop {
+            self.retained.hold(self.position);
+            let result = self.follow().await;
+            self.retained.release();
+            self.close().await;
+            if matches!(result, Ok(Ok(()))) || self.give_up(result).await {
+                self.counters.deliver();
+            }
+            if !self.is_rewound().await {
+                return;
+            }
+            self.counters.deliver_again();
+        }
+    }
+
+    /// The reader sees the end of the stream now; the log itself may still grow.
+    async fn close(&mut self) {
+        let Some(mut outlet) = self.outlet.take() else { return };
         tokio::select! {
             () = outlet.emptied(TAKEN_PATIENCE) => {}
-            () = phases.abandoned() => {}
+            () = self.phases.abandoned() => {}
         }
-        // The reader sees the end of the stream now; the log itself may still grow.
-        drop(outlet);
-        let log_ended = async { while grown.changed().await.is_ok() {} };
+    }
+
+    /// Counts what the outlet does not get, once the stream has ended. Whether nobody wants it.
+    async fn give_up(&mut self, result: io::Result<Result<(), Closed>>) -> bool {
         tokio::select! {
-            () = log_ended => {}
-            () = phases.abandoned() => {}
+            _ = self.life.wait_for(|life| life.ended) => {}
+            () = self.phases.abandoned() => {}
         }
-        let rest = retained.end().saturating_sub(position);
-        counters.lost.add(rest);
-        counters.position.set(retained.end());
+        self.rewinds = self.life.borrow().rewinds;
+        let rest = self.retained.end().saturating_sub(self.position);
+        self.position = self.retained.end();
+        self.counters.lost.add(rest);
+        self.counters.position.set(self.position);
         let cause = match result {
-            Ok(Ok(())) => return counters.deliver(),
             // Nobody reads: nobody misses it, and the log has it.
-            Ok(Err(Closed::Unread)) => return counters.deliver(),
+            Ok(Ok(()) | Err(Closed::Unread)) => return true,
             Ok(Err(Closed::Slow | Closed::Halted)) => "it was taken too slowly".to_owned(),
             Ok(Err(Closed::Gone)) => "the log program reads no more".to_owned(),
             Err(e) => error_chain(&e),
         };
-        counters.discarded.add(rest);
-        tracing::warn!(stream = name, bytes = rest, cause, "output was not delivered, the log has it");
+        self.counters.discarded.add(rest);
+        let stream = self.name;
+        tracing::warn!(stream, bytes = rest, cause, "output was not delivered, the log has it");
+        false
     }
 
+    /// Resolves when a stream that has ended goes on, or cannot any more, which is `false`.
+    async fn is_rewound(&mut self) -> bool {
+        let Feed { life, phases, rewinds, .. } = self;
+        tokio::select! {
+            rewound = life.wait_for(|life| life.rewinds != *rewinds) => rewound.is_ok(),
+            () = phases.abandoned() => false,
+        }
+    }
+
+    /// Delivers until the stream has ended.
     async fn follow(&mut self) -> io::Result<Result<(), Closed>> {
         let mut last_growth = Instant::now();
-        let mut ended = false;
         loop {
+            // Before the look at what there is: nothing is added after the end.
+            let life = *self.life.borrow_and_update();
+            let ended = life.ended || self.life.has_changed().is_err();
+            self.rewinds = life.rewinds;
             match self.read().await? {
                 (Found::Bytes(_), bytes) => {
                     if let Err(closed) = self.deliver(bytes).await? {
@@ -82,7 +121,9 @@ impl Feed {
                 }
                 (Found::End, _) if ended => return Ok(Ok(())),
                 (Found::End, _) => tokio::select! {
-                    grown = self.grown.changed() => ended = grown.is_err(),
+                    // An error is the end, which the next look finds.
+                    _ = self.grown.changed() => {}
+                    _ = self.life.changed() => {}
                     () = self.phases.exhausted(last_growth, GUEST_PATIENCE) => return Ok(Err(Closed::Slow)),
                 },
             }
@@ -90,7 +131,11 @@ impl Feed {
     }
 
     async fn deliver(&mut self, mut bytes: Bytes) -> io::Result<Result<(), Closed>> {
-        let Feed { retained, outlet, counters, phases, position, .. } = self;
+        let Feed { retained, outlet, target, counters, phases, position, .. } = self;
+        if outlet.is_none() {
+            *outlet = Outlet::open(target)?;
+        }
+        let Some(outlet) = outlet else { return Ok(Err(Closed::Gone)) };
         let mut halted = Halted::never();
         while !bytes.is_empty() {
             let at = *position;

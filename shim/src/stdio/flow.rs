@@ -82,7 +82,7 @@ impl Flows {
     /// For one stream, from now on until it is dropped.
     pub(super) fn join(&self) -> Member {
         self.tally.send_modify(|tally| tally.members += 1);
-        Member { tally: self.tally.clone(), order: self.order.subscribe(), rested_in: None }
+        Member { tally: self.tally.clone(), order: self.order.subscribe(), on: None, rested_in: None }
     }
 
     /// For one who must know how long the streams have been flowing.
@@ -114,30 +114,49 @@ impl Flows {
 pub(super) struct Member {
     tally: watch::Sender<Tally>,
     order: watch::Receiver<Order>,
+    /// The timeline on which it flows, or did before it was asked to rest.
+    on: Option<u64>,
     /// The generation in which it has said that it is at rest.
     rested_in: Option<u64>,
 }
 
 impl Member {
-    /// Resolves when the stream is to come to rest. Cancel safe.
+    /// Resolves when the stream is to come to rest. Another timeline means that it was asked for rest before
+    /// and has not seen it: whatever is under way belongs to a guest that is gone. Cancel safe.
     pub(super) async fn asked_to_rest(&mut self) {
-        if self.order.wait_for(|order| order.flow == Flow::Rest).await.is_err() {
+        let mine = self.on;
+        let rest = |order: &Order| match order.flow {
+            Flow::Rest => true,
+            Flow::On { timeline, .. } => Some(timeline) != mine,
+        };
+        if self.order.wait_for(rest).await.is_err() {
             // Nobody is left to ask.
             std::future::pending().await
         }
     }
 
-    /// For a stream at rest: says so, and gives the timeline on which it is to flow, once it is.
+    /// For a stream at rest: says so, and gives the timeline on which it is to flow, once it is. Cancel safe.
     pub(super) async fn flowing(&mut self) -> u64 {
         loop {
             let order = *self.order.borrow_and_update();
             match order.flow {
-                Flow::On { timeline, .. } => return timeline,
+                Flow::On { timeline, .. } => {
+                    self.on = Some(timeline);
+                    return timeline;
+                }
                 Flow::Rest => self.rested(order.generation),
             }
             if self.order.changed().await.is_err() {
                 std::future::pending().await
             }
+        }
+    }
+
+    /// For a stream that has ended: is at rest whenever it should be. Never resolves.
+    pub(super) async fn idle(&mut self) {
+        loop {
+            self.flowing().await;
+            self.asked_to_rest().await;
         }
     }
 

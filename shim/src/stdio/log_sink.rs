@@ -23,9 +23,9 @@ use tokio::{
 };
 
 use super::{
-    error_chain,
+    StdioError, error_chain,
     phase::READER_PATIENCE,
-    sink::{Chunk, Halted, Position, SinkEnd},
+    sink::{Chunk, Halted, Life, Position, SinkEnd, Turn},
     status::{Counters, Obstacle},
 };
 use crate::log::{
@@ -66,11 +66,12 @@ impl LogThread {
         writer: LogWriter,
         name: &'static str,
         end: SinkEnd,
+        life: watch::Sender<Life>,
         counters: Arc<Counters>,
     ) -> io::Result<LogThread> {
         let retained = writer.retained();
         let SinkEnd { chunks, safe, halted } = end;
-        let log = Log { writer, name, retained, safe, halted, counters, told: false };
+        let log = Log { writer, name, retained, life, safe, halted, counters, told: false };
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (relaying, given) = oneshot::channel::<Relaying>();
         let (over, ended) = oneshot::channel();
@@ -101,6 +102,7 @@ struct Log {
     writer: LogWriter,
     name: &'static str,
     retained: Arc<Retained>,
+    life: watch::Sender<Life>,
     safe: watch::Sender<u64>,
     halted: Halted,
     counters: Arc<Counters>,
@@ -130,6 +132,15 @@ impl Log {
                     let _ = reply.send(self.position());
                     continue;
                 }
+                Chunk::Rewind(turn, reply) => {
+                    dropping = false;
+                    let _ = reply.send(self.rewind(turn));
+                    continue;
+                }
+                Chunk::End => {
+                    self.life.send_modify(|life| life.ended = true);
+                    continue;
+                }
                 _ if dropping => continue,
                 Chunk::Identity(identity) => self.insist(|writer| writer.identify(identity)).await,
                 Chunk::Gap(offset) => self.gap(offset).await,
@@ -157,6 +168,19 @@ impl Log {
     fn position(&mut self) -> Position {
         let next = self.writer.next_offset();
         Position { safe: self.writer.safe_offset().unwrap_or(*self.safe.borrow()), next }
+    }
+
+    /// Does not wait: what the disk does not take now it takes before the next byte.
+    fn rewind(&mut self, Turn { to, timeline }: Turn) -> Result<(), StdioError> {
+        let result = self.writer.rewind(to, timeline);
+        self.safe.send_replace(to);
+        self.life.send_modify(|life| *life = Life { rewinds: life.rewinds + 1, ended: false });
+        match result {
+            Ok(()) => Ok(()),
+            Err(Stalled::Disk(e)) => Err(e.into()),
+            // A log that goes back waits for no reader.
+            Err(Stalled::Reader) => Ok(()),
+        }
     }
 
     async fn gap(&mut self, to: u64) -> Done {

@@ -16,6 +16,7 @@ mod phase;
 mod program;
 mod registration;
 mod relay;
+mod rewind;
 mod sink;
 mod source;
 mod status;
@@ -47,9 +48,10 @@ use self::{
     output::Output,
     phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE, TAKEN_PATIENCE},
     program::LogProgram,
+    rewind::{Rewinder, Rewinds},
     source::Source,
     status::Counters,
-    stdin::StdinRelay,
+    stdin::{Input, StdinRelay},
 };
 pub use self::{
     flow::Flows,
@@ -97,6 +99,12 @@ pub struct Begin {
     pub stderr: u64,
     /// The highest attempt that any of the streams was opened with.
     pub attempt: u64,
+}
+
+impl Begin {
+    fn output(&self, stream: Stream) -> u64 {
+        if stream == Stream::STDERR { self.stderr } else { self.stdout }
+    }
 }
 
 /// Where and how the log of an init process is kept.
@@ -177,9 +185,11 @@ pub struct ProcessIo {
 
 #[derive(Debug)]
 struct Stdin {
+    path: PathBuf,
     /// Taken by the relay.
-    source: Option<Source>,
+    parts: Option<(Source, Rewinds)>,
     close: watch::Sender<bool>,
+    rewinder: Rewinder,
     counters: Arc<Counters>,
 }
 
@@ -244,13 +254,13 @@ impl ProcessIo {
             let (endpoint, flow) = (endpoint(output.stream()), flows.join());
             output.start(endpoint, phases.clone(), flow, &mut self.tasks);
         }
-        if let Some(Stdin { source, close, counters }) = &mut self.stdin
-            && let Some(source) = source.take()
+        if let Some(Stdin { path, parts, close, counters, .. }) = &mut self.stdin
+            && let Some((source, rewinds)) = parts.take()
         {
-            let endpoint = endpoint(Stream::STDIN);
-            let (close, flow) = (close.subscribe(), flows.join());
-            let relay =
-                StdinRelay::new(endpoint, source, self.config.begin.stdin, close, flow, counters.clone());
+            let input = Input { path: path.clone(), source, close: close.subscribe() };
+            let begin = self.config.begin.stdin;
+            let (endpoint, flow) = (endpoint(Stream::STDIN), flows.join());
+            let relay = StdinRelay::new(endpoint, input, begin, flow, rewinds, counters.clone());
             self.tasks.spawn(relay.run(phases));
         }
     }
@@ -369,12 +379,14 @@ impl Stdin {
     fn open(path: &Path) -> Result<Stdin, StdioError> {
         let source = Source::open(path).map_err(cannot("cannot open stdin", path))?;
         let (close, _) = watch::channel(false);
-        Ok(Stdin { source: Some(source), close, counters: Arc::default() })
+        let (rewinder, rewinds) = rewind::channel();
+        let counters = Arc::default();
+        Ok(Stdin { path: path.into(), parts: Some((source, rewinds)), close, rewinder, counters })
     }
 
     fn status(&self) -> StreamStatus {
         let status = self.counters.status("stdin");
-        let lag = status.received.saturating_sub(status.acknowledged).saturating_sub(status.lost);
+        let lag = status.received.saturating_sub(self.counters.stored.get()).saturating_sub(status.lost);
         StreamStatus { lag, ..status }
     }
 }

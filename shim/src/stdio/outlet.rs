@@ -16,6 +16,7 @@ use super::{
     fifo::{Offer, PipeWriter},
     phase::{Phases, READER_PATIENCE},
     sink::Halted,
+    uri::Target,
 };
 
 /// How often a file that cannot be written is tried again.
@@ -60,8 +61,17 @@ pub(super) enum Waiting {
 }
 
 impl Outlet {
+    /// What `target` names. `None` for nothing, and for a log program, whose pipe comes with its start.
+    pub(super) fn open(target: &Target) -> io::Result<Option<Outlet>> {
+        match target {
+            Target::Null | Target::Program(_) => Ok(None),
+            Target::Path(path) => Outlet::open_path(path).map(Some),
+            Target::File(path) => Outlet::open_file(path).map(Some),
+        }
+    }
+
     /// A path as containerd gives it: a FIFO, or an existing file to append to.
-    pub(super) fn open_path(path: &Path) -> io::Result<Outlet> {
+    fn open_path(path: &Path) -> io::Result<Outlet> {
         if std::fs::metadata(path)?.file_type().is_fifo() {
             return Ok(Outlet::Pipe(PipeWriter::open(path)?));
         }
@@ -71,7 +81,7 @@ impl Outlet {
     }
 
     /// `file://`: appended to, created with mode 0600 and its parents if it does not exist.
-    pub(super) fn open_file(path: &Path) -> io::Result<Outlet> {
+    fn open_file(path: &Path) -> io::Result<Outlet> {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent)?;
         }

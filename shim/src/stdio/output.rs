@@ -3,7 +3,7 @@
 use std::{io, path::Path, sync::Arc};
 
 use cube_protocol::stream::Stream;
-use tokio::task::JoinSet;
+use tokio::{sync::watch, task::JoinSet};
 
 use super::{
     Begin, LogConfig, StdioConfig, StdioError, cannot,
@@ -16,7 +16,8 @@ use super::{
     phase::Phases,
     program::LogProgram,
     relay::Relay,
-    sink::{self, Sink},
+    rewind::{self, Rewinder, Rewinds},
+    sink::{self, Life, Sink},
     status::{Counter, Counters, LogStatus, StreamStatus},
     uri::Target,
 };
@@ -41,6 +42,7 @@ pub(super) struct Output {
     /// Stream offset of the first byte.
     begin: u64,
     retained: Option<Arc<Retained>>,
+    rewinder: Rewinder,
     /// Taken by [`Output::start`].
     parts: Option<Parts>,
 }
@@ -49,6 +51,8 @@ pub(super) struct Output {
 struct Parts {
     log: Option<Log>,
     outlet: Option<Outlet>,
+    target: Target,
+    rewinds: Rewinds,
 }
 
 /// A log whose thread is running.
@@ -56,16 +60,22 @@ struct Parts {
 struct Log {
     thread: LogThread,
     sink: Sink,
+    life: watch::Receiver<Life>,
     epoch: u64,
 }
 
 impl Output {
     /// One that has nowhere to go.
     pub(super) fn discarded_by_design(stream: Stream, begin: Begin) -> Output {
-        let index = usize::from(stream == Stream::STDERR);
-        let begin = [begin.stdout, begin.stderr][index];
-        let parts = Some(Parts { log: None, outlet: None });
-        Output { name: NAMES[index], stream, counters: Arc::default(), begin, retained: None, parts }
+        let name = NAMES[usize::from(stream == Stream::STDERR)];
+        let (rewinder, rewinds) = rewind::channel();
+        let parts = Some(Parts { log: None, outlet: None, target: Target::Null, rewinds });
+        let begin = begin.output(stream);
+        Output { name, stream, counters: Arc::default(), begin, retained: None, rewinder, parts }
+    }
+
+    pub(super) fn rewinder(&self) -> &Rewinder {
+        &self.rewinder
     }
 
     pub(super) fn name(&self) -> &'static str {
@@ -127,13 +137,13 @@ impl Output {
         flow: Member,
         tasks: &mut JoinSet<()>,
     ) {
-        let Some(Parts { log, outlet }) = self.parts.take() else { return };
+        let Some(Parts { log, outlet, target, rewinds }) = self.parts.take() else { return };
         let (name, counters) = (self.name, self.counters.clone());
-        let Some(Log { thread, sink, epoch }) = log else {
+        let Some(Log { thread, sink, life, epoch }) = log else {
             let (sink, end) = sink::channel(self.begin);
-            let direct = Direct { name, outlet, counters: counters.clone(), phases: phases.clone() };
+            let direct = Direct::new(name, outlet, target, counters.clone(), phases.clone());
             tasks.spawn(direct.run(end));
-            tasks.spawn(Relay::new(endpoint, 0, sink, flow, counters).run(phases));
+            tasks.spawn(Relay::new(endpoint, 0, sink, flow, rewinds, counters).run(phases));
             return;
         };
         match (outlet, &self.retained) {
@@ -144,7 +154,10 @@ impl Output {
                     name,
                     retained: retained.clone(),
                     grown: sink.safe.clone(),
-                    outlet,
+                    life,
+                    rewinds: 0,
+                    outlet: Some(outlet),
+                    target,
                     counters: counters.clone(),
                     phases: phases.clone(),
                     position: 0,
@@ -153,7 +166,7 @@ impl Output {
             }
             _ => counters.deliver(),
         }
-        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, flow, counters).run(phases)));
+        tasks.spawn(thread.run(Relay::new(endpoint, epoch, sink, flow, rewinds, counters).run(phases)));
     }
 }
 
@@ -161,14 +174,12 @@ impl Output {
 pub(super) fn assemble(
     terminal: bool,
     logs: Both<LogWriter>,
-    outlets: Both<Outlet>,
+    outlets: Both<(Outlet, Target)>,
     begin: Begin,
 ) -> Result<Vec<Output>, StdioError> {
     let streams = [if terminal { Stream::TERMINAL } else { Stream::STDOUT }, Stream::STDERR];
     let mut outputs = Vec::new();
-    let begins = [begin.stdout, begin.stderr];
-    let all = NAMES.into_iter().zip(streams).zip(begins).zip(logs).zip(outlets);
-    for ((((name, stream), begin), writer), outlet) in all {
+    for (((name, stream), writer), outlet) in NAMES.into_iter().zip(streams).zip(logs).zip(outlets) {
         if writer.is_none() && outlet.is_none() {
             continue;
         }
@@ -176,7 +187,11 @@ pub(super) fn assemble(
         let retained = writer.as_ref().map(LogWriter::retained);
         let log = writer.map(|writer| start_log(writer, name, &counters)).transpose();
         let log = log.map_err(cannot("cannot start a thread for the log of", Path::new(name)))?;
-        outputs.push(Output { name, stream, counters, begin, retained, parts: Some(Parts { log, outlet }) });
+        let (outlet, target) = outlet.map_or((None, Target::Null), |(outlet, target)| (Some(outlet), target));
+        let (rewinder, rewinds) = rewind::channel();
+        let parts = Some(Parts { log, outlet, target, rewinds });
+        let begin = begin.output(stream);
+        outputs.push(Output { name, stream, counters, begin, retained, rewinder, parts });
     }
     Ok(outputs)
 }
@@ -185,8 +200,9 @@ fn start_log(writer: LogWriter, name: &'static str, counters: &Arc<Counters>) ->
     let epoch = writer.identity().epoch;
     let (sink, end) = sink::channel(writer.next_offset());
     counters.acknowledged.set(writer.next_offset());
-    let thread = LogThread::spawn(writer, name, end, counters.clone())?;
-    Ok(Log { thread, sink, epoch })
+    let (lives, life) = watch::channel(Life::default());
+    let thread = LogThread::spawn(writer, name, end, lives, counters.clone())?;
+    Ok(Log { thread, sink, life, epoch })
 }
 
 /// Begins new logs in a new directory.
@@ -229,7 +245,7 @@ pub(super) async fn open_outlets(
     config: &StdioConfig,
     stdout: Target,
     stderr: Target,
-) -> Result<(Both<Outlet>, Option<LogProgram>), StdioError> {
+) -> Result<(Both<(Outlet, Target)>, Option<LogProgram>), StdioError> {
     let (stdout, stderr) = match (stdout, stderr) {
         (Target::Program(stdout), Target::Program(stderr)) if stdout != stderr => {
             return Err(StdioError::Uri {
@@ -254,16 +270,14 @@ pub(super) async fn open_outlets(
     };
     let mut outlets = [None, None];
     for ((outlet, target), pipe) in outlets.iter_mut().zip([stdout, stderr]).zip(&mut pipes) {
-        *outlet = match target {
-            Target::Null => None,
-            Target::Path(path) => {
-                Some(Outlet::open_path(&path).map_err(cannot("cannot open for output", &path))?)
+        let opened = match (&target, pipe.take()) {
+            (Target::Program(_), pipe) => pipe.map(Outlet::Pipe),
+            (Target::Null, _) => None,
+            (Target::Path(path) | Target::File(path), _) => {
+                Outlet::open(&target).map_err(cannot("cannot open for output", path))?
             }
-            Target::File(path) => {
-                Some(Outlet::open_file(&path).map_err(cannot("cannot open for output", &path))?)
-            }
-            Target::Program(_) => pipe.take().map(Outlet::Pipe),
         };
+        *outlet = opened.map(|outlet| (outlet, target));
     }
     Ok((outlets, program))
 }

@@ -21,6 +21,7 @@ use super::{
     flow::Member,
     incoming::{Incoming, Read},
     phase::Phases,
+    rewind::{Rewind, Rewinds},
     sink::{Chunk, Position, Sink},
     status::Counters,
 };
@@ -43,6 +44,7 @@ pub(super) struct Relay {
     counters: Arc<Counters>,
     sink: Sink,
     flow: Member,
+    rewinds: Rewinds,
     /// Run of the guest that the connections are of; 0 before the first.
     timeline: u64,
     /// Offset of the next byte to come from the guest.
@@ -93,6 +95,7 @@ impl Relay {
         epoch: u64,
         sink: Sink,
         flow: Member,
+        rewinds: Rewinds,
         counters: Arc<Counters>,
     ) -> Relay {
         let connections = Connections::new(endpoint.clone(), counters.clone());
@@ -103,6 +106,7 @@ impl Relay {
             counters,
             sink,
             flow,
+            rewinds,
             timeline: 0,
             received,
             epoch,
@@ -113,38 +117,105 @@ impl Relay {
         }
     }
 
-    /// Runs until the sink has the whole stream, or until the stream cannot be continued.
+    /// Runs until the sink has the whole stream, or until the stream cannot be continued, and the process has
+    /// exited: before that a stream that has ended may go on, with its sandbox put back to a snapshot.
     pub(super) async fn run(mut self, mut phases: Phases) {
-        let result = tokio::select! {
-            result = self.relay() => result,
-            () = phases.abandoned() => return,
-        };
-        self.connections.closed();
-        match result {
-            Ok(()) => self.counters.relayed.set(1),
-            // The sink has said why.
-            Err(Ended::Sink) => {}
-            Err(Ended::Guest(broken)) if broken.is_taken_over() => {}
-            Err(ended) => tracing::warn!(
-                container = self.endpoint.container_id,
-                exec = self.endpoint.exec_id,
-                stream = ?self.endpoint.stream,
-                offset = self.received,
-                error = %error_chain(&ended),
-                "output ends early"
-            ),
+        let mut exit = phases.clone();
+        tokio::select! {
+            () = self.live(&mut exit) => self.connections.closed(),
+            () = phases.abandoned() => {}
         }
+    }
+
+    async fn live(&mut self, phases: &mut Phases) {
+        loop {
+            let result = self.relay().await;
+            self.connections.closed();
+            match result {
+                Ok(()) => self.counters.relayed.set(1),
+                // The sink has said why.
+                Err(Ended::Sink) => return,
+                Err(Ended::Guest(broken)) if broken.is_taken_over() => {}
+                Err(ended) => self.warn(&ended),
+            }
+            if self.end_sink().await.is_err() {
+                return;
+            }
+            tokio::select! {
+                rewound = self.is_rewound() => if rewound.is_err() { return },
+                () = phases.exited() => return,
+            }
+        }
+    }
+
+    /// Tells the sink that the stream has ended. It may have a part of a stream that cannot be continued, and
+    /// be slow to take it.
+    async fn end_sink(&mut self) -> Result<(), Ended> {
+        tokio::select! {
+            sent = self.sink.chunks.send(Chunk::End) => return sent.map_err(|_| Ended::Sink),
+            () = self.flow.asked_to_rest() => {}
+        }
+        self.rest().await?;
+        self.sink.chunks.send(Chunk::End).await.map_err(|_| Ended::Sink)
+    }
+
+    fn warn(&self, ended: &Ended) {
+        tracing::warn!(
+            container = self.endpoint.container_id,
+            exec = self.endpoint.exec_id,
+            stream = ?self.endpoint.stream,
+            offset = self.received,
+            error = %error_chain(ended),
+            "output ends early"
+        );
     }
 
     async fn relay(&mut self) -> Result<(), Ended> {
         loop {
-            self.timeline = self.flow.flowing().await;
+            self.timeline = self.flowing().await?;
             if self.flow_on().await? {
                 return Ok(());
             }
             self.connections.closed();
             self.rest().await?;
         }
+    }
+
+    /// Rests until the stream is to flow, which it may do elsewhere by then.
+    async fn flowing(&mut self) -> Result<u64, Ended> {
+        loop {
+            tokio::select! {
+                // What was said at rest comes before what was said after it.
+                biased;
+                Some(rewind) = self.rewinds.recv() => self.rewind(rewind).await?,
+                timeline = self.flow.flowing() => return Ok(timeline),
+            }
+        }
+    }
+
+    /// Waits for a stream that has ended to go on, for as long as it takes.
+    async fn is_rewound(&mut self) -> Result<(), Ended> {
+        let rewind = tokio::select! {
+            Some(rewind) = self.rewinds.recv() => rewind,
+            () = self.flow.idle() => return Ok(()),
+        };
+        self.rewind(rewind).await
+    }
+
+    /// Goes on elsewhere. What the sink has not taken without waiting was never acknowledged, and no guest
+    /// has it any more.
+    async fn rewind(&mut self, Rewind { turn, attempt, done }: Rewind) -> Result<(), Ended> {
+        self.rest().await?;
+        let result = self.sink.rewind(turn).await.ok_or(Ended::Sink)?;
+        self.pending.clear();
+        self.received = turn.to;
+        self.connections.seen(attempt);
+        self.counters.acknowledged.set(turn.to);
+        self.counters.relayed.set(0);
+        self.counters.truncated.set(0);
+        // Who asked may not wait any more.
+        let _ = done.send(result);
+        Ok(())
     }
 
     /// Relays until the stream ends, which is `true`, or is to rest.

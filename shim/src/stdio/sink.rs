@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::StdioError;
 use crate::log::writer::Identity;
 
 /// Chunks that may wait for the sink while it works on one. With [`super::incoming::BUFFER_MAX`] this
@@ -21,6 +22,28 @@ pub(super) enum Chunk {
     /// The stream comes to rest: tells where the sink is, and that it goes on there, whatever came
     /// before.
     Rest(oneshot::Sender<Position>),
+    /// The stream goes on elsewhere, at rest.
+    Rewind(Turn, oneshot::Sender<Result<(), StdioError>>),
+    /// The stream has ended, which is final unless it is rewound.
+    End,
+}
+
+/// Where a stream goes on after its sandbox was put back to a snapshot.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Turn {
+    /// Stream offset of the byte that comes next.
+    pub(super) to: u64,
+    /// The run of the guest that begins then.
+    pub(super) timeline: u64,
+}
+
+/// How a stream is doing, for who follows its log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Life {
+    /// How often it was rewound.
+    pub(super) rewinds: u64,
+    /// Whether it has ended since.
+    pub(super) ended: bool,
 }
 
 /// Where a sink is.
@@ -58,6 +81,16 @@ impl Sink {
         let position = position.await.ok()?;
         self.halt.send_replace(false);
         Some(position)
+    }
+
+    /// Has the sink, which is at rest, go on elsewhere. The inner error is a disk that does not know of it
+    /// yet. `None` if the sink has ended.
+    pub(super) async fn rewind(&mut self, turn: Turn) -> Option<Result<(), StdioError>> {
+        let (reply, done) = oneshot::channel();
+        self.chunks.send(Chunk::Rewind(turn, reply)).await.ok()?;
+        let result = done.await.ok()?;
+        self.safe.borrow_and_update();
+        Some(result)
     }
 }
 

@@ -16,7 +16,8 @@ pub struct StreamStatus {
     pub name: &'static str,
     /// Output: taken from the guest. stdin: taken from the FIFO.
     pub received: u64,
-    /// Offset below which everything is safe: acknowledged to the guest (output), by it (stdin).
+    /// Offset below which everything is safe: acknowledged to the guest (output), by it (stdin). Goes back
+    /// with the sandbox; no other figure does.
     pub acknowledged: u64,
     /// Given to the FIFO, file or program.
     pub written: u64,
@@ -73,7 +74,7 @@ pub(super) struct Counters {
     /// 1 while there is a connection.
     pub(super) connected: Counter,
     pub(super) refused: Counter,
-    /// What of `received` the first sink has: the log, or the outlet where there is no log.
+    /// What of `received` the first sink has: the log, or the outlet where there is no log. stdin: the process.
     pub(super) stored: Counter,
     /// Bytes that an outlet took too slowly, or that its program did not take at all.
     pub(super) discarded: Counter,
@@ -127,6 +128,11 @@ impl Counters {
     pub(super) fn deliver(&self) {
         self.delivered.set(1);
         self.moved.notify_one();
+    }
+
+    /// There will be more for the outlet, after all.
+    pub(super) fn deliver_again(&self) {
+        self.delivered.set(0);
     }
 
     /// Resolves when the outlet has everything, or has taken nothing for `patience`. One caller at a time.

@@ -3,7 +3,7 @@
 //! What the guest has not acknowledged is kept, at most [`STDIN_WINDOW`] bytes, and sent again on the
 //! next connection from where the guest says that it is.
 
-use std::{io, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use bytes::{Buf, BytesMut};
 use cube_protocol::frame::{Flags, Header, Kind, STDIN_WINDOW};
@@ -20,6 +20,7 @@ use super::{
     incoming::{Incoming, Read},
     phase::Phases,
     relay::{FAREWELL, STOP_LIMIT},
+    rewind::{Rewind, Rewinds},
     source::Source,
     status::Counters,
 };
@@ -29,16 +30,28 @@ pub(super) struct StdinRelay {
     endpoint: Endpoint,
     connections: Connections,
     counters: Arc<Counters>,
-    source: Source,
+    path: PathBuf,
+    /// `None` once nothing more is read from it.
+    source: Option<Source>,
     /// Becomes true with CloseIO.
     close: watch::Receiver<bool>,
     flow: Member,
+    rewinds: Rewinds,
     /// Bytes from offset `acknowledged` on.
     kept: BytesMut,
     acknowledged: u64,
     /// Whether the source has ended, so that `kept` holds the last bytes.
     ended: bool,
     epoch: u64,
+}
+
+/// Where input comes from.
+pub(super) struct Input {
+    pub(super) path: PathBuf,
+    /// The open file at `path`.
+    pub(super) source: Source,
+    /// Becomes true with CloseIO.
+    pub(super) close: watch::Receiver<bool>,
 }
 
 /// What one connection has seen.
@@ -80,23 +93,26 @@ enum Followed {
 }
 
 impl StdinRelay {
-    /// The first byte of `source` is at stream offset `begin`.
+    /// The first byte of `input` is at stream offset `begin`.
     pub(super) fn new(
         endpoint: Endpoint,
-        source: Source,
+        input: Input,
         begin: u64,
-        close: watch::Receiver<bool>,
         flow: Member,
+        rewinds: Rewinds,
         counters: Arc<Counters>,
     ) -> StdinRelay {
         let connections = Connections::new(endpoint.clone(), counters.clone());
+        let Input { path, source, close } = input;
         StdinRelay {
             endpoint,
             connections,
             counters,
-            source,
+            path,
+            source: Some(source),
             close,
             flow,
+            rewinds,
             kept: BytesMut::new(),
             acknowledged: begin,
             ended: false,
@@ -104,34 +120,84 @@ impl StdinRelay {
         }
     }
 
-    /// Runs until the guest has everything, or until nothing can take input any more.
+    /// Runs until the process has exited: before that, a stdin that it has closed may be open again, with its
+    /// sandbox put back to a snapshot.
     pub(super) async fn run(mut self, mut phases: Phases) {
-        let broken = tokio::select! {
-            result = self.relay() => result.err(),
-            () = phases.exited() => None,
-        };
-        self.connections.closed();
-        match broken {
-            // A process may end, or close its stdin, before it has read everything.
-            None | Some(Broken::Refused { .. }) => {}
-            Some(broken) => tracing::warn!(
-                container = self.endpoint.container_id,
-                exec = self.endpoint.exec_id,
-                error = %error_chain(&broken),
-                "stdin ends early"
-            ),
+        tokio::select! {
+            () = self.live() => {}
+            () = phases.exited() => {}
         }
+        self.connections.closed();
+        self.lose_kept();
+    }
+
+    async fn live(&mut self) {
+        loop {
+            match self.relay().await {
+                // A process may close its stdin before it has read everything.
+                Ok(()) | Err(Broken::Refused { .. }) => {}
+                Err(broken) => tracing::warn!(
+                    container = self.endpoint.container_id,
+                    exec = self.endpoint.exec_id,
+                    error = %error_chain(&broken),
+                    "stdin ends early"
+                ),
+            }
+            self.connections.closed();
+            self.counters.relayed.set(1);
+            // Who writes to the FIFO is told that nobody reads it any more.
+            self.source = None;
+            self.lose_kept();
+            tokio::select! {
+                Some(rewind) = self.rewinds.recv() => self.rewind(rewind),
+                () = self.flow.idle() => {}
+            }
+        }
+    }
+
+    /// What is kept no process will get.
+    fn lose_kept(&mut self) {
         self.counters.lost.add(self.kept.len() as u64);
+        self.kept = BytesMut::new();
     }
 
     async fn relay(&mut self) -> Result<(), Broken> {
         loop {
-            let timeline = self.flow.flowing().await;
+            let timeline = self.flowing().await;
             match self.flow_on(timeline).await? {
                 Followed::Complete => return Ok(()),
                 Followed::Rested => self.connections.closed(),
             }
         }
+    }
+
+    /// As in the relay of output.
+    async fn flowing(&mut self) -> u64 {
+        loop {
+            tokio::select! {
+                biased;
+                Some(rewind) = self.rewinds.recv() => self.rewind(rewind),
+                timeline = self.flow.flowing() => return timeline,
+            }
+        }
+    }
+
+    /// What was kept is the next that the process gets, wherever that is now.
+    fn rewind(&mut self, Rewind { turn, attempt, done }: Rewind) {
+        self.acknowledged = turn.to;
+        self.connections.seen(attempt);
+        self.counters.acknowledged.set(turn.to);
+        self.counters.relayed.set(0);
+        if self.source.is_none() && !self.ended {
+            match Source::open(&self.path) {
+                Ok(source) => self.source = Some(source),
+                Err(e) => {
+                    tracing::warn!(error = %error_chain(&e), "cannot open stdin again, it ends here");
+                    self.ended = true;
+                }
+            }
+        }
+        let _ = done.send(Ok(()));
     }
 
     async fn flow_on(&mut self, timeline: u64) -> Result<Followed, Broken> {
@@ -197,8 +263,8 @@ impl StdinRelay {
             }
             let room = (STDIN_WINDOW as usize).saturating_sub(self.kept.len());
             let closing = *self.close.borrow();
-            if closing {
-                self.source.let_end();
+            if closing && let Some(source) = &mut self.source {
+                source.let_end();
             }
             tokio::select! {
                 // As in the relay of output.
@@ -223,7 +289,7 @@ impl StdinRelay {
                         };
                     }
                 }
-                bytes = self.source.read(room), if room > 0 && !self.ended => self.take(bytes),
+                bytes = read(&mut self.source, room), if room > 0 && !self.ended => self.take(bytes),
                 closed = self.close.changed(), if !closing => {
                     // An owner that is gone sends no CloseIO any more.
                     if closed.is_err() { return Ok(Followed::Complete) }
@@ -259,9 +325,10 @@ impl StdinRelay {
         if self.kept.is_empty() {
             self.kept = BytesMut::new();
         }
+        self.counters.stored.add(offset - self.acknowledged);
+        self.counters.written.add(offset - self.acknowledged);
         self.acknowledged = offset;
         self.counters.acknowledged.set(offset);
-        self.counters.written.set(offset);
         Ok(())
     }
 
@@ -288,6 +355,13 @@ impl StdinRelay {
 
     fn is_done(&self, progress: &Progress) -> bool {
         progress.eof_staged && progress.outgoing.is_empty() && self.kept.is_empty()
+    }
+}
+
+async fn read(source: &mut Option<Source>, limit: usize) -> io::Result<Vec<u8>> {
+    match source {
+        Some(source) => source.read(limit).await,
+        None => Ok(Vec::new()),
     }
 }
 

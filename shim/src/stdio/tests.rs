@@ -6,6 +6,7 @@ mod log;
 mod misbehaviour;
 mod readers;
 mod rest;
+mod rewind;
 mod stdin;
 
 use std::{

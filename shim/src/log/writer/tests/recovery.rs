@@ -200,7 +200,7 @@ proptest! {
             match kind {
                 0 => log.writer.gap(log.writer.next_offset() + n as u64).unwrap(),
                 1 => log.writer = recover(&log.path()),
-                2 => log.writer.sync().unwrap(),
+                2 => crate::log::sync::sync(&log.path()).unwrap(),
                 _ => {
                     let from = log.writer.next_offset();
                     append_pattern(&mut log.writer, n);

@@ -13,7 +13,7 @@ use cube_agent::stdio::Policy;
 use cube_protocol::stream::Stream;
 use nix::{fcntl::OFlag, unistd::pipe2};
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     task::JoinSet,
     time::{Instant, timeout},
 };
@@ -25,7 +25,8 @@ use super::{
     wire::{Dialled, Wire},
 };
 use crate::stdio::{
-    Counters, Endpoint, Phase, Phases, StdinRelay, flow::Flows, relay::Relay, sink, source::Source,
+    Counters, Endpoint, Input, Phase, Phases, Rewinder, StdinRelay, flow::Flows, relay::Relay, rewind,
+    rewind::Rewind, sink, sink::Turn, source::Source,
 };
 
 /// STOP has 2 s for its answer, and the last ACK and the close after it have 2 s.
@@ -49,6 +50,7 @@ pub(super) struct Host {
     client: Option<Client>,
     /// Bytes of stdin that the guest had consumed at the beginning.
     consumed: u64,
+    rewinders: Vec<Rewinder>,
     relays: JoinSet<()>,
     pub(super) wire: Arc<Wire>,
 }
@@ -70,7 +72,7 @@ impl Host {
             dial: Arc::new(Dialled(Arc::clone(&wire))),
         };
         let mut relays = JoinSet::new();
-        let mut pace = Vec::new();
+        let (mut pace, mut rewinders) = (Vec::new(), Vec::new());
         let logs = [0, 1].map(|output: usize| {
             let stream = OUTPUTS[output];
             let info = guest.info(stream);
@@ -79,7 +81,9 @@ impl Host {
             let (sink, end) = sink::channel(offset);
             let paced = watch::Sender::new(Pace::Quick);
             let counters = Arc::clone(&counters[output]);
-            let relay = Relay::new(endpoint(stream), info.epoch, sink, flows.join(), counters);
+            let (rewinder, rewinds) = rewind::channel();
+            rewinders.push(rewinder);
+            let relay = Relay::new(endpoint(stream), info.epoch, sink, flows.join(), rewinds, counters);
             let writing = write(end, Arc::clone(&log), paced.subscribe());
             let relaying = relay.run(phases());
             // As it is with a log: both end before the stream has.
@@ -91,15 +95,17 @@ impl Host {
         });
         let consumed = guest.info(Stream::STDIN).acked_offset;
         let client = (consumed == 0).then(|| {
-            let (client, source, closed) = Client::new();
+            let (client, input) = Client::new();
+            let (rewinder, rewinds) = rewind::channel();
+            rewinders.push(rewinder);
             let counters = Arc::clone(&counters[2]);
             let endpoint = endpoint(Stream::STDIN);
-            let relay = StdinRelay::new(endpoint, source, consumed, closed, flows.join(), counters);
+            let relay = StdinRelay::new(endpoint, input, consumed, flows.join(), rewinds, counters);
             relays.spawn(relay.run(phases()));
             client
         });
         let pace = pace.try_into().unwrap();
-        Host { logs, counters, pace, phase, flows, client, consumed, relays, wire }
+        Host { logs, counters, pace, phase, flows, client, consumed, rewinders, relays, wire }
     }
 
     /// Brings every stream to rest. Whatever hangs, that takes no longer than a guest may take for STOP, the
@@ -112,6 +118,19 @@ impl Host {
     /// Lets them flow again.
     pub(super) fn flow(&self, timeline: u64) {
         self.flows.flow(timeline);
+    }
+
+    /// Has the streams, at rest, go on where `guest` is, on another timeline.
+    pub(super) async fn rewind(&mut self, guest: &Guest, timeline: u64) {
+        self.wire.lead_to(&guest.hub);
+        let streams = OUTPUTS.into_iter().chain([Stream::STDIN]);
+        for (stream, rewinder) in streams.zip(&self.rewinders) {
+            let info = guest.info(stream);
+            let (done, told) = oneshot::channel();
+            let turn = Turn { to: info.acked_offset, timeline };
+            rewinder.send(Rewind { turn, attempt: info.attempt, done }).unwrap();
+            told.await.unwrap().unwrap();
+        }
     }
 
     pub(super) fn pace(&self, output: usize, pace: Pace) {
@@ -191,7 +210,8 @@ impl Host {
 
     /// Whether every output has its end in its log, and the guest all input.
     pub(super) fn is_done(&self) -> bool {
-        self.relays.is_empty() && self.counters[..2].iter().all(|counters| counters.relayed.get() > 0)
+        let streams = if self.client.is_some() { 3 } else { 2 };
+        self.counters[..streams].iter().all(|counters| counters.relayed.get() > 0)
     }
 
     /// Lets what has ended go.
@@ -219,12 +239,13 @@ impl Host {
 }
 
 impl Client {
-    fn new() -> (Client, Source, watch::Receiver<bool>) {
+    fn new() -> (Client, Input) {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
         // A pipe that is opened by its name is a FIFO.
         let path = PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()));
         let source = Source::open(&path).unwrap();
         let (close, closed) = watch::channel(false);
-        (Client { fifo: Some(nonblocking(write)), close, fed: 0 }, source, closed)
+        let client = Client { fifo: Some(nonblocking(write)), close, fed: 0 };
+        (client, Input { path, source, close: closed })
     }
 }

@@ -49,6 +49,12 @@ impl Log {
         self.offset = to;
     }
 
+    /// Begins anew at `to`.
+    fn rewind(&mut self, to: u64) {
+        (self.offset, self.safe) = (to, to);
+        self.gaps.clear();
+    }
+
     fn append(&mut self, part: &[u8]) {
         for byte in part {
             if *byte != byte_at(self.stream, self.offset) {
@@ -92,6 +98,14 @@ impl Writer {
                     let _ = reply.send(self.position());
                     continue;
                 }
+                Chunk::Rewind(turn, reply) => {
+                    dropping = false;
+                    self.log.lock().unwrap().rewind(turn.to);
+                    self.safe.send_replace(turn.to);
+                    let _ = reply.send(Ok(()));
+                    continue;
+                }
+                Chunk::End => continue,
                 _ if dropping => continue,
                 Chunk::Data(parts) => {
                     for part in parts {

@@ -38,7 +38,7 @@ impl Fate {
 
 /// The way to one guest.
 pub(super) struct Wire {
-    hub: Arc<Hub>,
+    hub: Mutex<Arc<Hub>>,
     /// Of the next dials; those after them have a good one.
     fates: Mutex<VecDeque<Fate>>,
     cut: Notify,
@@ -50,7 +50,13 @@ pub(super) struct Wire {
 impl Wire {
     pub(super) fn new(hub: Arc<Hub>) -> Arc<Wire> {
         let (fates, delay) = (Mutex::default(), Mutex::default());
-        Arc::new(Wire { hub, fates, cut: Notify::new(), held: watch::Sender::new(false), delay })
+        Arc::new(Wire {
+            hub: Mutex::new(hub),
+            fates,
+            cut: Notify::new(),
+            held: watch::Sender::new(false),
+            delay,
+        })
     }
 
     /// What comes of a dial after those that have a fate already.
@@ -61,6 +67,11 @@ impl Wire {
     /// Every connection ends, whatever is on its way.
     pub(super) fn cut(&self) {
         self.cut.notify_waiters();
+    }
+
+    /// The next dials reach another guest.
+    pub(super) fn lead_to(&self, hub: &Arc<Hub>) {
+        *self.hub.lock().unwrap() = Arc::clone(hub);
     }
 
     /// Nothing moves, until it does again.
@@ -129,7 +140,7 @@ impl Dial for Dialled {
             Fate::Connected { to_guest, to_host } => {
                 let (host, host_end) = UnixStream::pair().map_err(failed)?;
                 let (guest, guest_end) = UnixStream::pair().map_err(failed)?;
-                tokio::spawn(Arc::clone(&self.0.hub).serve(guest));
+                tokio::spawn(Arc::clone(&self.0.hub.lock().unwrap()).serve(guest));
                 tokio::spawn(Arc::clone(&self.0).carry(host_end, guest_end, to_guest, to_host));
                 Ok(host)
             }
