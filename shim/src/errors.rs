@@ -104,6 +104,24 @@ pub enum Error {
         /// Why, and what would work.
         reason: String,
     },
+    /// A sandbox cannot be put back to a snapshot, and is as it was.
+    #[error("cannot roll back to the snapshot {snapshot:?}: {reason}")]
+    Rollback {
+        /// The snapshot.
+        snapshot: String,
+        /// Why.
+        reason: String,
+    },
+    /// A sandbox was to be put back to a snapshot, and has ended by that.
+    #[error(
+        "the rollback to the snapshot {snapshot:?} failed after the VM was given up, and the sandbox has ended; the snapshot is as it was: {why}"
+    )]
+    RollbackEnded {
+        /// The snapshot.
+        snapshot: String,
+        /// What failed.
+        why: String,
+    },
     /// The VMM ended unexpectedly.
     #[error("the VM of sandbox {id:?} has ended: {description}")]
     VmmEnded {
@@ -165,7 +183,10 @@ impl Error {
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
+            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } | Error::Rollback { .. } => {
+                Code::FAILED_PRECONDITION
+            }
+            Error::RollbackEnded { .. } => Code::ABORTED,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,

@@ -47,7 +47,7 @@ pub struct State {
     /// The timelines that led to this one, the oldest first: those that the sandbox was on before a
     /// rollback, and the one of the snapshot that it was restored from.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub past_timelines: Vec<u64>,
+    pub past_timelines: Vec<PastTimeline>,
     /// Where the memory of a sandbox is that is paused to disk, or is to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspended: Option<PathBuf>,
@@ -55,6 +55,23 @@ pub struct State {
     pub created_ns: u64,
     /// By id.
     pub containers: BTreeMap<String, ContainerState>,
+}
+
+/// A timeline that led to the one that a sandbox is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastTimeline {
+    /// Its id.
+    pub timeline: u64,
+    /// The part of it until then, nanoseconds since 1970; all of it, if it was this sandbox's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_ns: Option<u64>,
+}
+
+impl PastTimeline {
+    /// Whether a snapshot taken at this time on `timeline` is a part of it.
+    pub fn has(&self, timeline: u64, created_ns: u64) -> bool {
+        self.timeline == timeline && self.until_ns.is_none_or(|until| created_ns <= until)
+    }
 }
 
 /// A container of [`State`].
@@ -279,7 +296,7 @@ mod tests {
             backend: "qemu".into(),
             vmm_pid: 42,
             timeline: u64::MAX,
-            past_timelines: vec![u64::MAX - 1],
+            past_timelines: vec![PastTimeline { timeline: u64::MAX - 1, until_ns: None }],
             suspended: Some("/s/.suspended-x".into()),
             created_ns: 6,
             containers: [("c1".to_owned(), container)].into(),

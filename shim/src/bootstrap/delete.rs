@@ -157,6 +157,7 @@ mod tests {
     use crate::{
         config::Config,
         errors::Error,
+        rootfs::block::Staged,
         sandbox::{Rootfs, RootfsRequest, Selected},
         state::{ContainerState, FORMAT, State},
         vmm::{Disk, VmSpec},
@@ -185,6 +186,10 @@ mod tests {
         }
 
         fn restore_disks(&self, _: &Config, _: &RunDir, _: &[Disk]) -> Result<Vec<Disk>, Error> {
+            unreachable!()
+        }
+
+        fn stage_disks(&self, _: &Config, _: &RunDir, _: &[Disk], _: &[Disk]) -> Result<Staged, Error> {
             unreachable!()
         }
 

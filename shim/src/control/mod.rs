@@ -11,8 +11,8 @@ use tracing::info;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use self::sandbox::{
-    PauseRequest, PauseResponse, ResumeRequest, ResumeResponse, StatusRequest, StatusResponse,
-    WaitReadyRequest, WaitReadyResponse,
+    PauseRequest, PauseResponse, ResumeRequest, ResumeResponse, RollbackRequest, RollbackResponse,
+    StatusRequest, StatusResponse, WaitReadyRequest, WaitReadyResponse,
 };
 use crate::sandbox::{Sandbox, SandboxReadiness, SnapshotRequest};
 
@@ -78,6 +78,12 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
         info!("resume");
         self.sandbox.resume_all().await?;
         Ok(ResumeResponse::new())
+    }
+
+    async fn rollback(&self, _: &TtrpcContext, request: RollbackRequest) -> ttrpc::Result<RollbackResponse> {
+        info!(snapshot = request.snapshot, "rollback");
+        self.sandbox.rollback(request.snapshot).await?;
+        Ok(RollbackResponse::new())
     }
 
     async fn snapshot(

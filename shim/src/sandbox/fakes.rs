@@ -12,7 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
-    api::{self, Empty},
+    api::{self, Empty, Status},
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
@@ -29,6 +29,7 @@ use crate::{
     agent::dial::HybridVsock,
     config::Config,
     errors::Error,
+    rootfs::block::Staged,
     snapshot::Suspended,
     state::{RunDir, now_ns},
     vmm::{Disk, VmSpec, Vmm, VmmError, VmmExit},
@@ -56,6 +57,8 @@ pub(super) struct Guest {
     pub(super) specs: Mutex<Vec<Value>>,
     /// Why no container is ready; `None` if all are.
     pub(super) unready: Mutex<Option<String>>,
+    /// What State answers, where that is not a process that runs; `None` for one that is not there.
+    pub(super) states: Mutex<HashMap<(String, String), Option<(Status, u32)>>>,
     protocol: version::Version,
     events: Mutex<Vec<guest::Event>>,
     news: Notify,
@@ -79,6 +82,7 @@ impl Guest {
             calls: Mutex::default(),
             specs: Mutex::default(),
             unready: Mutex::default(),
+            states: Mutex::default(),
             protocol,
             events: Mutex::default(),
             news: Notify::new(),
@@ -220,7 +224,15 @@ impl Task for Service {
 
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
         self.0.called("State", &request.id, &request.exec_id).await?;
-        Ok(api::StateResponse { pid: 17, ..Default::default() })
+        let process = (request.id, request.exec_id);
+        match self.0.states.lock().unwrap().get(&process).copied().unwrap_or(Some((Status::RUNNING, 17))) {
+            Some((status, pid)) => {
+                Ok(api::StateResponse { pid, status: status.into(), ..Default::default() })
+            }
+            None => {
+                Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::NOT_FOUND, "no such process")))
+            }
+        }
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
@@ -259,7 +271,8 @@ impl guest_ttrpc::Guest for Service {
         // Waiting polls are answered.
         self.0.quiesces.send_modify(|count| *count += 1);
         self.0.quiesced.store(true, Ordering::Relaxed);
-        Ok(guest::QuiesceResponse::new())
+        let last_event = self.0.events.lock().unwrap().len() as u64;
+        Ok(guest::QuiesceResponse { last_event, ..Default::default() })
     }
 
     async fn thaw(
@@ -477,6 +490,10 @@ impl Host for FakeHost {
 
     fn restore_disks(&self, _: &Config, _: &RunDir, snapshot: &[Disk]) -> Result<Vec<Disk>, Error> {
         Ok(snapshot.to_vec())
+    }
+
+    fn stage_disks(&self, _: &Config, _: &RunDir, _: &[Disk], _: &[Disk]) -> Result<Staged, Error> {
+        Ok(Staged::default())
     }
 
     fn release_rootfs(&self, _: &RunDir, id: &str) -> Result<(), Error> {

@@ -15,7 +15,7 @@ use crate::{
     errors::Error,
     rootfs::{
         Plan, Prepared, Share,
-        block::{self, BlockRequest, SandboxDisks},
+        block::{self, BlockRequest, SandboxDisks, Staged},
     },
     snapshot::Suspended,
     state::RunDir,
@@ -78,6 +78,16 @@ pub trait Host: Send + Sync + 'static {
     fn restore_disks(&self, config: &Config, run_dir: &RunDir, snapshot: &[Disk])
     -> Result<Vec<Disk>, Error>;
 
+    /// Copies the disks of a snapshot beside the `current` ones of a sandbox, to take their place. Takes the
+    /// time to copy what guests have written, where the file system cannot share it.
+    fn stage_disks(
+        &self,
+        config: &Config,
+        run_dir: &RunDir,
+        current: &[Disk],
+        snapshot: &[Disk],
+    ) -> Result<Staged, Error>;
+
     /// Unmounts and removes what was prepared for container `id`. May be repeated.
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error>;
 
@@ -124,6 +134,16 @@ impl Host for LinuxHost {
         snapshot: &[Disk],
     ) -> Result<Vec<Disk>, Error> {
         Ok(block::restore_disks(&config.rootfs.cache_dir, run_dir.path(), snapshot)?)
+    }
+
+    fn stage_disks(
+        &self,
+        config: &Config,
+        run_dir: &RunDir,
+        current: &[Disk],
+        snapshot: &[Disk],
+    ) -> Result<Staged, Error> {
+        Ok(Staged::new(&config.rootfs.cache_dir, run_dir.path(), current, snapshot)?)
     }
 
     fn release_rootfs(&self, run_dir: &RunDir, id: &str) -> Result<(), Error> {

@@ -17,8 +17,14 @@ use tracing::warn;
 use ttrpc::Code;
 
 use super::{
-    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, SnapshotRequest, create::Created,
-    machine::Machine, pause, process::Stdio, snapshot::Taken, suspend::Loaded,
+    Deleted, ExecRequest, Host, KillRequest, ProcessId, Reply, SnapshotRequest,
+    create::Created,
+    machine::Machine,
+    pause,
+    process::Stdio,
+    rollback::{Replaced, Unreplaced},
+    snapshot::Taken,
+    suspend::Loaded,
 };
 use crate::{
     agent::{Agent, AgentError, Clients, Dial},
@@ -58,6 +64,8 @@ pub(super) enum Report {
     Paused { id: String, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
     Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
     Suspended { id: String, paused: bool, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
+    Replaced { id: String, paused: bool, result: Result<Replaced, Box<Unreplaced>>, reply: Reply<()> },
+    RolledBack { id: String, paused: bool, result: Result<(), Error>, reply: Reply<()> },
     Loaded { id: String, result: Result<Loaded, Error>, reply: Reply<()> },
     Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
@@ -76,6 +84,8 @@ impl Report {
             | Report::Resumed { .. }
             | Report::Suspended { .. }
             | Report::Loaded { .. }
+            | Report::Replaced { .. }
+            | Report::RolledBack { .. }
             | Report::Snapshotted { .. }
             | Report::Stats { .. } => false,
         }

@@ -17,6 +17,7 @@ mod process;
 mod ready;
 mod relaunch;
 mod restore;
+mod rollback;
 pub mod size;
 mod snapshot;
 pub mod spec;
@@ -159,6 +160,7 @@ enum Request {
     PauseAll(Reply<()>),
     PauseToDisk(Reply<()>),
     ResumeAll(Reply<()>),
+    Rollback(String, Reply<()>),
     Snapshot(SnapshotRequest, Reply<Listed>),
     Delete(ProcessId, Reply<Deleted>),
     Wait(ProcessId, Reply<Exit>),
@@ -267,6 +269,11 @@ impl Sandbox {
     /// Lets a sandbox go on that is paused, in memory or to disk.
     pub async fn resume_all(&self) -> Result<(), Error> {
         self.ask(Request::ResumeAll).await
+    }
+
+    /// Puts a running or paused sandbox back to a snapshot of its own, by name or path; it runs then.
+    pub async fn rollback(&self, snapshot: String) -> Result<(), Error> {
+        self.ask(|reply| Request::Rollback(snapshot, reply)).await
     }
 
     /// Takes a snapshot. The sandbox stands still while memory and disks are written, and is then as it

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     errors::{Error, chain},
     snapshot::{Manifest, Store},
-    state::now_ns,
+    state::{PastTimeline, now_ns},
     stdio::{Begin, Flows, ProcessIo, StdioConfig},
     vmm::{Disk, VmSpec},
 };
@@ -42,8 +42,24 @@ pub(super) struct Restored {
     last_event: u64,
     /// Of the sandbox; empty keeps the guest's.
     hostname: String,
+    /// The part of another sandbox's timeline that it goes on from, if it does.
+    pub(super) past: Option<PastTimeline>,
     /// Takes the output of processes that nobody here knows, for as long as the container is there.
     _strays: Vec<ProcessIo>,
+}
+
+impl Restored {
+    /// The same sandbox, whose VM was replaced by one at rest. `before` is how it went on then, if it was
+    /// restored.
+    pub(super) fn again(
+        before: Option<&Restored>,
+        timeline: u64,
+        last_event: u64,
+        strays: Vec<ProcessIo>,
+    ) -> Restored {
+        let hostname = before.map(|before| before.hostname.clone()).unwrap_or_default();
+        Restored { timeline, last_event, hostname, past: None, _strays: strays }
+    }
 }
 
 impl Creation {
@@ -74,12 +90,7 @@ impl Creation {
         let opened = spawn_blocking(move || -> Result<_, Error> {
             let (manifest, dir) = store.open(store.resolve(&name)?)?;
             host.create_cgroup(&cgroup)?;
-            let files = manifest.disks.iter().map(|disk| Disk {
-                path: dir.join(&disk.file),
-                serial: disk.serial.clone(),
-                read_only: disk.read_only,
-            });
-            let disks = host.restore_disks(&config, &run_dir, &files.collect::<Vec<_>>())?;
+            let disks = host.restore_disks(&config, &run_dir, &manifest.disks_in(&dir))?;
             Ok((manifest, dir, disks))
         });
         opened.await?
@@ -131,6 +142,10 @@ impl Creation {
             timeline: new_timeline()?,
             last_event: rest.last_event,
             hostname: spec::hostname(&self.plan.spec).to_owned(),
+            past: Some(PastTimeline {
+                timeline: manifest.origin.timeline,
+                until_ns: Some(manifest.created_ns),
+            }),
             _strays: strays,
         };
         steps.done("stdio prepared");
@@ -215,7 +230,7 @@ fn no_randomness(error: getrandom::Error) -> String {
     format!("the host has no random bytes: {error}")
 }
 
-fn output(stream: &StreamInfo) -> Option<Stream> {
+pub(super) fn output(stream: &StreamInfo) -> Option<Stream> {
     match stream.stream.as_str() {
         "stdout" => Some(Stream::STDOUT),
         "stderr" => Some(Stream::STDERR),
@@ -225,7 +240,7 @@ fn output(stream: &StreamInfo) -> Option<Stream> {
 }
 
 /// Where the streams of a process are.
-fn begin(rest: &QuiesceResponse, container: &str, exec: &str) -> Begin {
+pub(super) fn begin(rest: &QuiesceResponse, container: &str, exec: &str) -> Begin {
     let mut begin = Begin::default();
     for stream in rest.streams.iter().filter(|s| s.container_id == container && s.exec_id == exec) {
         match stream.stream.as_str() {

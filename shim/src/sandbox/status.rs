@@ -19,8 +19,8 @@ pub struct SandboxStatus {
     pub namespace: String,
     /// Id of the pod, or of the only container.
     pub id: String,
-    /// "creating", "running", "pausing", "paused", "suspending", "suspended", "resuming", "snapshotting",
-    /// "stopping" or "stopped".
+    /// "creating", "running", "pausing", "paused", "suspending", "suspended", "resuming",
+    /// "rolling-back", "snapshotting", "stopping" or "stopped".
     pub state: &'static str,
     /// When the shim began, nanoseconds since 1970.
     pub created_ns: u64,

@@ -100,11 +100,11 @@ async fn write(subject: &Subject, steps: &mut Steps) -> Result<QuiesceResponse, 
 }
 
 /// What the guest was told to be safe is forgotten by it: from now on the logs must survive the host.
-async fn sync_logs(_guest: &Guest) -> Result<(), Error> {
+pub(super) async fn sync_logs(_guest: &Guest) -> Result<(), Error> {
     Ok(())
 }
 
-async fn end_vm(guest: &Guest) -> Result<(), Error> {
+pub(super) async fn end_vm(guest: &Guest) -> Result<(), Error> {
     if let Err(e) = guest.machine.retire().await {
         // Another VMM must never write to its disks beside it. Does nothing if it has ended by itself.
         let description = format!("it could not be ended after its memory was written: {}", chain(&e));

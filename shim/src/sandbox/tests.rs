@@ -24,6 +24,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 mod pause;
 mod ready;
 mod restore;
+mod rollback;
 mod snapshot;
 mod suspend;
 

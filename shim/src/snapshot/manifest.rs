@@ -1,6 +1,10 @@
 //! What a snapshot is.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
+
+use crate::vmm::Disk;
 
 /// Name of the file.
 pub const MANIFEST: &str = "manifest.json";
@@ -35,6 +39,16 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// Its disks, in the snapshot's directory.
+    pub fn disks_in(&self, dir: &Path) -> Vec<Disk> {
+        let disk = |disk: &DiskFile| Disk {
+            path: dir.join(&disk.file),
+            serial: disk.serial.clone(),
+            read_only: disk.read_only,
+        };
+        self.disks.iter().map(disk).collect()
+    }
+
     /// Version of the file that this build writes, and the only one that it reads.
     pub const FORMAT: u32 = 1;
 }

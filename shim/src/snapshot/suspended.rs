@@ -5,6 +5,8 @@
 //! run    link to the sandbox's run directory
 //! ```
 //!
+//! The memory of a snapshot is linked here, too, while its sandbox is put back to it.
+//!
 //! It is beside the snapshots because the run directory is on a tmpfs, where it would cost the memory that
 //! it is to set free. It is no snapshot: it has no disks, and is of use to the one sandbox that goes on from
 //! it. The path is in that sandbox's state file before anything is made, so that clean-up needs nothing
@@ -79,6 +81,17 @@ impl Suspended {
         let link = self.dir.join(RUN_DIR);
         symlink(run_dir.path(), &link).map_err(failed("cannot create", &link))?;
         make(&self.vm_dir())
+    }
+
+    /// Gives it the memory of the snapshot in `dir`: links, which keep what they lead to when the snapshot is
+    /// removed.
+    pub fn link(&self, dir: &Path) -> Result<(), SnapshotError> {
+        let from = dir.join(VM);
+        for file in files::entries(&from).map_err(failed("cannot list", &from))? {
+            let to = self.vm_dir().join(file.file_name().unwrap_or_default());
+            fs::hard_link(&file, &to).map_err(failed("cannot link", &to))?;
+        }
+        Ok(())
     }
 
     /// Waits until it is on disk, which is also when a disk tells that it cannot hold it.

@@ -45,6 +45,15 @@ Memory and disks are captured at one instant, for which the sandbox stands still
 Hypervisor whose rootfs is on disks of their own (annotation cube.rootfs.mode=block) can be snapshotted. A
 snapshot holds all that is in the sandbox's memory, secrets included.";
 
+const ROLLBACK: &str = "\
+Put a sandbox back to a snapshot of its own
+
+Memory, processes and disks are what they were when the snapshot was taken, and the sandbox runs on from
+there. What it has done since is gone, but its logs: they keep what they have, and go on with what is written
+from then on. Processes that were started since end with status 137. A sandbox goes back to snapshots that
+were taken of it, or that it was restored from; not past the exit of a container. If the new VM cannot be
+brought up, the sandbox ends.";
+
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
 #[command(name = "cubecli", version, after_help = EXIT_CODES, arg_required_else_help = true)]
@@ -91,6 +100,9 @@ pub(crate) enum CubeboxCommand {
     /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
     #[command(long_about = SNAPSHOT)]
     Snapshot(SnapshotArgs),
+    /// Put a sandbox back to a snapshot of its own
+    #[command(long_about = ROLLBACK)]
+    Rollback(RollbackArgs),
     /// List the snapshots, or remove one
     Snapshots(SnapshotsArgs),
     /// Remove what is left: logs beyond their retention, directories of sandboxes that are gone
@@ -167,6 +179,18 @@ pub(crate) struct SnapshotArgs {
     pub(crate) id: String,
     /// Name of the snapshot [default: the ID and the time]
     pub(crate) name: Option<String>,
+    /// containerd namespace of the sandbox [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct RollbackArgs {
+    /// ID of a sandbox or of a container in it, or a prefix that no other one has
+    pub(crate) id: String,
+    /// Name of the snapshot
+    pub(crate) name: String,
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,

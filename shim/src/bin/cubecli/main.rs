@@ -10,6 +10,7 @@ mod namespace;
 mod pause;
 mod print;
 mod progress;
+mod rollback;
 mod sandboxes;
 mod shim;
 mod snapshot;
@@ -51,6 +52,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Pause(args) } => pause::pause(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Resume(args) } => pause::resume(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Rollback(args) } => rollback::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
             snapshot::take(&config, &args, output)
         }

@@ -121,6 +121,7 @@ impl Owner {
         if let Some(Booted { guest, pid, backend, reason, hello, link, disks }) = booted {
             self.disks = disks;
             self.disk.vmm_pid = pid;
+            self.disk.past_timelines.extend(restored.as_ref().and_then(|restored| restored.past));
             self.disk.timeline = restored.as_ref().map_or(hello.timeline, |restored| restored.timeline);
             if let (Some(alias), Some(container)) = (&guest.alias, self.disk.containers.get_mut(id)) {
                 container.guest_id = Some(alias.1.clone());

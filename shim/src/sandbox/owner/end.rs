@@ -67,6 +67,7 @@ impl Owner {
             SandboxState::Paused
             | SandboxState::Suspending
             | SandboxState::Suspended
+            | SandboxState::RollingBack
             | SandboxState::Snapshotting => true,
             SandboxState::Resuming => self.disk.suspended.is_some(),
             _ => false,

@@ -4,6 +4,7 @@ mod create;
 mod end;
 mod pause;
 mod ready;
+mod rollback;
 mod run;
 mod snapshot;
 mod state;
@@ -87,6 +88,13 @@ enum Waiting {
         reply: Reply<()>,
     },
     Snapshot(SnapshotRequest, Reply<Listed>),
+    /// To this snapshot. For the main container, and whether it was paused before.
+    Rollback {
+        snapshot: String,
+        id: String,
+        paused: bool,
+        reply: Reply<()>,
+    },
 }
 
 /// See the module.
@@ -120,6 +128,10 @@ pub(super) struct Owner {
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Deletes that came during a pause.
     waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
+    /// Ends of stdin that came during a rollback.
+    waiting_closes: Vec<ProcessId>,
+    /// What the guest told during a rollback: it counts if that fails.
+    held_events: Vec<GuestEvent>,
     /// Those who wait for the sandbox to be ready.
     waiting_ready: Vec<Reply<SandboxReadiness>>,
     /// Connections refused to processes that are deleted.
@@ -173,6 +185,8 @@ impl Owner {
             waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
+            waiting_closes: Vec::new(),
+            held_events: Vec::new(),
             waiting_ready: Vec::new(),
             refused: 0,
             pid: 0,
@@ -219,6 +233,7 @@ impl Owner {
             Request::PauseAll(reply) => self.pause(self.main_id(), reply),
             Request::PauseToDisk(reply) => self.suspend(reply),
             Request::ResumeAll(reply) => self.resume(self.main_id(), reply),
+            Request::Rollback(snapshot, reply) => self.rollback(snapshot, reply),
             Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Delete(process, reply) => self.delete(process, reply),
             Request::Wait(process, reply) => match self.known(&process) {
@@ -239,14 +254,7 @@ impl Owner {
                 Ok(guest) => answer_later(reply, job::resize(guest, process, width, height)),
                 Err(e) => drop(reply.send(Err(e))),
             },
-            Request::CloseIo(process, reply) => {
-                let closed = self.known(&process).map(|process| {
-                    if let Some(io) = &process.io {
-                        io.close_stdin();
-                    }
-                });
-                drop(reply.send(closed));
-            }
+            Request::CloseIo(process, reply) => drop(reply.send(self.close_stdin(process))),
             Request::Status(reply) => drop(reply.send(Ok(self.status()))),
             Request::WhenReady(reply) => self.when_ready(reply),
             Request::Readiness(reply) => drop(reply.send(self.readiness())),
@@ -283,6 +291,10 @@ impl Owner {
             Report::Suspended { id, paused, result, reply } => {
                 drop(reply.send(self.suspended(&id, paused, result)));
             }
+            Report::Replaced { id, paused, result, reply } => self.replaced(id, paused, result, reply),
+            Report::RolledBack { id, paused, result, reply } => {
+                drop(reply.send(self.rolled_back(&id, paused, result)));
+            }
             Report::Loaded { id, result, reply } => drop(reply.send(self.loaded(&id, result))),
             Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
@@ -302,6 +314,16 @@ impl Owner {
                 }));
             }
         }
+    }
+
+    fn close_stdin(&mut self, id: ProcessId) -> Result<(), Error> {
+        let lent = self.state == SandboxState::RollingBack;
+        match &self.known(&id)?.io {
+            Some(io) => io.close_stdin(),
+            None if lent => self.waiting_closes.push(id),
+            None => {}
+        }
+        Ok(())
     }
 
     fn process_state(&mut self, id: &ProcessId) -> Result<ProcessState, Error> {

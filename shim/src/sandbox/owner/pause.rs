@@ -45,10 +45,14 @@ impl Owner {
             (Waiting::Suspend { id, paused, reply }, Some(guest)) => {
                 self.write_to_disk(guest, id, paused, reply);
             }
-            (Waiting::Snapshot(request, reply), Some(guest)) => self.take_snapshot(guest, request, reply),
-            (Waiting::Pause(_, reply) | Waiting::Suspend { reply, .. }, None) => {
-                drop(reply.send(Err(self.ended_meanwhile())))
+            (Waiting::Rollback { snapshot, id, paused, reply }, Some(guest)) => {
+                self.replace(guest, snapshot, id, paused, reply);
             }
+            (Waiting::Snapshot(request, reply), Some(guest)) => self.take_snapshot(guest, request, reply),
+            (
+                Waiting::Pause(_, reply) | Waiting::Suspend { reply, .. } | Waiting::Rollback { reply, .. },
+                None,
+            ) => drop(reply.send(Err(self.ended_meanwhile()))),
             (Waiting::Snapshot(_, reply), None) => drop(reply.send(Err(self.ended_meanwhile()))),
         }
     }

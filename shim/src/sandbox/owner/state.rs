@@ -17,6 +17,8 @@ pub(super) enum SandboxState {
     Suspended,
     /// A job is setting everything going again.
     Resuming,
+    /// A job is putting the sandbox back to a snapshot, with another VM.
+    RollingBack,
     /// A job is taking a snapshot.
     Snapshotting,
     /// The main container is being deleted, and everything with it.
@@ -36,6 +38,7 @@ impl SandboxState {
             SandboxState::Suspending => "suspending",
             SandboxState::Suspended => "suspended",
             SandboxState::Resuming => "resuming",
+            SandboxState::RollingBack => "rolling-back",
             SandboxState::Snapshotting => "snapshotting",
             SandboxState::Stopping => "stopping",
             SandboxState::Stopped => "stopped",
@@ -52,6 +55,7 @@ impl SandboxState {
             SandboxState::Suspending => "being paused to disk",
             SandboxState::Suspended => "paused to disk",
             SandboxState::Resuming => "being resumed",
+            SandboxState::RollingBack => "being rolled back",
             SandboxState::Snapshotting => "being snapshotted",
             SandboxState::Stopping => "being stopped",
             SandboxState::Stopped => "stopped",
@@ -66,6 +70,7 @@ impl SandboxState {
             | SandboxState::Suspending
             | SandboxState::Suspended
             | SandboxState::Resuming
+            | SandboxState::RollingBack
             | SandboxState::Snapshotting => true,
             SandboxState::Creating
             | SandboxState::Running

@@ -35,6 +35,9 @@ const ORPHAN_INTERVAL: Duration = Duration::from_secs(2);
 impl Owner {
     pub(super) fn guest_event(&mut self, event: GuestEvent) {
         match event {
+            GuestEvent::Exit(_) | GuestEvent::Oom(_) if self.state == SandboxState::RollingBack => {
+                self.held_events.push(event);
+            }
             GuestEvent::Exit(exit) => self.told_exit(&exit),
             GuestEvent::Oom(oom) => self.told_oom(&oom),
             GuestEvent::Lost(why) => {

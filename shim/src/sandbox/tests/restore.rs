@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::*;
 use crate::snapshot::{Container, Manifest, Origin, Store};
 
-fn manifest(containers: &[(&str, bool)]) -> Manifest {
+pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
     Manifest {
         format: Manifest::FORMAT,
         name: "one".into(),
@@ -32,7 +32,7 @@ fn manifest(containers: &[(&str, bool)]) -> Manifest {
 
 impl Lab {
     /// A store with a snapshot of these containers, and a guest that is at rest.
-    async fn with_snapshot(containers: &[(&str, bool)]) -> Lab {
+    pub(super) async fn with_snapshot(containers: &[(&str, bool)]) -> Lab {
         let lab = Lab::new().await;
         lab.guest().quiesced.store(true, Ordering::Relaxed);
         let draft = Store::at(&lab.dir.path().join("snapshots")).begin("one").unwrap();
@@ -40,7 +40,7 @@ impl Lab {
         lab
     }
 
-    async fn restore(&self, snapshot: &str) -> Result<u32, Error> {
+    pub(super) async fn restore(&self, snapshot: &str) -> Result<u32, Error> {
         let request = CreateRequest { restore: Some(snapshot.into()), ..self.request("c1", spec()) };
         within(self.sandbox.create(request)).await
     }

@@ -13,33 +13,33 @@ impl Lab {
         lab
     }
 
-    async fn to_disk(&self) -> Result<(), Error> {
+    pub(super) async fn to_disk(&self) -> Result<(), Error> {
         within(self.sandbox.pause_to_disk()).await
     }
 
-    async fn go_on(&self) -> Result<(), Error> {
+    pub(super) async fn go_on(&self) -> Result<(), Error> {
         within(self.sandbox.resume_all()).await
     }
 
-    async fn word(&self) -> &'static str {
+    pub(super) async fn word(&self) -> &'static str {
         within(self.sandbox.status()).await.unwrap().state
     }
 
     /// What is in the store, the hidden things included.
-    fn stored(&self) -> Vec<PathBuf> {
+    pub(super) fn stored(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.dir.path().join("snapshots")).into_iter().flatten();
         entries.map(|entry| entry.unwrap().path()).collect()
     }
 
-    fn suspended_in_state(&self) -> Option<PathBuf> {
+    pub(super) fn suspended_in_state(&self) -> Option<PathBuf> {
         self.run_dir.load().unwrap().unwrap().suspended
     }
 
-    fn restores(&self, fate: Boot) {
+    pub(super) fn restores(&self, fate: Boot) {
         *self.host.vmm.restores.lock().unwrap() = fate;
     }
 
-    async fn until(&self, condition: impl Fn() -> bool) {
+    pub(super) async fn until(&self, condition: impl Fn() -> bool) {
         within(async {
             while !condition() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
