@@ -75,7 +75,7 @@ async fn recover(
         log: Some(log),
         begin: Begin::default(),
     };
-    ProcessIo::recover(config).await.ok()
+    ProcessIo::recover(config, state.timeline).await.ok()
 }
 
 async fn kill(agent: &Agent, id: &str) {

@@ -64,7 +64,7 @@ impl LogWriter {
                 return Err(e);
             }
         }
-        while writer.retained.count() > limits.segments.max(2) as usize && writer.drop_closed()? {}
+        while writer.is_full(0) && writer.drop_closed()? {}
         Ok(writer)
     }
 
@@ -84,6 +84,7 @@ impl LogWriter {
             self.adopt(&index, data_len);
             self.next_number = number.saturating_add(1);
             self.retained.push(number, Arc::new(data), data_len);
+            self.retained.close(data_len.saturating_add(index.len));
         }
         Ok(())
     }

@@ -67,6 +67,8 @@ struct Extent {
     number: u64,
     start: u64,
     len: u64,
+    /// Bytes of data and index, once it is closed.
+    size: u64,
     data: Arc<File>,
 }
 
@@ -213,7 +215,19 @@ impl Retained {
     pub(super) fn push(&self, number: u64, data: Arc<File>, len: u64) {
         let mut state = self.lock();
         let start = state.end();
-        state.segments.push_back(Extent { number, start, len, data });
+        state.segments.push_back(Extent { number, start, len, size: 0, data });
+    }
+
+    /// The last segment is closed, with `size` bytes of data and index.
+    pub(super) fn close(&self, size: u64) {
+        if let Some(last) = self.lock().segments.back_mut() {
+            last.size = size;
+        }
+    }
+
+    /// Bytes of data and index of the closed segments.
+    pub(super) fn closed_size(&self) -> u64 {
+        self.lock().segments.iter().map(|extent| extent.size).fold(0, u64::saturating_add)
     }
 
     /// The last segment has grown.

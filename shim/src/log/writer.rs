@@ -22,9 +22,13 @@ use super::{
 pub struct Limits {
     /// Bytes of data and index at which a segment is closed; at least 64 KiB.
     pub segment_bytes: u64,
-    /// Segments kept, the one being written included; at least 2.
+    /// Segments kept, the one being written included; at least 2. Those that another timeline has closed
+    /// early count by their bytes.
     pub segments: u32,
 }
+
+/// Segments above their limit that may be kept because they are short.
+const SHORT_SEGMENTS: usize = 32;
 
 /// What the bytes of a log belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -227,12 +231,22 @@ impl LogWriter {
 
     /// Drops what must go before another segment is begun. `false` if an attached reader needs it.
     pub(super) fn make_way(&mut self) -> Result<bool, LogError> {
-        while self.retained.count() >= self.limits.segments.max(2) as usize {
+        let closing = self.current.as_ref().map_or(0, Segment::size);
+        while self.is_full(closing) {
             if !self.drop_closed()? {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    /// Whether the closed segments, with `closing` bytes more, leave no room for another. Counted in bytes:
+    /// each rollback closes a segment that may be short, and would soon cost all that was written before.
+    pub(super) fn is_full(&self, closing: u64) -> bool {
+        let limit = self.limits.segments.max(2);
+        let bytes = self.limits.segment_bytes.saturating_mul(u64::from(limit) - 1);
+        self.retained.closed_size().saturating_add(closing) > bytes
+            || self.retained.count() >= limit as usize + SHORT_SEGMENTS
     }
 
     /// Index first: recovery takes an index without its data file for a rotation to be completed.
@@ -243,6 +257,7 @@ impl LogWriter {
             cube_fault::point("rotation.index_renamed");
             rename_once(&self.dir, self.stream, &closed)?;
             cube_fault::point("rotation.data_renamed");
+            self.retained.close(segment.size());
             self.current = None;
         }
         Ok(())

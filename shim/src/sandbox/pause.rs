@@ -26,6 +26,9 @@ const QUIESCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_se
 /// The same for a guest that also writes out its disks.
 const SYNC: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
 
+/// Time for the disks of the host to write out the logs. As much as the guest has for its own.
+const LOG_SYNC_LIMIT: Duration = SYNC.0;
+
 /// Time for the streams, and for the last poll of events. A stream that is late, because a disk of the
 /// host hangs, keeps its connection: what is on it is still there after the pause.
 const REST_LIMIT: Duration = Duration::from_secs(5);
@@ -83,6 +86,12 @@ pub(super) async fn quiesce(guest: &Guest, sync: bool) -> Result<QuiesceResponse
         c.guest.quiesce(ctx, &call).await
     });
     Ok(answer.await?)
+}
+
+/// Has the host write out the logs of streams at rest: what they have acknowledged the guest has no more, and
+/// is in no snapshot. For whoever keeps the guest on disk.
+pub(super) async fn sync_logs(guest: &Guest) -> Result<(), Error> {
+    Ok(guest.flows.sync_logs(LOG_SYNC_LIMIT).await?)
 }
 
 /// Freezes the guest while the streams come to rest. Neither needs the other: what processes write once

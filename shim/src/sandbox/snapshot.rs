@@ -4,7 +4,7 @@
 //! in [`complete`].
 
 use cube_protocol::guest::QuiesceResponse;
-use tokio::task::spawn_blocking;
+use tokio::{task::spawn_blocking, try_join};
 use tracing::warn;
 
 use super::{
@@ -73,12 +73,16 @@ async fn write(
     steps: &mut Steps,
 ) -> Result<QuiesceResponse, Error> {
     let rest = match paused {
-        Some(rest) => rest,
+        Some(rest) => {
+            pause::sync_logs(guest).await?;
+            steps.done("logs written out");
+            rest
+        }
         None => {
             pause::come_to_rest(guest, steps).await?;
             steps.done("all at rest");
-            let rest = pause::quiesce(guest, true).await?;
-            steps.done("disks of the guest written out");
+            let (rest, ()) = try_join!(pause::quiesce(guest, true), pause::sync_logs(guest))?;
+            steps.done("disks of the guest and logs written out");
             guest.machine.pause().await?;
             steps.done("VM paused");
             rest

@@ -5,6 +5,8 @@
 
 use tokio::{sync::watch, time::Instant};
 
+use super::sync::Logs;
+
 /// What streams are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flow {
@@ -37,6 +39,7 @@ struct Tally {
 pub struct Flows {
     order: watch::Sender<Order>,
     tally: watch::Sender<Tally>,
+    logs: Logs,
 }
 
 impl Flows {
@@ -44,13 +47,13 @@ impl Flows {
     pub fn on(timeline: u64) -> Flows {
         let flow = Flow::On { timeline, since: Instant::now() };
         let order = watch::Sender::new(Order { flow, generation: 0 });
-        Flows { order, tally: watch::Sender::new(Tally::default()) }
+        Flows { order, tally: watch::Sender::new(Tally::default()), logs: Logs::default() }
     }
 
     /// For streams of a guest that is at rest.
     pub fn at_rest() -> Flows {
         let order = watch::Sender::new(Order { flow: Flow::Rest, generation: 0 });
-        Flows { order, tally: watch::Sender::new(Tally::default()) }
+        Flows { order, tally: watch::Sender::new(Tally::default()), logs: Logs::default() }
     }
 
     /// Asks every stream to come to rest; resolves when all of them are, or when they are told to flow
@@ -77,6 +80,11 @@ impl Flows {
             Flow::On { timeline, .. } => Some(timeline),
             Flow::Rest => None,
         }
+    }
+
+    /// Where the streams are logged.
+    pub(super) fn logs(&self) -> &Logs {
+        &self.logs
     }
 
     /// For one stream, from now on until it is dropped.

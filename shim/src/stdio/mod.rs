@@ -21,6 +21,7 @@ mod sink;
 mod source;
 mod status;
 mod stdin;
+mod sync;
 mod uri;
 
 #[cfg(test)]
@@ -181,6 +182,8 @@ pub struct ProcessIo {
     program: Option<LogProgram>,
     phase: watch::Sender<Phase>,
     tasks: JoinSet<()>,
+    /// The directory of the log, if there is one, for as long as there is somebody who owns it.
+    log_dir: Option<Arc<Path>>,
 }
 
 #[derive(Debug)]
@@ -209,19 +212,30 @@ impl ProcessIo {
         let logs = output::create_logs(config.log.clone(), config.begin).await?;
         let (outlets, program) = output::open_outlets(&config, stdout, stderr).await?;
         let outputs = output::assemble(config.terminal, logs, outlets, config.begin)?;
+        Ok(ProcessIo::of(config, stdin, outputs, program))
+    }
+
+    fn of(
+        config: StdioConfig,
+        stdin: Option<Stdin>,
+        outputs: Vec<Output>,
+        program: Option<LogProgram>,
+    ) -> ProcessIo {
         let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new() })
+        let log_dir = config.log.as_ref().map(|log| Arc::from(log.dir.as_path()));
+        ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new(), log_dir }
     }
 
     /// Takes over the logs of a process whose shim has died, for `shim delete` to drain what the guest
     /// still holds into them. Nothing but the logs is opened; without a log there is nothing to do.
     ///
-    /// The index tells where each log ends; the next OPEN goes on there.
-    pub async fn recover(config: StdioConfig) -> Result<ProcessIo, StdioError> {
-        let logs = output::recover_logs(config.log.clone()).await?;
+    /// The index tells where each log ends; the next OPEN goes on there. A log that ends in another timeline
+    /// than `timeline`, that of the guest, gets nothing more: its process may have been put back to a snapshot
+    /// before the log could say so, and what the guest has at that offset belongs elsewhere.
+    pub async fn recover(config: StdioConfig, timeline: u64) -> Result<ProcessIo, StdioError> {
+        let logs = output::recover_logs(config.log.clone(), timeline).await?;
         let outputs = output::assemble(config.terminal, logs, [None, None], config.begin)?;
-        let (phase, _) = watch::channel(Phase::Running);
-        Ok(ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() })
+        Ok(ProcessIo::of(config, None, outputs, None))
     }
 
     /// For a process of the guest that nobody here knows: what it writes is taken, counted and dropped, so
@@ -229,8 +243,7 @@ impl ProcessIo {
     pub fn discard(config: StdioConfig, streams: &[Stream]) -> ProcessIo {
         let outputs =
             streams.iter().map(|stream| Output::discarded_by_design(*stream, config.begin)).collect();
-        let (phase, _) = watch::channel(Phase::Running);
-        ProcessIo { config, stdin: None, outputs, program: None, phase, tasks: JoinSet::new() }
+        ProcessIo::of(config, None, outputs, None)
     }
 
     /// Which streams to ask the agent for.
@@ -250,6 +263,7 @@ impl ProcessIo {
             dial: dial.clone(),
         };
         let phases = Phases::new(self.phase.subscribe(), flows.watch());
+        self.log_dir.iter().for_each(|dir| flows.logs().add(dir));
         for output in &mut self.outputs {
             let (endpoint, flow) = (endpoint(output.stream()), flows.join());
             output.start(endpoint, phases.clone(), flow, &mut self.tasks);

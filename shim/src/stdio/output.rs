@@ -215,9 +215,14 @@ pub(super) async fn create_logs(
     open_logs(config, LogDir::create, create).await
 }
 
-/// Opens the logs that another process has left.
-pub(super) async fn recover_logs(config: Option<LogConfig>) -> Result<Both<LogWriter>, StdioError> {
-    open_logs(config, LogDir::open, LogWriter::recover).await
+/// Opens the logs that another process has left, and completes what it was doing. Leaves out those that end in
+/// another timeline; in none is the end of one that has not been connected yet.
+pub(super) async fn recover_logs(
+    config: Option<LogConfig>,
+    timeline: u64,
+) -> Result<Both<LogWriter>, StdioError> {
+    let logs = open_logs(config, LogDir::open, LogWriter::recover).await?;
+    Ok(logs.map(|log| log.filter(|log| [0, timeline].contains(&log.identity().timeline))))
 }
 
 async fn open_logs(

@@ -4,11 +4,14 @@ use std::{
     fs::{self, File},
     io::Write,
     os::unix::fs::FileExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use super::{Cursor, Dir, Segments, Stream};
-use crate::log::format::{Record, RecordKind, SegmentHeader};
+use crate::log::{
+    format::{Record, RecordKind, SegmentHeader},
+    since::since,
+};
 
 /// Writes `stdout` of one log directory.
 pub(crate) struct TestLog {
@@ -113,6 +116,13 @@ pub(crate) fn read_all(cursor: &mut Cursor) -> (Vec<u8>, u64) {
         }
         cursor.consume(count);
     }
+}
+
+/// The lines in `dir` that began at `time_ns` or later.
+pub(crate) fn read_since(dir: &Path, time_ns: u64) -> Vec<u8> {
+    let segments = Segments::open(&Dir::open(dir).unwrap(), Stream::Stdout).unwrap();
+    let start = since(&segments, time_ns).unwrap();
+    read_all(&mut Cursor::new(segments, start).unwrap()).0
 }
 
 /// Bytes that the calling thread has asked the kernel for, and got, since it began.

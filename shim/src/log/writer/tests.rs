@@ -1,5 +1,6 @@
 mod full_disk;
 mod recovery;
+mod rewind;
 
 use std::{
     fs,
@@ -39,6 +40,16 @@ fn append(writer: &mut LogWriter, bytes: &[u8]) {
 
 fn pattern(from: u64, len: usize) -> Vec<u8> {
     (from..from + len as u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+/// A copy of a log directory, to damage.
+fn copy(of: &Path) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(of).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
 }
 
 /// Appends the bytes that belong at the writer's offset.

@@ -89,6 +89,28 @@ async fn a_snapshot_that_fails_leaves_the_sandbox_as_it_was_and_no_part_of_itsel
 }
 
 #[tokio::test]
+async fn a_log_that_cannot_be_written_out_fails_the_snapshot_and_is_named() {
+    let lab = Lab::new().await;
+    let mut logged = spec();
+    logged["annotations"] = serde_json::json!({});
+    lab.sandbox.create(lab.request("c1", logged)).await.unwrap();
+    lab.sandbox.start(init("c1")).await.unwrap();
+    let dir = lab.dir.path().join("log/default/c1");
+    // What is no file cannot be synced as one.
+    fs::create_dir(dir.join("stdout.1")).unwrap();
+    for state in ["running", "paused"] {
+        if state == "paused" {
+            within(lab.sandbox.pause("c1".into())).await.unwrap();
+        }
+        let error = chain(&lab.snapshot("one").await.unwrap_err());
+        assert!(error.contains("log/default/c1/stdout.1"), "{error}");
+        assert_eq!((lab.state().await, lab.host.vmm.is_paused()), (state, state == "paused"));
+    }
+    fs::remove_dir(dir.join("stdout.1")).unwrap();
+    lab.snapshot("one").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_sandbox_that_cannot_be_set_going_again_is_paused_and_can_be_resumed() {
     let lab = Lab::running().await;
     lab.guest().fault("Thaw", Fault::Refuse(ttrpc::get_status(Code::INTERNAL, "no")));

@@ -91,7 +91,7 @@ async fn what_the_guest_dropped_is_counted_and_in_the_index() {
     assert_eq!((status.dropped, status.discarded, status.lag), (500, 0, 0));
     assert!(soon(io.finish(LIMIT)).await.complete);
     assert_same(&place.log("stdout"), &[pattern(0, 1000), pattern(1500, 1000)].concat());
-    let recovered = ProcessIo::recover(place.logged()).await.unwrap();
+    let recovered = ProcessIo::recover(place.logged(), TIMELINE).await.unwrap();
     assert_eq!(output(&recovered, "stdout").acknowledged, 2500);
 }
 
@@ -118,7 +118,7 @@ async fn a_successor_goes_on_exactly_where_the_shim_died() {
     agent.end(Stream::STDOUT, Flags::NONE);
     agent.end(Stream::STDERR, Flags::NONE);
 
-    let mut io = ProcessIo::recover(place.logged()).await.unwrap();
+    let mut io = ProcessIo::recover(place.logged(), TIMELINE).await.unwrap();
     io.start(Arc::new(agent.clone()), &Flows::on(TIMELINE));
     assert_eq!(soon(io.finish(LIMIT)).await, FinishReport { complete: true, discarded_bytes: 0 });
     assert_same(&place.log("stdout"), &pattern(0, 100_000));

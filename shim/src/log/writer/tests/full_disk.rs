@@ -116,3 +116,35 @@ fn a_writer_that_dies_between_data_and_index_on_a_full_disk_leaves_a_log_that_re
     }
     assert_eq!(at, retained.end());
 }
+
+#[test]
+fn on_a_full_disk_a_log_goes_back_all_the_same_and_the_disk_hears_of_it_before_the_next_byte() {
+    let Some((dir, _point)) = small_disk(200 << 10) else { return };
+    let dir = Arc::new(dir);
+    let limits = Limits { segment_bytes: 1 << 20, segments: 4 };
+    let mut writer = LogWriter::create(dir.clone(), "stdout", limits, 0).unwrap();
+    writer.identify(Identity { timeline: 1, epoch: 9 }).unwrap();
+    append_pattern(&mut writer, 50_000);
+    // A reader needs all of it, so it makes no room.
+    let retained = writer.retained();
+    retained.hold(0);
+    let hog = dir.create_file("hog").unwrap();
+    let mut at = 0;
+    while hog.write_at(&[0; 4096], at).is_ok() {
+        at += 4096;
+    }
+    assert!(matches!(writer.rewind(40_000, 2), Err(Stalled::Disk(_))));
+    assert_eq!((writer.next_offset(), writer.safe_offset()), (40_000, None));
+    let bytes = pattern(40_000, 10);
+    assert!(writer.append(&mut &mut [IoSlice::new(&bytes)][..]).is_err());
+    dir.remove("hog").unwrap();
+    drop(hog);
+    assert_eq!(writer.safe_offset(), Some(40_000));
+    append_pattern(&mut writer, 10);
+    drop(writer);
+    let recovered = LogWriter::recover(dir, "stdout", limits).unwrap();
+    assert_eq!((recovered.next_offset(), recovered.identity().timeline), (40_010, 2));
+    let mut all = vec![0; 1 << 20];
+    let Found::Bytes(n) = retained.read_at(0, &mut all).unwrap() else { panic!("it has the old timeline") };
+    assert_eq!(all[..n], pattern(0, 50_000)[..]);
+}

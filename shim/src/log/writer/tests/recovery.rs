@@ -2,16 +2,7 @@
 
 use super::*;
 
-/// A log with two closed segments and a gap in the current one, and a copy of it to damage.
-fn copy(of: &Path) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(of).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
-    copy
-}
-
+/// A log with two closed segments and a gap in the current one.
 fn long_log() -> Log {
     let mut log = Log::create(LIMITS);
     log.writer.identify(Identity { timeline: 1, epoch: 9 }).unwrap();
