@@ -1,4 +1,4 @@
-//! `cubecli cubebox pause` and `cubecli cubebox resume` with shims that say this and that.
+//! `cubecli cubebox pause`, `resume` and `rollback` with shims that say this and that.
 #![allow(clippy::unwrap_used, reason = "test code, also in helpers")]
 
 mod support;
@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use cube_shim::control::{
-    sandbox::{PauseRequest, PauseResponse, ResumeRequest, ResumeResponse},
+    sandbox::{
+        PauseRequest, PauseResponse, ResumeRequest, ResumeResponse, RollbackRequest, RollbackResponse,
+    },
     sandbox_ttrpc::Sandbox,
 };
 use support::{Host, serve};
@@ -38,6 +40,11 @@ impl Sandbox for Fake {
     async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<ResumeResponse> {
         self.answer("resume")
     }
+
+    async fn rollback(&self, _: &TtrpcContext, request: RollbackRequest) -> ttrpc::Result<RollbackResponse> {
+        assert_eq!(request.snapshot, "warm");
+        self.answer("rollback")
+    }
 }
 
 /// A host with a sandbox `c1`, and what its shim is asked.
@@ -63,14 +70,20 @@ fn each_is_one_call_to_the_shim_and_silent() {
     assert_eq!(lab.host.text(&["cubebox", "pause", "c1"]), "");
     assert_eq!(lab.host.text(&["cubebox", "pause", "--to-disk", "c"]), "");
     assert_eq!(lab.host.text(&["cubebox", "resume", "--namespace", "default", "c1"]), "");
-    assert_eq!(*lab.asked.lock().unwrap(), ["pause", "to disk", "resume"]);
+    assert_eq!(lab.host.text(&["cubebox", "rollback", "c1", "warm"]), "");
+    assert_eq!(*lab.asked.lock().unwrap(), ["pause", "to disk", "resume", "rollback"]);
 }
 
 #[test]
 fn a_refusal_is_told_as_the_shim_says_it() {
     let text = "the qemu backend cannot snapshot this sandbox: set vmm = \"cloud-hypervisor\"";
     let lab = Lab::new(Some((Code::FAILED_PRECONDITION, text)));
-    for words in [&["cubebox", "pause", "--to-disk", "c1"][..], &["cubebox", "resume", "c1"]] {
+    let commands = [
+        &["cubebox", "pause", "--to-disk", "c1"][..],
+        &["cubebox", "resume", "c1"],
+        &["cubebox", "rollback", "c1", "warm"],
+    ];
+    for words in commands {
         let (code, message) = lab.host.fails(words);
         assert!(code == 1 && message.contains(&format!("sandbox default/c1: {text}")), "{message}");
     }
@@ -93,4 +106,8 @@ fn a_sandbox_that_does_not_exist_is_no_success_and_help_says_what_to_disk_takes(
         assert!(help.contains(word), "no {word:?} in:\n{help}");
     }
     assert!(host.text(&["cubebox", "resume", "--help"]).contains("Exit codes"));
+    assert_eq!(host.fails(&["cubebox", "rollback", "nosuch", "warm"]).0, 3);
+    assert_eq!(host.fails(&["cubebox", "rollback", "c1"]).0, 2, "to which snapshot?");
+    let help = host.text(&["cubebox", "rollback", "--help"]);
+    assert!(help.contains("status 137") && help.contains("Exit codes"), "{help}");
 }

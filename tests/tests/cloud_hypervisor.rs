@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
-        snapshots, survival, suspend, terminal,
+        rollback, snapshots, survival, suspend, terminal,
     },
 };
 
@@ -50,6 +50,8 @@ fn main() -> ExitCode {
         suspend::a_sandbox_on_disk_can_be_killed_and_deleted,
         suspend::a_shim_that_is_killed_while_its_sandbox_is_on_disk_leaves_nothing,
         suspend::a_pause_to_disk_or_a_resume_that_fails_leaves_what_was,
+        rollback::a_rollback_in_full_flow_keeps_the_old_log_and_goes_on_exactly,
+        rollback::a_clone_goes_back_to_its_origin_and_nobody_to_a_stranger,
         restore::clones_go_on_with_their_streams_and_so_does_the_original,
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,

@@ -10,7 +10,7 @@ use super::{Host, Selected, job::Guest, steps::Steps};
 use crate::{
     config::Config,
     errors::{Error, chain},
-    vmm::{VmSpec, Vmm},
+    vmm::{VmSpec, Vmm, VmmError},
 };
 
 /// Time for the agent to answer once the VM runs. It listens already; emulation on a busy host is slow.
@@ -36,12 +36,12 @@ impl Relaunch {
         let Selected { mut vmm, .. } = spawn_blocking(move || host.select(&config, vm)).await??;
         let up = tokio::select! {
             up = boot(&mut *vmm, guest, &dir, steps) => up,
-            () = guest.machine.ended() => Err(Error::Killed),
+            () = guest.machine.ended() => Err(killed()),
         };
         let vmm = Arc::<dyn Vmm>::from(vmm);
         let result = match up {
             Ok(()) if guest.machine.occupy(vmm.clone()) => return Ok(vmm.pid()),
-            Ok(()) => Err(Error::Killed),
+            Ok(()) => Err(killed()),
             Err(e) => Err(e),
         };
         guest.agent.disconnect();
@@ -58,8 +58,7 @@ async fn boot(vmm: &mut dyn Vmm, guest: &Guest, dir: &Path, steps: &mut Steps) -
     let hello = tokio::select! {
         hello = guest.agent.renew(&*guest.dial, REACH_LIMIT) => hello?,
         exit = vmm.wait() => {
-            let description = exit.description;
-            return Err(crate::vmm::VmmError::Ended { during: "the restore", description }.into());
+            return Err(ended(exit.description));
         }
     };
     steps.done("agent reached");
@@ -69,4 +68,12 @@ async fn boot(vmm: &mut dyn Vmm, guest: &Guest, dir: &Path, steps: &mut Steps) -
     }
     info!(from = %dir.display(), pid = vmm.pid(), "the guest is in another VM");
     Ok(())
+}
+
+fn killed() -> Error {
+    ended("the sandbox was killed".into())
+}
+
+fn ended(description: String) -> Error {
+    VmmError::Ended { during: "the start from memory on disk", description }.into()
 }

@@ -199,7 +199,7 @@ async fn leave(subject: &Subject, steps: &mut Steps) -> Result<(), Failed> {
         let rested = async {
             pause::come_to_rest(guest, steps).await?;
             steps.done("all at rest");
-            suspend::sync_logs(guest).await
+            pause::sync_logs(guest).await
         };
         if let Err(error) = rested.await {
             let runs = pause::wake(guest, *timeline, steps).await.is_ok();

@@ -90,18 +90,14 @@ async fn write(subject: &Subject, steps: &mut Steps) -> Result<QuiesceResponse, 
     steps.done("disks of the guest written out");
     guest.machine.pause().await?;
     steps.done("VM paused");
-    sync_logs(guest).await?;
+    pause::sync_logs(guest).await?;
+    steps.done("logs written out");
     guest.machine.snapshot(&suspended.vm_dir()).await?;
     steps.done("memory and devices written");
     let written = suspended.clone();
     blocking(move || written.sync()).await?;
     steps.done("memory on disk");
     Ok(rest)
-}
-
-/// What the guest was told to be safe is forgotten by it: from now on the logs must survive the host.
-pub(super) async fn sync_logs(_guest: &Guest) -> Result<(), Error> {
-    Ok(())
 }
 
 pub(super) async fn end_vm(guest: &Guest) -> Result<(), Error> {
