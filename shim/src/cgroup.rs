@@ -168,6 +168,14 @@ impl SandboxCgroup {
         }
     }
 
+    /// Whether a process is in the cgroup, or below: cgroup.events speaks for the whole subtree. In doubt, yes.
+    pub fn has_processes(&self) -> bool {
+        match fs::read_to_string(self.dir.join("cgroup.events")) {
+            Ok(events) => !events.lines().any(|line| line == "populated 0"),
+            Err(e) => e.kind() != ErrorKind::NotFound,
+        }
+    }
+
     fn exists(&self) -> Result<bool, CgroupError> {
         if self.dir.join("cgroup.procs").exists() {
             return Ok(true);

@@ -8,6 +8,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     agent::{Agent, Dial, dial::HybridVsock},
+    cgroup::SandboxCgroup,
     config,
     state::{ContainerState, RunDir, State},
     stdio::{Begin, Flows, LogConfig, ProcessIo, StdioConfig},
@@ -36,6 +37,10 @@ async fn try_drain(run_dir: &RunDir, state: &State, log: &config::Log) {
     let logs =
         join_all(state.containers.iter().map(|(id, container)| recover(state, id, container, log))).await;
     cube_fault::point("cleanup.log_recovered");
+    // Whoever waited for it would have no time left to clean up: it is on disk, or has died with its VM.
+    if !SandboxCgroup::at(&state.cgroup).has_processes() {
+        return;
+    }
     let dial: Arc<dyn Dial> = Arc::new(HybridVsock::new(run_dir.path().join(VSOCK_SOCKET)));
     let Ok((agent, _link, _)) = Agent::connect(dial.clone(), CONNECT_LIMIT).await else { return };
     let ids = state.containers.iter().map(|(id, container)| container.guest_id(id));

@@ -86,7 +86,7 @@ impl Gc {
             None => return Ok(()),
         };
         let name = Name { namespace: state.namespace.clone(), id: state.sandbox_id.clone() };
-        if has_processes(&state.cgroup) {
+        if SandboxCgroup::at(&state.cgroup).has_processes() {
             let cgroup = state.cgroup.display();
             let dir = dir.path().display();
             let note = "the shim is gone, but processes of the sandbox run in";
@@ -217,14 +217,6 @@ fn remove(dir: &RunDir) -> Result<(), GcError> {
     }
     Suspended::remove_of(dir)?;
     Ok(dir.remove()?)
-}
-
-/// Whether the cgroup, or one below it, has processes. cgroup.events speaks for the whole subtree.
-fn has_processes(cgroup: &Path) -> bool {
-    match fs::read_to_string(cgroup.join("cgroup.events")) {
-        Ok(events) => !events.lines().any(|line| line == "populated 0"),
-        Err(e) => e.kind() != io::ErrorKind::NotFound,
-    }
 }
 
 fn is_older_than(path: &Path, age: Duration) -> bool {
