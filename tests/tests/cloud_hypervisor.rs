@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         pause::a_paused_task_can_be_killed_and_deleted,
         pause::a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing,
         pause::pauses_in_full_flow_cost_and_double_no_byte,
+        restore::snapshots_in_full_flow_cost_and_double_no_byte,
         restore::clones_go_on_with_their_streams_and_so_does_the_original,
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,

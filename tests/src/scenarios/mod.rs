@@ -7,6 +7,7 @@ pub mod disks;
 pub mod exactness;
 pub mod exits;
 pub mod faults;
+mod full_flow;
 pub mod isolation;
 pub mod kills;
 pub mod large_logs;
