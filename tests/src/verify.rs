@@ -34,7 +34,9 @@ pub fn compare_slowly(
         fill(seed, at, &mut expected[..n]);
         if let Some(first) = got[..n].iter().zip(&expected).position(|(got, expected)| got != expected) {
             let place = at + first as u64;
-            return Err(io::Error::other(format!("stream {seed} differs at offset {place}")));
+            // Mostly, what is not of the stream says what it is.
+            let found = got[first..n.min(first + 120)].escape_ascii();
+            return Err(io::Error::other(format!("stream {seed} differs at offset {place}: {found}")));
         }
         at += n as u64;
     }

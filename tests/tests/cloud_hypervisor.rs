@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         suspend::a_pause_to_disk_or_a_resume_that_fails_leaves_what_was,
         rollback::a_rollback_in_full_flow_keeps_the_old_log_and_goes_on_exactly,
         rollback::a_clone_goes_back_to_its_origin_and_nobody_to_a_stranger,
+        restore::snapshots_in_full_flow_cost_and_double_no_byte,
         restore::clones_go_on_with_their_streams_and_so_does_the_original,
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use super::{full_flow, lab_with_waiting_container};
 use crate::{
     command::{poll, start},
-    lab::{Lab, Setup},
+    lab::Lab,
     logs,
     needs::Backend,
     soak,
@@ -92,17 +92,20 @@ pub fn a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing(backend:
     lab.nothing_is_left();
 }
 
-/// A pause and a resume and resume while everything flows that can.
+/// Again and again, with everything in flight.
 pub fn pauses_in_full_flow_cost_and_double_no_byte(backend: Backend) {
-    let log = "segment_bytes = 67108864\nsegments = 40".to_owned();
-    let lab = Lab::with(Setup { log, ..backend.into() });
-    let rounds = if backend.is_vm() { soak::rounds(4, 200) } else { soak::rounds(20, 200) };
-    let bytes: u64 = if backend.is_vm() { 16 << 20 } else { 128 << 20 };
-    let compared = full_flow::keeps_every_byte(&lab, &[], rounds, bytes, |_| {
+    let rounds = match backend {
+        Backend::Process => soak::rounds(20, 200),
+        Backend::Qemu => soak::rounds(4, 200),
+        Backend::CloudHypervisor => soak::rounds(4, 20),
+    };
+    let lab = Lab::new(backend);
+    let bytes = full_flow::run(&lab, &[], rounds, |_| {
         pause(&lab);
         resume(&lab);
     });
+    lab.nothing_is_left();
     let name = format!("pauses in full flow, {}", backend.name());
     soak::record(&name, "pauses", rounds);
-    soak::record(&name, "bytes compared", compared);
+    soak::record(&name, "bytes compared", bytes);
 }

@@ -1,13 +1,14 @@
 //! Snapshots of sandboxes, and sandboxes that go on from one, under containerd.
 
-use std::{thread, time::SystemTime};
+use std::{collections::BTreeSet, thread, time::SystemTime};
 
-use super::block::BLOCK;
+use super::{block::BLOCK, full_flow};
 use crate::{
     command::{poll, start},
-    lab::Lab,
+    lab::{Lab, Setup},
     logs,
     needs::Backend,
+    soak,
 };
 
 const SEED: &str = "5";
@@ -34,58 +35,88 @@ fn restore(lab: &Lab, snapshot: &str, id: &str) {
     lab.detached_with(&["--annotation", &annotation], id, &["false"]);
 }
 
-/// Ends the writer, and compares all that its log has with what it says that it has written.
-fn end(lab: &Lab, id: &str) {
+/// Ends the writer, and compares all that its log has with what it says that it has written, which it gives.
+fn end(lab: &Lab, id: &str) -> u64 {
     super::make_file(lab, id, "/stop");
     lab.wait_for_state(id, Some("STOPPED"));
     lab.delete_stopped(id, 0);
     let said = String::from_utf8(logs::read(&lab.log_dir(id), "stderr")).unwrap();
     let total = said.trim().parse().unwrap_or_else(|e| panic!("{id} says {said:?}: {e}"));
     logs::compare_segments(&lab.log_dir(id), "stdout", SEED.parse().unwrap(), total);
+    total
 }
 
-/// The original runs on; two clones begin where it was, at once, each with its own time and randomness, and
+/// The original runs on; clones begin where it was, two at once, each with its own time and randomness, and
 /// with every byte that the original's log did not have then.
 pub fn clones_go_on_with_their_streams_and_so_does_the_original(backend: Backend) {
-    let lab = Lab::new(backend);
+    let pairs = soak::rounds(1, 5);
+    // Nothing is rotated away.
+    let log = "segment_bytes = 67108864\nsegments = 40".to_owned();
+    let lab = Lab::with(Setup { log, ..backend.into() });
     lab.detached_with(&BLOCK, "c", &WRITER);
     writes_on(&lab, "c");
     assert_eq!(lab.cubecli(&["cubebox", "snapshot", "c", "one"]).succeeds().out(), "one\n");
-    let (_, after) = logged(&lab, "c");
-    writes_on(&lab, "c");
-    thread::scope(|scope| {
-        for id in ["d", "e"] {
-            let annotation = "cube.snapshot.restore=one";
-            let flags = ["--detach", "--null-io", "--annotation", annotation];
-            let mut command = lab.run_command(&flags, id, &["false"]);
-            let limit = lab.limit();
-            scope.spawn(move || start(&mut command).wait(limit).succeeds());
-        }
-    });
-    let mut random = Vec::new();
-    for id in ["d", "e"] {
-        writes_on(&lab, id);
-        let script = "date +%s; cat /proc/sys/kernel/random/uuid; echo $PPID; cat /proc/1/cmdline";
-        let seen = lab.exec(id, &["sh", "-c", script]).succeeds().out();
-        let mut lines = seen.lines();
-        let time: u64 = lines.next().unwrap().parse().unwrap();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        assert!(now.abs_diff(time) < 60, "{id} has the time {time}, it is {now}");
-        random.push(lines.next().unwrap().to_owned());
-        assert!(seen.contains(WRITER[0]), "{seen}");
-    }
-    assert_ne!(random[0], random[1]);
-    writes_on(&lab, "c");
     let listed = lab.cubecli(&["cubebox", "snapshots"]).succeeds().out();
     assert!(listed.lines().any(|line| line.starts_with("one ")), "{listed}");
-    lab.cubecli(&["cubebox", "snapshots", "--rm", "one"]).succeeds();
-    for id in ["d", "e"] {
-        // Rotation may have taken the beginning since.
-        assert!(logged(&lab, id).0 > 0, "the log of {id} begins with the original's first byte");
+    let (mut random, mut begins, mut bytes) = (BTreeSet::new(), BTreeSet::new(), 0);
+    for pair in 0..pairs {
+        writes_on(&lab, "c");
+        let clones = ["d", "e"].map(|name| format!("{name}{pair}"));
+        thread::scope(|scope| {
+            for id in &clones {
+                let annotation = "cube.snapshot.restore=one";
+                let flags = ["--detach", "--null-io", "--annotation", annotation];
+                let mut command = lab.run_command(&flags, id, &["false"]);
+                let limit = lab.limit();
+                scope.spawn(move || start(&mut command).wait(limit).succeeds());
+            }
+        });
+        random.extend(clones.each_ref().map(|id| own_randomness(&lab, id)));
+        writes_on(&lab, "c");
+        if pair + 1 == pairs {
+            lab.cubecli(&["cubebox", "snapshots", "--rm", "one"]).succeeds();
+        }
+        for id in &clones {
+            let (begin, _) = logged(&lab, id);
+            begins.insert(begin);
+            bytes += end(&lab, id) - begin;
+        }
     }
-    ["c", "d", "e"].iter().for_each(|id| end(&lab, id));
-    assert!(after > 0);
+    assert_eq!(random.len() as u32, 2 * pairs, "two clones drew the same: {random:?}");
+    bytes += end(&lab, "c");
+    assert!(begins.len() == 1 && begins.first() > Some(&0), "one snapshot, and logs begin at {begins:?}");
     lab.nothing_is_left_but_fifos();
+    let name = format!("clones of one snapshot, {}", backend.name());
+    soak::record(&name, "clones, two at once", 2 * pairs);
+    soak::record(&name, "bytes compared", bytes);
+}
+
+/// What clone `id` draws, once it writes on. Panics unless it has the time, and runs what the original ran.
+fn own_randomness(lab: &Lab, id: &str) -> String {
+    writes_on(lab, id);
+    let script = "date +%s; cat /proc/sys/kernel/random/uuid; cat /proc/1/cmdline";
+    let seen = lab.exec(id, &["sh", "-c", script]).succeeds().out();
+    let mut lines = seen.lines();
+    let time: u64 = lines.next().unwrap().parse().unwrap();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    assert!(now.abs_diff(time) < 60, "{id} has the time {time}, it is {now}");
+    assert!(seen.contains(WRITER[0]), "{seen}");
+    lines.next().unwrap().to_owned()
+}
+
+/// Again and again, with everything in flight: what is written while the sandbox stands still waits.
+pub fn snapshots_in_full_flow_cost_and_double_no_byte(backend: Backend) {
+    let rounds = soak::rounds(1, 10);
+    let lab = Lab::new(backend);
+    let bytes = full_flow::run(&lab, &BLOCK, rounds, |round| {
+        let name = format!("s{round}");
+        lab.cubecli(&["cubebox", "snapshot", "c", &name]).succeeds();
+        lab.cubecli(&["cubebox", "snapshots", "--rm", &name]).succeeds();
+    });
+    lab.nothing_is_left();
+    let name = format!("snapshots in full flow, {}", backend.name());
+    soak::record(&name, "snapshots", rounds);
+    soak::record(&name, "bytes compared", bytes);
 }
 
 /// A name that is none, a snapshot that is not there, and a sandbox that cannot have one.
@@ -148,6 +179,8 @@ pub fn containerd_checkpoints_a_task_and_restores_it_live(backend: Backend) {
     lab.ctr(&["containers", "restore", "--live", "d", "localhost/warm:1"]).succeeds();
     assert_eq!(lab.task("d").unwrap().0, "RUNNING");
     writes_on(&lab, "d");
-    ["c", "d"].iter().for_each(|id| end(&lab, id));
+    for id in ["c", "d"] {
+        end(&lab, id);
+    }
     lab.nothing_is_left_but_fifos();
 }

@@ -8,14 +8,7 @@ use std::{
 use nix::sys::signal::{Signal, kill};
 
 use super::{WAIT, block::BLOCK, full_flow};
-use crate::{
-    command::poll,
-    disk::Disk,
-    lab::{Lab, Setup},
-    leftovers,
-    needs::Backend,
-    soak,
-};
+use crate::{command::poll, disk::Disk, lab::Lab, leftovers, needs::Backend, soak};
 
 fn cubebox(lab: &Lab, words: &[&str]) {
     lab.cubecli(&[&["cubebox"], words].concat()).succeeds();
@@ -88,10 +81,9 @@ pub fn what_cannot_be_paused_to_disk_says_why_and_runs_on(backend: Backend) {
 
 /// From running and from paused, by cubecli and by containerd; the VM is gone meanwhile.
 pub fn a_sandbox_on_disk_in_full_flow_loses_and_doubles_no_byte(backend: Backend) {
-    let log = "segment_bytes = 67108864\nsegments = 40".to_owned();
-    let lab = Lab::with(Setup { log, ..backend.into() });
-    let (rounds, bytes) = (soak::rounds(2, 20), 16 << 20);
-    let compared = full_flow::keeps_every_byte(&lab, &BLOCK, rounds, bytes, |round| {
+    let lab = Lab::new(backend);
+    let rounds = soak::rounds(2, 20);
+    let compared = full_flow::run(&lab, &BLOCK, rounds, |round| {
         let by_containerd = round % 2 == 1;
         if by_containerd {
             lab.ctr(&["task", "pause", "c"]).succeeds();
@@ -119,6 +111,7 @@ pub fn a_sandbox_on_disk_in_full_flow_loses_and_doubles_no_byte(backend: Backend
         soak::record(&experiment, "to disk, ms", to_disk.as_millis());
         soak::record(&experiment, "from disk, ms", from_disk.as_millis());
     });
+    lab.nothing_is_left();
     let experiment = format!("to disk and back, {}", backend.name());
     soak::record(&experiment, "rounds", rounds);
     soak::record(&experiment, "bytes compared", compared);

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 const USAGE: &str = "usage:
   cube-test-writer stream SEED BYTES [SEED BYTES]   pseudo-random bytes to stdout [and at once to stderr]
   cube-test-writer until FILE SEED                  such bytes until FILE exists; their number to stderr
+  cube-test-writer until FILE SEED SEED TOTALS      the same to stdout and stderr; their numbers to the file TOTALS
   cube-test-writer converse SEED BYTES              the same to stdout, while stdin is copied to stderr
   cube-test-writer repeat HEX BYTES                 the pattern, as often as it takes
   cube-test-writer blocks SIZE BYTES                that many bytes, SIZE in each write
@@ -53,9 +54,19 @@ fn run(args: &[&str]) -> io::Result<()> {
             })
         }
         ["until", file, seed] => {
-            let bytes = until(Path::new(file), number(seed)?)?;
+            let bytes = until(&mut RawStdout, Path::new(file), number(seed)?)?;
             eprintln!("{bytes}");
             Ok(())
+        }
+        ["until", file, seed, error_seed, totals] => {
+            let (file, seed, error_seed) = (Path::new(file), number(seed)?, number(error_seed)?);
+            let (bytes, errors) = std::thread::scope(|scope| {
+                let errors = scope.spawn(move || until(&mut io::stderr(), file, error_seed));
+                let bytes = until(&mut RawStdout, file, seed)?;
+                let errors = errors.join().map_err(|_| io::Error::other("the writer of stderr panicked"))?;
+                io::Result::Ok((bytes, errors?))
+            })?;
+            std::fs::write(totals, format!("{bytes} {errors}\n"))
         }
         ["converse", seed, bytes] => {
             let (seed, bytes) = (number(seed)?, number(bytes)?);
@@ -104,8 +115,8 @@ fn stream(out: &mut impl Write, seed: u64, bytes: u64) -> io::Result<()> {
 }
 
 /// Gives the number of bytes written.
-fn until(file: &Path, seed: u64) -> io::Result<u64> {
-    write_while(&mut RawStdout, seed, |_| if file.exists() { 0 } else { u64::MAX })
+fn until(out: &mut impl Write, file: &Path, seed: u64) -> io::Result<u64> {
+    write_while(out, seed, |_| if file.exists() { 0 } else { u64::MAX })
 }
 
 /// Writes a stream as long as `left` gives more than 0 bytes that may follow the offset. Gives its length.

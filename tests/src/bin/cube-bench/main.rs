@@ -14,6 +14,7 @@ mod pause;
 mod pipeline;
 mod polling;
 mod runc;
+mod snapshot;
 mod steps;
 mod table;
 mod throughput;
@@ -30,12 +31,13 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench.json");
 /// A part of the table, chosen by name on the command line; all without.
 type Part = (&'static str, fn(&mut Table, &[Backend]));
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("throughput", throughput_everywhere),
     ("latency", |table, _| latency::measure(table)),
     ("runc", |table, _| runc::measure(table)),
     ("create", |table, _| create::measure(table)),
     ("pause", pause::measure),
+    ("snapshot", snapshot::measure),
     ("memory", memory::measure),
     ("growth", |table, _| growth::measure(table)),
 ];
