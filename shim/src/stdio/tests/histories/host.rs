@@ -56,9 +56,8 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Begins each log at what `guest` knows to be acknowledged. Input of a guest that has consumed some is
-    /// left alone: nobody would have it again.
-    pub(super) fn start(guest: &Guest, timeline: u64) -> Host {
+    /// Begins each log at what `guest` knows to be acknowledged. A process that `hears` has a new client.
+    pub(super) fn start(guest: &Guest, timeline: u64, hears: bool) -> Host {
         let wire = Wire::new(Arc::clone(&guest.hub));
         let phase = watch::Sender::new(Phase::Running);
         let flows = Flows::on(timeline);
@@ -94,7 +93,7 @@ impl Host {
             log
         });
         let consumed = guest.info(Stream::STDIN).acked_offset;
-        let client = (consumed == 0).then(|| {
+        let client = hears.then(|| {
             let (client, input) = Client::new();
             let (rewinder, rewinds) = rewind::channel();
             rewinders.push(rewinder);
@@ -120,8 +119,14 @@ impl Host {
         self.flows.flow(timeline);
     }
 
+    /// Bytes of its client that a process is known to have got.
+    pub(super) fn given(&self) -> u64 {
+        self.counters[2].stored.get()
+    }
+
     /// Has the streams, at rest, go on where `guest` is, on another timeline.
     pub(super) async fn rewind(&mut self, guest: &Guest, timeline: u64) {
+        self.consumed = guest.info(Stream::STDIN).acked_offset;
         self.wire.lead_to(&guest.hub);
         let streams = OUTPUTS.into_iter().chain([Stream::STDIN]);
         for (stream, rewinder) in streams.zip(&self.rewinders) {
