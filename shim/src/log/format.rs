@@ -14,6 +14,12 @@
 //! bytes may follow the last record. The stream offset of the segment's end is that of its last
 //! record (or of its header) plus the bytes that the file has beyond that record's file offset.
 //! A torn or damaged record ends the index; what follows it is indexed anew by the writer.
+//!
+//! A segment belongs to one timeline of the sandbox. Inside of it stream offsets only grow. The next one
+//! begins where it ends, or, if the sandbox was put back to a snapshot, at an earlier offset or a later one,
+//! on another timeline; both were written, in the order of their numbers. The header with the other timeline
+//! is what says that the stream went back: the segment before it is complete by then, and no byte is behind
+//! it yet.
 
 /// First bytes of an index file.
 pub const MAGIC: [u8; 8] = *b"CUBEIDX1";
@@ -35,7 +41,7 @@ pub struct SegmentHeader {
     pub number: u64,
     /// Stream offset of the first byte of the data file.
     pub first_offset: u64,
-    /// Timeline that its bytes belong to.
+    /// Timeline that its bytes belong to; 0 if none was known yet, which only an empty segment has.
     pub timeline: u64,
     /// Epoch of the stream; 0 if it was not known yet.
     pub epoch: u64,

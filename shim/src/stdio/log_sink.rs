@@ -69,15 +69,13 @@ impl LogThread {
         life: watch::Sender<Life>,
         counters: Arc<Counters>,
     ) -> io::Result<LogThread> {
-        let retained = writer.retained();
-        let SinkEnd { chunks, safe, halted } = end;
-        let log = Log { writer, name, retained, life, safe, halted, counters, told: false };
+        let log = Log::new(writer, name, end, life, counters);
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (relaying, given) = oneshot::channel::<Relaying>();
         let (over, ended) = oneshot::channel();
         let work = async move {
             if let Ok(relaying) = given.await {
-                join!(relaying, log.run(chunks));
+                join!(relaying, log.run());
             }
         };
         thread::Builder::new().name(format!("log-{name}")).stack_size(STACK).spawn(move || {
@@ -98,10 +96,12 @@ impl LogThread {
     }
 }
 
-struct Log {
+/// What takes a stream into its log, whatever thread it is on.
+pub(super) struct Log {
     writer: LogWriter,
     name: &'static str,
     retained: Arc<Retained>,
+    chunks: mpsc::Receiver<Chunk>,
     life: watch::Sender<Life>,
     safe: watch::Sender<u64>,
     halted: Halted,
@@ -121,10 +121,23 @@ enum Done {
 }
 
 impl Log {
-    async fn run(mut self, mut chunks: mpsc::Receiver<Chunk>) {
+    pub(super) fn new(
+        writer: LogWriter,
+        name: &'static str,
+        end: SinkEnd,
+        life: watch::Sender<Life>,
+        counters: Arc<Counters>,
+    ) -> Log {
+        let retained = writer.retained();
+        let SinkEnd { chunks, safe, halted } = end;
+        Log { writer, name, retained, chunks, life, safe, halted, counters, told: false }
+    }
+
+    /// Runs until the stream has ended, or the log was abandoned.
+    pub(super) async fn run(mut self) {
         // After a chunk that was not taken entirely nothing may follow.
         let mut dropping = false;
-        while let Some(chunk) = chunks.recv().await {
+        while let Some(chunk) = self.chunks.recv().await {
             let done = match chunk {
                 Chunk::Rest(reply) => {
                     dropping = false;

@@ -28,6 +28,9 @@ pub(super) struct Guest {
     stdin: File,
     /// Bytes read from stdin.
     pub(super) got: u64,
+    /// What of the client's bytes the next one is, beyond `got`. Another number after each change of the client,
+    /// or of what of it was read.
+    pub(super) shift: u64,
     /// First byte that was not as sent.
     pub(super) got_wrong: Option<u64>,
     pub(super) got_eof: bool,
@@ -56,6 +59,7 @@ impl Guest {
             policy,
             stdin: small(stdin, STDIN_PIPE),
             got: 0,
+            shift: 0,
             got_wrong: None,
             got_eof: false,
             outputs: [stdout, stderr].map(|end| Some(small(end, OUTPUT_PIPE))),
@@ -79,7 +83,7 @@ impl Guest {
         }
         // What was in its stdin the process gets at once.
         fork.got = fork.info(Stream::STDIN).acked_offset;
-        (fork.got_wrong, fork.got_eof) = (self.got_wrong, self.got_eof);
+        (fork.shift, fork.got_wrong, fork.got_eof) = (self.shift, self.got_wrong, self.got_eof);
         fork
     }
 
@@ -115,7 +119,7 @@ impl Guest {
             Ok(0) => self.got_eof = most > 0,
             Ok(read) => {
                 for byte in &bytes[..read] {
-                    if *byte != byte_at(Stream::STDIN, self.got) {
+                    if *byte != byte_at(Stream::STDIN, self.given()) {
                         self.got_wrong.get_or_insert(self.got);
                     }
                     self.got += 1;
@@ -124,6 +128,26 @@ impl Guest {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => panic!("{e}"),
         }
+    }
+
+    /// Reads what was given before the guest woke up. Whether that was all: it has no stdin any more.
+    pub(super) async fn is_deaf(&mut self) -> bool {
+        for _ in 0..5 {
+            tokio::task::yield_now().await;
+        }
+        // Its pipe, and the end of it.
+        (0..2).for_each(|_| self.read(1 << 20));
+        self.got_eof
+    }
+
+    /// Number of the client's byte that the process gets next.
+    pub(super) fn given(&self) -> u64 {
+        self.got.wrapping_add(self.shift)
+    }
+
+    /// The next byte that the process gets is number `given` of the client's.
+    pub(super) fn goes_on_with(&mut self, given: u64) {
+        self.shift = given.wrapping_sub(self.got);
     }
 
     /// The process has exited, and nobody else has its output.

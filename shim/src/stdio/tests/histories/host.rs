@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     os::fd::AsRawFd,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -22,6 +22,7 @@ use super::{
     byte_at,
     guest::{Guest, OUTPUTS, nonblocking},
     log::{Log, Pace, write},
+    real::{Common, Real},
     wire::{Dialled, Wire},
 };
 use crate::stdio::{
@@ -40,9 +41,16 @@ struct Client {
     fed: u64,
 }
 
+/// What the outputs go to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sinks {
+    Simulated,
+    Real,
+}
+
 /// The shim.
 pub(super) struct Host {
-    pub(super) logs: [Arc<Mutex<Log>>; 2],
+    logs: [Arc<Mutex<Log>>; 2],
     counters: [Arc<Counters>; 3],
     pace: [watch::Sender<Pace>; 2],
     phase: watch::Sender<Phase>,
@@ -52,13 +60,14 @@ pub(super) struct Host {
     consumed: u64,
     rewinders: Vec<Rewinder>,
     relays: JoinSet<()>,
+    /// The sinks behind the logs, unless those are simulated.
+    real: Vec<Real>,
     pub(super) wire: Arc<Wire>,
 }
 
 impl Host {
-    /// Begins each log at what `guest` knows to be acknowledged. Input of a guest that has consumed some is
-    /// left alone: nobody would have it again.
-    pub(super) fn start(guest: &Guest, timeline: u64) -> Host {
+    /// Begins each log at what `guest` knows to be acknowledged. A process that `hears` has a new client.
+    pub(super) fn start(guest: &Guest, timeline: u64, hears: bool, sinks: Sinks) -> Host {
         let wire = Wire::new(Arc::clone(&guest.hub));
         let phase = watch::Sender::new(Phase::Running);
         let flows = Flows::on(timeline);
@@ -72,7 +81,7 @@ impl Host {
             dial: Arc::new(Dialled(Arc::clone(&wire))),
         };
         let mut relays = JoinSet::new();
-        let (mut pace, mut rewinders) = (Vec::new(), Vec::new());
+        let (mut pace, mut rewinders, mut real) = (Vec::new(), Vec::new(), Vec::new());
         let logs = [0, 1].map(|output: usize| {
             let stream = OUTPUTS[output];
             let info = guest.info(stream);
@@ -83,18 +92,32 @@ impl Host {
             let counters = Arc::clone(&counters[output]);
             let (rewinder, rewinds) = rewind::channel();
             rewinders.push(rewinder);
+            let common = Common::new(stream, &log, &sink, &counters);
             let relay = Relay::new(endpoint(stream), info.epoch, sink, flows.join(), rewinds, counters);
-            let writing = write(end, Arc::clone(&log), paced.subscribe());
             let relaying = relay.run(phases());
-            // As it is with a log: both end before the stream has.
-            relays.spawn(async move {
-                tokio::join!(relaying, writing);
-            });
+            let reader = paced.subscribe();
+            match sinks {
+                // As it is with a log: both end before the stream has.
+                Sinks::Simulated => {
+                    let writing = write(end, Arc::clone(&log), reader);
+                    relays.spawn(async move { _ = tokio::join!(relaying, writing) });
+                }
+                // A reader alone cannot tell a loss from an error.
+                Sinks::Real if output == 0 || guest.policy == Policy::DropOldest => {
+                    let (disk, writing) = Real::disk(common, end, reader, phases(), &mut relays);
+                    relays.spawn(async move { _ = tokio::join!(relaying, writing.run()) });
+                    real.push(disk);
+                }
+                Sinks::Real => {
+                    real.push(Real::reader(common, end, reader, phases(), &mut relays));
+                    relays.spawn(relaying);
+                }
+            }
             pace.push(paced);
             log
         });
         let consumed = guest.info(Stream::STDIN).acked_offset;
-        let client = (consumed == 0).then(|| {
+        let client = hears.then(|| {
             let (client, input) = Client::new();
             let (rewinder, rewinds) = rewind::channel();
             rewinders.push(rewinder);
@@ -105,7 +128,7 @@ impl Host {
             client
         });
         let pace = pace.try_into().unwrap();
-        Host { logs, counters, pace, phase, flows, client, consumed, rewinders, relays, wire }
+        Host { logs, counters, pace, phase, flows, client, consumed, rewinders, relays, real, wire }
     }
 
     /// Brings every stream to rest. Whatever hangs, that takes no longer than a guest may take for STOP, the
@@ -120,8 +143,14 @@ impl Host {
         self.flows.flow(timeline);
     }
 
+    /// Bytes of its client that a process is known to have got.
+    pub(super) fn given(&self) -> u64 {
+        self.counters[2].stored.get()
+    }
+
     /// Has the streams, at rest, go on where `guest` is, on another timeline.
     pub(super) async fn rewind(&mut self, guest: &Guest, timeline: u64) {
+        self.consumed = guest.info(Stream::STDIN).acked_offset;
         self.wire.lead_to(&guest.hub);
         let streams = OUTPUTS.into_iter().chain([Stream::STDIN]);
         for (stream, rewinder) in streams.zip(&self.rewinders) {
@@ -131,6 +160,22 @@ impl Host {
             rewinder.send(Rewind { turn, attempt: info.attempt, done }).unwrap();
             told.await.unwrap().unwrap();
         }
+        for (stream, real) in OUTPUTS.into_iter().zip(&mut self.real) {
+            real.rewound(guest.info(stream).acked_offset);
+        }
+    }
+
+    /// The log of an output, as it is now.
+    pub(super) fn log(&self, output: usize) -> MutexGuard<'_, Log> {
+        if let Some(real) = self.real.get(output) {
+            real.look();
+        }
+        self.logs[output].lock().unwrap()
+    }
+
+    /// Once all streams have ended: whether every byte is where it belongs.
+    pub(super) fn verify(&self) -> Result<(), String> {
+        self.real.iter().try_for_each(Real::verify)
     }
 
     pub(super) fn pace(&self, output: usize, pace: Pace) {
@@ -163,8 +208,8 @@ impl Host {
 
     /// What must hold at any time.
     pub(super) fn check(&self, guest: &Guest) -> Result<(), String> {
-        for (output, log) in self.logs.iter().enumerate() {
-            let log = log.lock().unwrap();
+        for output in 0..2 {
+            let log = self.log(output);
             if let Some(wrong) = &log.wrong {
                 return Err(wrong.clone());
             }
@@ -199,8 +244,8 @@ impl Host {
 
     /// What must hold at rest of a stream that `tells` the guest: it knows of everything that is in the log.
     pub(super) fn check_rest(&self, guest: &Guest, tells: [bool; 2]) -> Result<(), String> {
-        for ((stream, log), tells) in OUTPUTS.into_iter().zip(&self.logs).zip(tells) {
-            let (info, log) = (guest.info(stream), log.lock().unwrap());
+        for ((output, stream), tells) in OUTPUTS.into_iter().enumerate().zip(tells) {
+            let (info, log) = (guest.info(stream), self.log(output));
             if tells && info.acked_offset != log.safe {
                 return Err(format!("at rest {info} is not where its log is, at {}", log.safe));
             }
@@ -212,6 +257,7 @@ impl Host {
     pub(super) fn is_done(&self) -> bool {
         let streams = if self.client.is_some() { 3 } else { 2 };
         self.counters[..streams].iter().all(|counters| counters.relayed.get() > 0)
+            && self.real.iter().all(Real::is_done)
     }
 
     /// Lets what has ended go.
@@ -224,6 +270,7 @@ impl Host {
     /// Delete whose time is over: everything ends at once, whoever hangs.
     pub(super) async fn abandon(mut self) -> Result<(), String> {
         self.phase.send_replace(Phase::Abandoned);
+        self.real.iter().for_each(Real::abandon);
         // A sink that hangs is told by its owner.
         for pace in &self.pace {
             pace.send_replace(Pace::Quick);

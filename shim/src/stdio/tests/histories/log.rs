@@ -49,6 +49,11 @@ impl Log {
         self.offset = to;
     }
 
+    /// What was found out about a real one.
+    pub(super) fn is(&mut self, offset: u64, safe: u64, gaps: Vec<(u64, u64)>) {
+        (self.offset, self.safe, self.gaps) = (offset, safe, gaps);
+    }
+
     /// Begins anew at `to`.
     fn rewind(&mut self, to: u64) {
         (self.offset, self.safe) = (to, to);
