@@ -269,6 +269,7 @@ const DELETION: [&str; 12] = [
     "destroy.cgroup_removed",
     "destroy.share_removed",
     "destroy.disks_removed",
+    "destroy.memory_removed",
     "destroy.run_dir_removed",
     "delete.before_reply",
     "agent.delete.exec_forgotten",
@@ -308,6 +309,7 @@ const CLEANUP: [&str; 9] = [
     "destroy.cgroup_removed",
     "destroy.share_removed",
     "destroy.disks_removed",
+    "destroy.memory_removed",
     "destroy.run_dir_removed",
 ];
 

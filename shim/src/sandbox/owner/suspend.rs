@@ -63,7 +63,6 @@ impl Owner {
             drop(reply.send(Err(e.into())));
             return self.serve_those_that_waited();
         }
-        cube_fault::point("suspend.state_saved");
         let run_dir = self.identity.run_dir.clone();
         let subject = Subject { guest, timeline: self.disk.timeline, paused, suspended, run_dir };
         self.later(async move {
