@@ -24,7 +24,7 @@ use tokio::{
 };
 use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
 
-use super::{Host, Rootfs, RootfsRequest, Selected};
+use super::{Host, ProcessId, Rootfs, RootfsRequest, Selected};
 use crate::{
     agent::dial::HybridVsock,
     config::Config,
@@ -58,7 +58,7 @@ pub(super) struct Guest {
     /// Why no container is ready; `None` if all are.
     pub(super) unready: Mutex<Option<String>>,
     /// What State answers, where that is not a process that runs; `None` for one that is not there.
-    pub(super) states: Mutex<HashMap<(String, String), Option<(Status, u32)>>>,
+    pub(super) states: Mutex<HashMap<ProcessId, Option<(Status, u32)>>>,
     protocol: version::Version,
     events: Mutex<Vec<guest::Event>>,
     news: Notify,
@@ -227,7 +227,7 @@ impl Task for Service {
 
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
         self.0.called("State", &request.id, &request.exec_id).await?;
-        let process = (request.id, request.exec_id);
+        let process = ProcessId { container: request.id, exec: request.exec_id };
         match self.0.states.lock().unwrap().get(&process).copied().unwrap_or(Some((Status::RUNNING, 17))) {
             Some((status, pid)) => {
                 Ok(api::StateResponse { pid, status: status.into(), ..Default::default() })

@@ -259,7 +259,7 @@ fn run_when_told(kills: &KillLab, id: &str, go: &Path) {
 }
 
 /// Points of Delete, in the shim and in the agent that it ends.
-const DELETION: [&str; 12] = [
+const DELETION: [&str; 13] = [
     "delete.drained",
     "agent.delete.killed",
     "agent.delete.unmounted",
@@ -300,7 +300,7 @@ pub fn a_deletion_killed_at_any_step_is_completed(backend: Backend) {
 }
 
 /// Points of `shim delete`.
-const CLEANUP: [&str; 9] = [
+const CLEANUP: [&str; 10] = [
     "cleanup.begun",
     "cleanup.containers_killed",
     "cleanup.log_recovered",

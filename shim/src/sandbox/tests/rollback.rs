@@ -43,7 +43,7 @@ impl Lab {
 
     /// What the guest of the snapshot has to say of an exec.
     fn then(&self, exec: &str, state: Option<(api::Status, u32)>) {
-        self.guest().states.lock().unwrap().insert(("c1".into(), exec.into()), state);
+        self.guest().states.lock().unwrap().insert(super::exec("c1", exec), state);
     }
 
     /// The one that runs is the first that was booted.
