@@ -87,6 +87,16 @@ pub enum Error {
         /// 0 to 255; 128 + n for death by signal n.
         status: u32,
     },
+    /// A template that cannot be snapshotted, because it is not ready.
+    #[error("the template {id:?} is not ready{after}: {waits_for}")]
+    TemplateNotReady {
+        /// Its id.
+        id: String,
+        /// " after" a time, or empty.
+        after: String,
+        /// Which container is not ready, and why.
+        waits_for: String,
+    },
     /// Something that this version cannot do.
     #[error("{what} is not supported by this version of Cubebox{hint}")]
     Unimplemented {
@@ -165,7 +175,13 @@ impl Error {
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } => Code::FAILED_PRECONDITION,
+            Error::State { .. }
+            | Error::NotReady { .. }
+            | Error::TemplateNotReady { .. }
+            | Error::Restore { .. } => Code::FAILED_PRECONDITION,
+            Error::Stdio(StdioError::Io { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
+                Code::FAILED_PRECONDITION
+            }
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,

@@ -151,7 +151,10 @@ impl Guest {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let Ok(port) = hybrid::requested_port(&mut stream).await else { continue };
-                assert_eq!(port, ports::CONTROL, "the tests have no streams");
+                if port != ports::CONTROL {
+                    // Streams are none of the owner's business: they connect in vain.
+                    continue;
+                }
                 hybrid::accept(&mut stream, 1).await.unwrap();
                 sender.send(relay(stream, guest.cut.subscribe())).await.unwrap();
             }

@@ -25,6 +25,7 @@ mod pause;
 mod ready;
 mod restore;
 mod snapshot;
+mod template;
 
 struct Lab {
     dir: TempDir,
@@ -52,7 +53,12 @@ impl Lab {
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
         let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
-        let config = Config { snapshot, ..Default::default() };
+        let log = config::Log {
+            dir: dir.path().join("log"),
+            template_dir: dir.path().join("templates"),
+            ..Default::default()
+        };
+        let config = Config { snapshot, log, ..Default::default() };
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }

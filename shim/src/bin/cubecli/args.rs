@@ -160,6 +160,9 @@ pub(crate) struct LogsArgs {
     /// Container ID, or a prefix of it that no other container has. An older log of a reused ID,
     /// `<id>.<time>`, must be named in full
     pub(crate) id: String,
+    /// The ID is that of a template: print the output of its build, which runs or is over
+    #[arg(long, conflicts_with = "namespace")]
+    pub(crate) tpl: bool,
     /// The last N lines [default: 100, or all with --since]
     #[arg(long, value_name = "N", conflicts_with_all = ["head", "all"])]
     pub(crate) tail: Option<u64>,

@@ -8,6 +8,7 @@ mod run;
 mod snapshot;
 mod state;
 mod status;
+mod template;
 mod watch;
 
 use std::{
@@ -42,7 +43,7 @@ use crate::{
     errors::{Error, chain},
     events::{Publisher, TaskEvent},
     sandbox::Exit,
-    snapshot::Listed,
+    snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
     vmm::Disk,
 };
@@ -63,6 +64,8 @@ struct Container {
     /// When containerd was last told that it is out of memory.
     oom: Option<Instant>,
     ready: Ready,
+    /// If it is built for one.
+    template: Option<Template>,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
     /// If it was restored: how it goes on, and what takes the output of its processes that nobody knows.
@@ -115,6 +118,8 @@ pub(super) struct Owner {
     waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
     /// Those who wait for the sandbox to be ready.
     waiting_ready: Vec<Reply<SandboxReadiness>>,
+    /// Snapshots of a template that wait for it to be ready.
+    waiting_builds: Vec<template::Waiting>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -165,6 +170,7 @@ impl Owner {
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
             waiting_ready: Vec::new(),
+            waiting_builds: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
@@ -183,6 +189,7 @@ impl Owner {
                 () = sleep_until(wake) => self.look_around(),
             }
             self.answer_ready();
+            self.look_at_builds();
         }
         self.clean_up().await;
     }

@@ -154,6 +154,10 @@ impl Owner {
     }
 
     pub(super) fn wakeup(&self) -> Option<Instant> {
+        self.next_look().into_iter().chain(self.next_build()).min()
+    }
+
+    fn next_look(&self) -> Option<Instant> {
         match self.idle_since {
             Some(since) => Some(since + self.idle_limit()),
             None if self.state == SandboxState::Stopped => Some(Instant::now() + ORPHAN_INTERVAL),

@@ -14,6 +14,7 @@ fn manifest(containers: &[(&str, bool)]) -> Manifest {
         agent: "0.1.0".into(),
         protocol: version::CURRENT.to_string(),
         origin: Origin { namespace: "ns".into(), sandbox: "old".into(), timeline: 2, backend: "fake".into() },
+        template: None,
         containers: containers
             .iter()
             .map(|(id, terminal)| Container {
