@@ -2,6 +2,7 @@
 
 use std::{error::Error as StdError, io};
 
+use cube_protocol::environment::EnvironmentError;
 use ttrpc::Code;
 
 use crate::{
@@ -114,6 +115,12 @@ pub enum Error {
         /// Why, and what would work.
         reason: String,
     },
+    /// The create-time environment cannot be delivered to a guest that is restored.
+    #[error("process.env in config.json cannot be given to a restored sandbox")]
+    Environment {
+        /// Which entry, or how much; nothing of its content.
+        source: EnvironmentError,
+    },
     /// The VMM ended unexpectedly.
     #[error("the VM of sandbox {id:?} has ended: {description}")]
     VmmEnded {
@@ -170,6 +177,7 @@ impl Error {
             Error::Id { .. }
             | Error::Argument { .. }
             | Error::Annotation(_)
+            | Error::Environment { .. }
             | Error::Options(_)
             | Error::Stdio(StdioError::Uri { .. }) => Code::INVALID_ARGUMENT,
             Error::Spec(spec) => spec.code(),

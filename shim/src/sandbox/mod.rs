@@ -5,6 +5,7 @@
 //! message. So every question has an answer at once, whatever the guest does. [`Sandbox`] is the
 //! handle that the Task service uses.
 
+mod clone;
 mod create;
 #[cfg(test)]
 mod fakes;

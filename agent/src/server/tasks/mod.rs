@@ -29,7 +29,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{create::NewTask, delete::Deleted, environment::is_entry, process::Process, state::State};
+pub use self::{create::NewTask, delete::Deleted, process::Process, state::State};
 use super::{error::Error, events::Events};
 use crate::{
     boot::reaper::{Exit, Reaper},
@@ -107,7 +107,7 @@ impl Tasks {
     }
 
     /// Sets what is added to the environment of every process that is created or started from now on.
-    /// The caller has checked that each is [`is_entry`].
+    /// The caller has [checked](cube_protocol::environment::check) it.
     pub fn set_environment(&self, environment: Vec<String>) {
         *lock(&self.environment) = environment;
     }

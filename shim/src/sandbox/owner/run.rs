@@ -36,7 +36,10 @@ impl Owner {
                 let guest_pid = self.known(&id).map_or(0, |process| process.guest_pid);
                 self.work(async move {
                     let result = match restored {
-                        Some(restored) => restore::thaw(&guest, &restored).await.map(|()| guest_pid),
+                        Some(restored) => {
+                            let inside = id.container.clone();
+                            restore::start(&guest, inside, &restored).await.map(|()| guest_pid)
+                        }
                         None => job::start(guest, id.clone()).await,
                     };
                     Report::Started { process: id, result, reply }
