@@ -57,6 +57,8 @@ pub(super) enum Report {
     Started { process: ProcessId, result: Result<u32, Error>, reply: Reply<u32> },
     Paused { id: String, result: Result<QuiesceResponse, pause::Failed>, reply: Reply<()> },
     Resumed { id: String, result: Result<(), Error>, reply: Reply<()> },
+    MemberPaused { id: String, result: Result<(), Error>, reply: Reply<()> },
+    MemberResumed { id: String, result: Result<(), Error>, reply: Reply<()> },
     Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
@@ -69,6 +71,8 @@ impl Report {
             Report::Created { .. }
             | Report::Execed { .. }
             | Report::Started { .. }
+            | Report::MemberPaused { .. }
+            | Report::MemberResumed { .. }
             | Report::Deleted { .. } => true,
             Report::Paused { .. }
             | Report::Resumed { .. }
@@ -276,6 +280,31 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
         .call("Stats", STATS_LIMIT, call, |c, ctx, call| async move { c.task.stats(ctx, &call).await })
         .await?;
     Ok(answer.stats.unwrap_or_default())
+}
+
+/// Freezes the processes of a container. If that fails, they run.
+pub(super) async fn pause(guest: Guest, id: String) -> Result<(), Error> {
+    let call = api::PauseRequest { id: guest.inside(id.clone()), ..Default::default() };
+    let send = |c: Clients, ctx, call| async move { c.task.pause(ctx, &call).await };
+    match guest.agent.call("Pause", CALL_LIMIT, call, send).await {
+        Ok(_) => Ok(()),
+        Err(e @ AgentError::Refused { .. }) => Err(e.into()),
+        // It may be done all the same.
+        Err(e) => {
+            if let Err(e) = resume(guest, id).await {
+                warn!("the way back from a pause failed: {}", chain(&e));
+            }
+            Err(e.into())
+        }
+    }
+}
+
+/// Lets them go on.
+pub(super) async fn resume(guest: Guest, id: String) -> Result<(), Error> {
+    let call = api::ResumeRequest { id: guest.inside(id), ..Default::default() };
+    let send = |c: Clients, ctx, call| async move { c.task.resume(ctx, &call).await };
+    guest.agent.call("Resume", CALL_LIMIT, call, send).await?;
+    Ok(())
 }
 
 /// Changes limits.

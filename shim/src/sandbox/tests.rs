@@ -21,6 +21,7 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+mod member;
 mod pause;
 mod ready;
 mod restore;

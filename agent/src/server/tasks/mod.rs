@@ -11,6 +11,7 @@
 mod create;
 mod delete;
 mod environment;
+mod pause;
 mod probe;
 mod process;
 mod start;
@@ -71,6 +72,8 @@ pub struct Task {
     /// What the init process runs; a probe runs as it does.
     process: Option<runtime::Process>,
     container: Arc<RwLock<Container>>,
+    /// Whether its cgroup is frozen. Locked for reading by whoever spawns a process in it.
+    paused: RwLock<bool>,
     rootfs: Mutex<Option<Rootfs>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     oom_watch: Mutex<Option<JoinHandle<()>>>,
@@ -135,6 +138,7 @@ impl Tasks {
         if task.init.state().exit().is_some() {
             return Err(task.init.wrong_state("it must be running to exec in it"));
         }
+        let _unpaused = task.unpaused().await?;
         let process_id = ProcessId { container: id.to_owned(), exec: exec_id.to_owned() };
         match lock(&task.execs).entry(exec_id.to_owned()) {
             std::collections::btree_map::Entry::Occupied(_) => Err(Error::AlreadyExists(process_id)),

@@ -6,7 +6,7 @@ use containerd_shim_protos::{events::task as message, protobuf::MessageField};
 use cube_protocol::annotations::TEMPLATE_ID;
 use tokio::sync::oneshot;
 
-use super::{Container, Owner, SandboxState, init_of, not_found};
+use super::{Container, Motion, Owner, SandboxState, init_of, not_found};
 use crate::{
     annotations::AnnotationError,
     errors::Error,
@@ -73,6 +73,7 @@ impl Owner {
             stats: None,
             oom: None,
             ready: Ready::new(plan.annotations.ready.clone()),
+            motion: Motion::default(),
             template: plan
                 .annotations
                 .template

@@ -2,6 +2,7 @@
 
 mod create;
 mod end;
+mod member;
 mod pause;
 mod ready;
 mod run;
@@ -27,7 +28,7 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
-use self::state::SandboxState;
+use self::{member::Motion, state::SandboxState};
 use super::{
     Deleted, ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
     SnapshotRequest, Status,
@@ -64,6 +65,8 @@ struct Container {
     /// When containerd was last told that it is out of memory.
     oom: Option<Instant>,
     ready: Ready,
+    /// Whether it runs, apart from its sandbox.
+    motion: Motion,
     /// If it is built for one.
     template: Option<Template>,
     /// Ends its creation; dropped afterwards.
@@ -275,6 +278,8 @@ impl Owner {
             }
             Report::Paused { id, result, reply } => drop(reply.send(self.paused(&id, result))),
             Report::Resumed { id, result, reply } => drop(reply.send(self.resumed(&id, result))),
+            Report::MemberPaused { id, result, reply } => drop(reply.send(self.member_paused(&id, result))),
+            Report::MemberResumed { id, result, reply } => drop(reply.send(self.member_resumed(&id, result))),
             Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
@@ -296,13 +301,14 @@ impl Owner {
     }
 
     fn process_state(&mut self, id: &ProcessId) -> Result<ProcessState, Error> {
-        let (pid, state) = (self.pid, self.state);
+        let (pid, state, motion) = (self.pid, self.state, self.motion(&id.container));
         let process = self.known(id)?;
         let (status, stdio, exit) = (process.status(), process.stdio.clone(), process.exit());
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
         let status = match (status, state) {
             (Status::Running, SandboxState::Pausing) => Status::Pausing,
             (Status::Running, state) if state.is_pause() => Status::Paused,
+            (Status::Running, _) => motion.status(),
             (status, _) => status,
         };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })

@@ -2,7 +2,7 @@
 
 use cube_protocol::guest::QuiesceResponse;
 
-use super::{Owner, SandboxState, Waiting, init_of, wrong_phase};
+use super::{Motion, Owner, SandboxState, Waiting, init_of, wrong_phase};
 use crate::{
     errors::Error,
     events::TaskEvent,
@@ -17,6 +17,7 @@ use crate::{
 impl Owner {
     pub(super) fn pause(&mut self, id: String, reply: Reply<()>) {
         match self.admit_pause(&id) {
+            Ok(()) if !self.is_main(&id) => self.pause_member(id, reply),
             Ok(()) => {
                 // What changes the sandbox is refused from now on. What is under way is awaited.
                 self.state = SandboxState::Pausing;
@@ -59,16 +60,8 @@ impl Owner {
         if phase != Phase::Running {
             return Err(wrong_phase(&init, phase, "only a running container can be paused"));
         }
-        self.whole(id, "pausing")
-    }
-
-    /// Checks that what is asked for container `id` can be done to its whole sandbox.
-    fn whole(&self, id: &str, what: &str) -> Result<(), Error> {
-        if self.is_main(id) {
-            return Ok(());
-        }
-        let hint = ": it can be done to the whole pod, by the id of its sandbox";
-        Err(Error::Unimplemented { what: format!("{what} a single member of a pod"), hint })
+        // One that is left of its pod may be so by itself.
+        self.check_motion(id)
     }
 
     pub(super) fn paused(
@@ -91,6 +84,9 @@ impl Owner {
     }
 
     pub(super) fn resume(&mut self, id: String, reply: Reply<()>) {
+        if self.state == SandboxState::Running && self.motion(&id) == Motion::Paused {
+            return self.resume_member(id, reply);
+        }
         let guest = match self.admit_resume(&id) {
             Ok(guest) => guest,
             Err(e) => return drop(reply.send(Err(e))),
@@ -106,9 +102,14 @@ impl Owner {
     fn admit_resume(&mut self, id: &str) -> Result<Guest, Error> {
         self.known(&init_of(id))?;
         match (self.state, &self.guest) {
-            (SandboxState::Paused, Some(guest)) => {
-                self.whole(id, "resuming")?;
-                Ok(guest.clone())
+            (SandboxState::Paused, Some(guest)) if self.is_main(id) => Ok(guest.clone()),
+            (SandboxState::Paused, Some(_)) => {
+                Err(self
+                    .wrong_state("a member cannot be resumed before the whole pod, by the id of its sandbox"))
+            }
+            (SandboxState::Running, Some(_)) if !self.is_main(id) => {
+                self.check_motion(id)?;
+                Err(wrong_phase(&init_of(id), Phase::Running, "only a paused container can be resumed"))
             }
             _ => Err(self.wrong_state("only a paused sandbox can be resumed")),
         }

@@ -111,6 +111,9 @@ impl Owner {
         if process.exited(exit) {
             self.publish_exit(id, exit);
         }
+        if id.is_init() {
+            self.forget_motion(&id.container);
+        }
     }
 
     /// Every process has died with the VM, whatever it was doing. Jobs that wait for the guest fail
