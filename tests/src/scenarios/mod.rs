@@ -25,6 +25,7 @@ pub mod rotation;
 pub mod scale;
 pub mod snapshots;
 pub mod survival;
+pub mod templates;
 pub mod terminal;
 
 use crate::lab::Lab;

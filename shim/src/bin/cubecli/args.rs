@@ -34,7 +34,8 @@ Take a snapshot of a sandbox, which runs on; prints the snapshot's name
 
 Memory and disks are captured at one instant, for which the sandbox stands still. Only sandboxes on Cloud
 Hypervisor whose rootfs is on disks of their own (annotation cube.rootfs.mode=block) can be snapshotted. A
-snapshot holds all that is in the sandbox's memory, secrets included.";
+snapshot holds all that is in the sandbox's memory, secrets included. Of a sandbox that is built to become a
+template (annotation cube.template.id) it is taken once that is ready, which is waited for up to 10 minutes.";
 
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
@@ -128,7 +129,7 @@ pub(crate) struct WaitArgs {
 pub(crate) struct SnapshotArgs {
     /// ID of a sandbox or of a container in it, or a prefix that no other one has
     pub(crate) id: String,
-    /// Name of the snapshot [default: the ID and the time]
+    /// Name of the snapshot [default: the ID and the time; of a template build the ID of the template]
     pub(crate) name: Option<String>,
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]

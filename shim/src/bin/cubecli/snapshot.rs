@@ -51,7 +51,7 @@ async fn with_progress<T>(work: impl Future<Output = T>) -> T {
             }
             _ = ticks.tick(), if terminal => match begun.elapsed().as_secs() {
                 0 => {}
-                seconds => eprint!("\rwriting the snapshot, {seconds} s"),
+                seconds => eprint!("\rtaking the snapshot, {seconds} s"),
             },
         }
     }
