@@ -356,6 +356,28 @@ async fn a_guest_that_refuses_sigkill_is_killed() {
 }
 
 #[tokio::test]
+async fn a_delete_that_the_guest_fails_is_repeated() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.run("c2").await;
+    lab.kill(init("c2"), 9).await.unwrap();
+    assert_eq!(lab.wait(init("c2")).await, 137);
+    lab.guest().fault("Delete", Fault::Refuse(ttrpc::get_status(Code::DEADLINE_EXCEEDED, "not dead yet")));
+    let sandbox = lab.sandbox.clone();
+    let delete = tokio::spawn(async move { sandbox.delete(init("c2")).await });
+    let deletes = || lab.guest().calls.lock().unwrap().iter().filter(|call| *call == "Delete c2").count();
+    within(async {
+        while deletes() < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    lab.guest().faults.lock().unwrap().clear();
+    within(delete).await.unwrap().unwrap();
+    lab.run("c2").await;
+}
+
+#[tokio::test]
 async fn a_member_of_a_pod_comes_and_goes_alone_and_the_pod_takes_all_with_it() {
     let lab = Lab::new().await;
     lab.run("c1").await;
