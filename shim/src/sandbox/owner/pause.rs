@@ -100,7 +100,7 @@ impl Owner {
     }
 
     fn admit_resume(&mut self, id: &str) -> Result<Guest, Error> {
-        self.known(&init_of(id))?;
+        let phase = self.known(&init_of(id))?.phase;
         match (self.state, &self.guest) {
             (SandboxState::Paused, Some(guest)) if self.is_main(id) => Ok(guest.clone()),
             (SandboxState::Paused, Some(_)) => {
@@ -109,7 +109,7 @@ impl Owner {
             }
             (SandboxState::Running, Some(_)) if !self.is_main(id) => {
                 self.check_motion(id)?;
-                Err(wrong_phase(&init_of(id), Phase::Running, "only a paused container can be resumed"))
+                Err(wrong_phase(&init_of(id), phase, "only a paused container can be resumed"))
             }
             _ => Err(self.wrong_state("only a paused sandbox can be resumed")),
         }

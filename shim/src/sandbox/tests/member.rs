@@ -110,7 +110,8 @@ async fn every_signal_goes_to_the_guest_at_once_and_a_member_that_is_killed_can_
     lab.kill(init("c2"), 15).await.unwrap();
     assert_eq!(lab.wait(init("c2")).await, 143);
     lab.are([Status::Running, Status::Stopped]).await;
-    state_error(lab.resumes("c2").await);
+    let text = state_error(lab.resumes("c2").await);
+    assert!(text.contains("\"c2\" is stopped"), "{text}");
     within(lab.sandbox.delete(init("c2"))).await.unwrap();
     lab.run("c2").await;
     lab.are([Status::Running, Status::Running]).await;
