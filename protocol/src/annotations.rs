@@ -39,11 +39,14 @@ pub const READY_EXEC: &str = "cube.ready.exec";
 /// that of the snapshot.
 pub const SNAPSHOT_RESTORE: &str = "cube.snapshot.restore";
 
+/// Id of the template that the sandbox is built for: names its log, and its snapshot.
+pub const TEMPLATE_ID: &str = "cube.template.id";
+
 /// What every annotation of ours begins with. An unknown one is refused by name.
 pub const PREFIX: &str = "cube.";
 
 /// Every annotation that this version knows.
-pub const KNOWN: [&str; 11] = [
+pub const KNOWN: [&str; 12] = [
     LOG_FORWARDING,
     LOG_MODE,
     ALLOW_VSOCK,
@@ -55,4 +58,5 @@ pub const KNOWN: [&str; 11] = [
     READY_HTTP,
     READY_TCP,
     READY_EXEC,
+    TEMPLATE_ID,
 ];

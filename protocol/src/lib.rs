@@ -6,6 +6,7 @@
 //! begins with the [`hybrid`] handshake. `docs/protocol.md` is the specification in prose.
 
 pub mod annotations;
+pub mod environment;
 pub mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]

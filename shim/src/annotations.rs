@@ -6,6 +6,8 @@ use cube_protocol::{annotations as name, guest::LogMode};
 
 pub use probe::Probe;
 
+use crate::task::{ID_RULE, check_id};
+
 /// What the annotations of one container ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Annotations {
@@ -25,6 +27,8 @@ pub struct Annotations {
     pub ready: Option<Probe>,
     /// The snapshot from which the sandbox goes on: its name, or its path in the store.
     pub restore: Option<String>,
+    /// Id of the template that the sandbox is built for.
+    pub template: Option<String>,
 }
 
 /// Size of a writable disk that nobody has asked for. It takes what is written, not more.
@@ -44,6 +48,7 @@ impl Default for Annotations {
             rootfs_size: ROOTFS_SIZE,
             ready: None,
             restore: None,
+            template: None,
         }
     }
 }
@@ -72,6 +77,15 @@ pub enum AnnotationError {
         name::READY_EXEC
     )]
     Probes,
+    /// A template build with what keeps it from having a log, or from being a build.
+    #[error(
+        "{} cannot be set together with {other}: a template is built from an image, and with a log",
+        name::TEMPLATE_ID
+    )]
+    Template {
+        /// The other annotation, with its value where that matters.
+        other: &'static str,
+    },
 }
 
 /// Reads the `cube.*` annotations among `all`, the annotations of `config.json`; others are not ours.
@@ -101,9 +115,11 @@ pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<An
             name::READY_TCP => parsed.add_probe(Probe::tcp(value)?)?,
             name::READY_EXEC => parsed.add_probe(Probe::exec(value)?)?,
             name::SNAPSHOT_RESTORE => parsed.restore = Some(value.into()),
+            name::TEMPLATE_ID => parsed.template = Some(template_id(value)?),
             _ => return Err(AnnotationError::Unknown(key.into())),
         }
     }
+    parsed.check_template()?;
     Ok(parsed)
 }
 
@@ -113,6 +129,26 @@ impl Annotations {
             None => Ok(()),
             Some(_) => Err(AnnotationError::Probes),
         }
+    }
+
+    fn check_template(&self) -> Result<(), AnnotationError> {
+        match self.template {
+            Some(_) if self.restore.is_some() => {
+                Err(AnnotationError::Template { other: name::SNAPSHOT_RESTORE })
+            }
+            Some(_) if !self.log_forwarding => {
+                Err(AnnotationError::Template { other: "cube.container.log_forwarding=false" })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// It becomes the name of a directory and of a snapshot.
+fn template_id(value: &str) -> Result<String, AnnotationError> {
+    match check_id("template id", value) {
+        Ok(()) => Ok(value.into()),
+        Err(_) => Err(AnnotationError::Value { name: name::TEMPLATE_ID, value: value.into(), rule: ID_RULE }),
     }
 }
 
@@ -203,6 +239,7 @@ mod tests {
             rootfs_size: 512 << 20,
             ready: Some(Probe::Tcp(([127, 0, 0, 1], 5432).into())),
             restore: Some("one".into()),
+            template: None,
         };
         assert_eq!(parsed, Ok(expected));
     }
@@ -212,6 +249,18 @@ mod tests {
         let error = parse([(name::READY_TCP, "1"), (name::READY_HTTP, "1")]).unwrap_err();
         assert_eq!(error, AnnotationError::Probes);
         assert!(error.to_string().contains("cube.ready.exec"), "{error}");
+    }
+
+    #[test]
+    fn a_template_is_built_with_a_log_and_from_no_snapshot() {
+        let id = (name::TEMPLATE_ID, "python-3.12");
+        assert_eq!(parse([id]).unwrap().template.as_deref(), Some("python-3.12"));
+        for other in [(name::SNAPSHOT_RESTORE, "one"), (name::LOG_FORWARDING, "false")] {
+            for both in [[id, other], [other, id]] {
+                let error = parse(both).unwrap_err().to_string();
+                assert!(error.contains(id.0) && error.contains(other.0), "{error}");
+            }
+        }
     }
 
     #[test]
@@ -231,6 +280,9 @@ mod tests {
             (name::ROOTFS_SIZE, "15Mi"),
             (name::ROOTFS_SIZE, "1025Gi"),
             (name::ROOTFS_SIZE, "99999999999999Gi"),
+            (name::TEMPLATE_ID, ""),
+            (name::TEMPLATE_ID, "../etc"),
+            (name::TEMPLATE_ID, "a..b"),
         ] {
             let error = parse([(key, value)]).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains(&format!("{value:?}")), "{error}");

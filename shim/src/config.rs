@@ -99,6 +99,8 @@ pub struct Tools {
 pub struct Log {
     /// A directory, or the word `bundle` for the container's bundle.
     pub dir: PathBuf,
+    /// A directory of its own for the logs of template builds.
+    pub template_dir: PathBuf,
     /// Size in bytes at which a segment is closed; at least 64 KiB.
     pub segment_bytes: u64,
     /// Segments kept per stream, the one being written included; at least 2.
@@ -180,7 +182,13 @@ impl Default for Tools {
 
 impl Default for Log {
     fn default() -> Self {
-        Log { dir: "/var/log/cube".into(), segment_bytes: 16 << 20, segments: 4, retention_hours: 24 }
+        Log {
+            dir: "/var/log/cube".into(),
+            template_dir: "/data/log/template".into(),
+            segment_bytes: 16 << 20,
+            segments: 4,
+            retention_hours: 24,
+        }
     }
 }
 
@@ -246,14 +254,15 @@ impl Config {
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let range = |key, value: u64, valid, rule| {
-            if valid {
-                Ok(())
-            } else {
-                Err(ConfigError::Range { path: path.into(), key, value: value.to_string(), rule })
-            }
+        let must = |key, value: String, valid, rule| {
+            if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
+        let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
         let Config { vm, log, rootfs, .. } = self;
+        // A log below log.dir would be taken for that of a container of the namespace "template".
+        let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
+        let rule = "an absolute path outside of log.dir";
+        must("log.template_dir", format!("{:?}", log.template_dir), apart, rule)?;
         range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
@@ -288,6 +297,8 @@ mod tests {
             ("[log]\nsegments = 0", "at least 2"),
             ("[log]\nsegment_bytes = 0", "at least 65536"),
             ("[rootfs]\ncache_limit = 0", "at least 1"),
+            ("[log]\ntemplate_dir = 'templates'", "an absolute path"),
+            ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
         ] {

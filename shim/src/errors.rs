@@ -2,6 +2,7 @@
 
 use std::{error::Error as StdError, io};
 
+use cube_protocol::environment::EnvironmentError;
 use ttrpc::Code;
 
 use crate::{
@@ -87,6 +88,16 @@ pub enum Error {
         /// 0 to 255; 128 + n for death by signal n.
         status: u32,
     },
+    /// A template that cannot be snapshotted, because it is not ready.
+    #[error("the template {id:?} is not ready{after}: {waits_for}")]
+    TemplateNotReady {
+        /// Its id.
+        id: String,
+        /// " after" a time, or empty.
+        after: String,
+        /// Which container is not ready, and why.
+        waits_for: String,
+    },
     /// Something that this version cannot do.
     #[error("{what} is not supported by this version of Cubebox{hint}")]
     Unimplemented {
@@ -121,6 +132,12 @@ pub enum Error {
         snapshot: String,
         /// What failed.
         why: String,
+    },
+    /// The create-time environment cannot be delivered to a guest that is restored.
+    #[error("process.env in config.json cannot be given to a restored sandbox")]
+    Environment {
+        /// Which entry, or how much; nothing of its content.
+        source: EnvironmentError,
     },
     /// The VMM ended unexpectedly.
     #[error("the VM of sandbox {id:?} has ended: {description}")]
@@ -178,15 +195,21 @@ impl Error {
             Error::Id { .. }
             | Error::Argument { .. }
             | Error::Annotation(_)
+            | Error::Environment { .. }
             | Error::Options(_)
             | Error::Stdio(StdioError::Uri { .. }) => Code::INVALID_ARGUMENT,
             Error::Spec(spec) => spec.code(),
             Error::NotFound { .. } => Code::NOT_FOUND,
             Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Error::State { .. } | Error::NotReady { .. } | Error::Restore { .. } | Error::Rollback { .. } => {
+            Error::State { .. }
+            | Error::NotReady { .. }
+            | Error::TemplateNotReady { .. }
+            | Error::Restore { .. }
+            | Error::Rollback { .. } => Code::FAILED_PRECONDITION,
+            Error::RollbackEnded { .. } => Code::ABORTED,
+            Error::Stdio(StdioError::Io { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
                 Code::FAILED_PRECONDITION
             }
-            Error::RollbackEnded { .. } => Code::ABORTED,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,

@@ -88,6 +88,13 @@ pub struct ContainerState {
     pub guest_id: Option<String>,
 }
 
+impl State {
+    /// Whether the log of a container is in the directory `log_dir`.
+    pub fn logs_to(&self, log_dir: &Path) -> bool {
+        self.containers.values().any(|container| container.log_dir.as_deref() == Some(log_dir))
+    }
+}
+
 impl ContainerState {
     /// The id in the guest of the container that is `id` for containerd.
     pub fn guest_id<'a>(&'a self, id: &'a str) -> &'a str {

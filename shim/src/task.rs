@@ -32,6 +32,9 @@ const V2: &str = "containerd.task.v2.Task";
 /// Longest id that containerd accepts.
 const ID_MAX: usize = 76;
 
+/// What [`check_id`] accepts, in words.
+pub const ID_RULE: &str = "1 to 76 letters and digits, with single dots, dashes or underscores between them";
+
 /// Largest signal number of Linux, `SIGRTMAX`.
 const SIGNAL_MAX: u32 = 64;
 
@@ -55,11 +58,10 @@ impl TaskService {
 /// Checks an id as containerd does: letters and digits, with single `.`, `_` or `-` between them. It
 /// becomes a part of paths on the host and in the guest.
 pub fn check_id(what: &'static str, id: &str) -> Result<(), Error> {
-    let rule = "1 to 76 letters and digits, with single dots, dashes or underscores between them";
     let words = || id.split(['.', '_', '-']);
     let valid = id.len() <= ID_MAX
         && words().all(|word| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric()));
-    if valid { Ok(()) } else { Err(Error::Id { what, id: id.into(), rule }) }
+    if valid { Ok(()) } else { Err(Error::Id { what, id: id.into(), rule: ID_RULE }) }
 }
 
 fn process(container: String, exec: String) -> Result<ProcessId, Error> {

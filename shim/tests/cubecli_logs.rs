@@ -41,6 +41,25 @@ fn the_last_100_lines_of_stdout_are_the_default() {
 }
 
 #[test]
+fn the_log_of_a_template_is_asked_for_by_its_own_id_and_with_the_same_options() {
+    let host = Host::new();
+    host.template_log("py-3", "stdout").write(NOON, lines(0..250).as_bytes());
+    host.template_log("py-3", "stderr").write(NOON, b"an error\n");
+    host.template_log("py-3.1769860800", "stdout").write(NOON, b"an older build\n");
+    host.log("py-3", "stdout").write(NOON, b"a container of that name\n");
+    assert_eq!(host.text(&["logs", "--tpl", "py-3"]), lines(150..250));
+    assert_eq!(host.text(&["cubebox", "logs", "--tpl", "--head", "2", "py"]), lines(0..2));
+    assert_eq!(host.text(&["logs", "--stderr", "--tpl", "py-3"]), "an error\n");
+    assert_eq!(host.text(&["logs", "--tpl", "py-3.1769860800"]), "an older build\n");
+    assert_eq!(host.text(&["logs", "py-3"]), "a container of that name\n");
+    let (code, message) = host.fails(&["logs", "--tpl", "go"]);
+    assert!(code == 3 && message.contains("\"go\" in ") && message.contains("/templates"), "{message}");
+    for wrong in [&["logs", "--tpl", "../etc"][..], &["logs", "--tpl", "-n", "default", "py"]] {
+        assert_eq!(host.fails(wrong).0, 2);
+    }
+}
+
+#[test]
 fn both_streams_come_line_by_line_in_the_order_of_their_times() {
     let host = Host::new();
     let (mut out, mut err) = (host.log("c", "stdout"), host.log("c", "stderr"));

@@ -180,6 +180,11 @@ impl Lab {
         }
     }
 
+    /// Where the log of the build of a template is.
+    pub fn template_log_dir(&self, template: &str) -> PathBuf {
+        self.dir.join("templates").join(template)
+    }
+
     /// Writes the configuration file; `extra` are tables beside those that every lab needs.
     pub fn configure(&self, extra: &str) {
         let dir = self.dir.display();
@@ -193,7 +198,7 @@ impl Lab {
              [tools]\nagent = '{}'\nmkfs_erofs = '{}'\n\
              [rootfs]\ncache_dir = '{}'\n{}\n\
              [snapshot]\ndir = '{dir}/snapshots'\n\
-             [log]\ndir = '{log_dir}'\n{}\n{extra}\n",
+             [log]\ndir = '{log_dir}'\ntemplate_dir = '{dir}/templates'\n{}\n{extra}\n",
             self.setup.backend.name(),
             self.setup.agent.display(),
             self.setup.packer.display(),

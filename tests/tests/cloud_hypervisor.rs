@@ -7,8 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
-        rollback, snapshots, survival, suspend, terminal,
+        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, ready, rest, restore,
+        rollback, snapshots, survival, suspend, templates, terminal,
     },
 };
 
@@ -57,6 +57,9 @@ fn main() -> ExitCode {
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,
         restore::what_cannot_be_snapshotted_or_restored_says_why,
+        templates::clones_of_a_template_have_the_environment_that_they_are_created_with,
+        ready::a_web_server_that_comes_up_late_is_waited_for_through_a_pause,
+        ready::a_program_that_ends_with_0_is_ready,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
         snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
+        pods::a_member_is_paused_and_resumed_alone,
         pods::deleting_the_sandbox_of_a_pod_removes_everything,
         pods::shim_delete_of_a_member_removes_that_alone,
     ])

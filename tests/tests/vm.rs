@@ -49,5 +49,6 @@ fn main() -> ExitCode {
         exactness::reconnects_change_nothing,
         exactness::a_rotated_log_is_the_end_of_the_stream,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
+        pods::a_member_is_paused_and_resumed_alone,
     ])
 }

@@ -173,6 +173,11 @@ impl Container {
         self.cgroup.signal(signal)
     }
 
+    /// What freezes all of its processes.
+    pub fn freezer(&self) -> Freezer {
+        self.cgroup.freezer()
+    }
+
     /// cgroup v2 metrics as containerd's own shim reports them.
     pub fn stats(&self) -> Result<Metrics, ContainerError> {
         self.cgroup.stats()

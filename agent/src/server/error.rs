@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use cube_protocol::version::Mismatch;
+use cube_protocol::{environment::EnvironmentError, version::Mismatch};
 use ttrpc::{Code, get_status};
 
 use crate::{
@@ -131,6 +131,9 @@ pub enum Error {
     /// From the protocol.
     #[error(transparent)]
     Version(#[from] Mismatch),
+    /// From the environment of a Thaw.
+    #[error("the environment cannot be delivered")]
+    Environment(#[from] EnvironmentError),
     /// From the container.
     #[error(transparent)]
     Container(#[from] ContainerError),
@@ -162,9 +165,11 @@ impl Error {
     /// The status code, chosen so that containerd's `errdefs` make of it what they would of runc's.
     pub fn code(&self) -> Code {
         match self {
-            Error::Id { .. } | Error::Invalid { .. } | Error::Type { .. } | Error::Undecodable { .. } => {
-                Code::INVALID_ARGUMENT
-            }
+            Error::Id { .. }
+            | Error::Invalid { .. }
+            | Error::Type { .. }
+            | Error::Undecodable { .. }
+            | Error::Environment(_) => Code::INVALID_ARGUMENT,
             Error::NoContainer(_) | Error::NoProcess(_) | Error::Finished(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::State { .. }

@@ -2,9 +2,12 @@
 
 use std::{path::Path, time::Duration};
 
-use cube_protocol::guest::{QuiesceRequest, QuiesceResponse, ThawRequest, ThawResponse};
+use cube_protocol::{
+    environment,
+    guest::{QuiesceRequest, QuiesceResponse, ThawRequest, ThawResponse},
+};
 
-use super::{error::Error, guest::Parts, tasks};
+use super::{error::Error, guest::Parts};
 use crate::guest::{
     clock, entropy, identity, network, paths,
     quiesce::{Kernel, Thawed},
@@ -56,15 +59,7 @@ fn check(request: &ThawRequest, timeline: u64) -> Result<(), Error> {
     if let Some(reason) = reason {
         return Err(Error::Invalid { field: "entropy", value: format!("{entropy} bytes"), reason });
     }
-    // Not the entry itself, which is as secret as its value.
-    match request.environment.iter().position(|entry| !tasks::is_entry(entry)) {
-        Some(index) => Err(Error::Invalid {
-            field: "environment",
-            value: format!("not valid at index {index}"),
-            reason: "each must be NAME=value",
-        }),
-        None => Ok(()),
-    }
+    Ok(environment::check(&request.environment)?)
 }
 
 /// Gives the guest its present and its identity, while nothing runs that could see the change.
@@ -113,7 +108,7 @@ mod tests {
     use super::*;
 
     fn reason(request: ThawRequest) -> String {
-        check(&request, 7).unwrap_err().to_string()
+        crate::errors::chain(&check(&request, 7).unwrap_err())
     }
 
     #[test]

@@ -90,14 +90,15 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
+        let task = self.tasks.get(&request.id)?;
+        let process = task.process(&request.exec_id)?;
         let (state, streams) = (process.state(), process.request);
         let stream = |wanted: bool| if wanted { STREAM.to_owned() } else { String::new() };
         Ok(StateResponse {
             id: request.id,
             exec_id: request.exec_id,
             pid: wire_pid(process.pid()),
-            status: EnumOrUnknown::new(status(state)),
+            status: EnumOrUnknown::new(status(state, task.is_paused())),
             stdin: stream(streams.stdin),
             stdout: stream(streams.stdout),
             stderr: stream(streams.stderr),
@@ -197,14 +198,16 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        let reason = "a sandbox is paused as a whole, by its VMM";
-        Err(Error::Unimplemented { call: "Pause", reason }.into())
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let (pass, tasks) = (self.pass("Pause")?, self.tasks.clone());
+        detached(pass, async move { tasks.pause(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        let reason = "a sandbox is resumed as a whole, by its VMM";
-        Err(Error::Unimplemented { call: "Resume", reason }.into())
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let (pass, tasks) = (self.pass("Resume")?, self.tasks.clone());
+        detached(pass, async move { tasks.resume(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -322,9 +325,10 @@ fn undecodable(field: &'static str, error: impl std::error::Error + Send + Sync 
     Error::Undecodable { field, source: Box::new(error) }
 }
 
-fn status(state: State) -> Status {
+fn status(state: State, paused: bool) -> Status {
     match state {
         State::Created | State::Starting => Status::CREATED,
+        State::Running if paused => Status::PAUSED,
         State::Running => Status::RUNNING,
         State::Stopped(_) => Status::STOPPED,
     }

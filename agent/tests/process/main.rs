@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod pause;
 mod probe;
 mod quiesce;
 mod streams;

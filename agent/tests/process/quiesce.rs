@@ -29,12 +29,12 @@ const ENTROPY: [u8; 32] = [7; 32];
 const COUNT: &[&str] = &["/bin/sh", "-c", "while :; do echo -n x >>/tmp/count; done"];
 
 impl Agent {
-    async fn quiesce(&self, sync: bool) -> ttrpc::Result<QuiesceResponse> {
+    pub(crate) async fn quiesce(&self, sync: bool) -> ttrpc::Result<QuiesceResponse> {
         let request = QuiesceRequest { sync, timeout_ms: 60_000, ..Default::default() };
         self.guest.quiesce(deadline(), &request).await
     }
 
-    async fn thaw(&self) -> ttrpc::Result<ThawResponse> {
+    pub(crate) async fn thaw(&self) -> ttrpc::Result<ThawResponse> {
         self.guest.thaw(deadline(), &ThawRequest::new()).await
     }
 
@@ -42,16 +42,16 @@ impl Agent {
         self.guest.info(deadline(), &InfoRequest::new()).await.unwrap().quiesced
     }
 
-    async fn run(&self, id: &str, args: &[&str]) {
+    pub(crate) async fn run(&self, id: &str, args: &[&str]) {
         self.create(id, args).await.unwrap();
         self.start_process(id, "").await.unwrap();
     }
 
-    fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         fs::metadata(self.rootfs().join("tmp/count")).map_or(0, |file| file.len())
     }
 
-    async fn counts_beyond(&self, before: u64) {
+    pub(crate) async fn counts_beyond(&self, before: u64) {
         until(async || self.count() > before).await;
     }
 }

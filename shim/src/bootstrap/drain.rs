@@ -65,6 +65,8 @@ async fn recover(
 ) -> Option<ProcessIo> {
     let log = LogConfig {
         dir: container.log_dir.clone()?,
+        // That of a template may belong to the next build by now.
+        exclusive: true,
         segment_bytes: log.segment_bytes,
         segments: log.segments,
     };

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -13,7 +14,7 @@ use crate::{
     errors::chain,
     log::{
         locate::{self, Name},
-        retention,
+        retention::{self, Expired},
     },
     state::{RunDir, State, StateError},
 };
@@ -46,15 +47,19 @@ fn is_stateless(dir: &RunDir) -> bool {
     age.is_some_and(|age| age >= STATELESS_AGE) && matches!(dir.load(), Ok(None))
 }
 
-/// Removes the logs of deleted containers whose time is over. Every shim does it, so that no timer is
-/// needed where containers come and go.
+/// Removes the logs of deleted containers, and of templates, whose time is over. Every shim does it, so that
+/// no timer is needed where containers come and go.
 pub(super) fn remove_logs(config: &Config) {
-    let root = &config.log.dir;
-    if root.as_os_str() == locate::BUNDLE {
-        return;
+    let (root, templates) = locate::templates(&config.log.template_dir);
+    remove_logs_in(config, root, Some(templates));
+    if config.log.dir.as_os_str() != locate::BUNDLE {
+        remove_logs_in(config, &config.log.dir, None);
     }
+}
+
+fn remove_logs_in(config: &Config, root: &Path, namespace: Option<&str>) {
     let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
-    let expired = retention::expired(root, retention, |_| false).unwrap_or_else(|e| {
+    let expired = retention::expired(root, namespace, retention, |_| false).unwrap_or_else(|e| {
         // The first container of a host makes the directory.
         debug!("cannot look for expired logs: {}", chain(&e));
         Vec::new()
@@ -70,10 +75,13 @@ pub(super) fn remove_logs(config: &Config) {
         Ok(states) => states,
         Err(e) => return warn!("expired logs stay: {}", chain(&e)),
     };
-    let lives = |name: &Name| {
-        states.iter().flatten().any(|s| s.namespace == name.namespace && s.containers.contains_key(&name.id))
+    let lives = |log: &Expired| {
+        let Name { namespace, id } = &log.name;
+        states.iter().flatten().any(|state| {
+            state.namespace == *namespace && state.containers.contains_key(id) || state.logs_to(&log.path)
+        })
     };
-    for log in expired.iter().filter(|log| !lives(&log.name)) {
+    for log in expired.iter().filter(|log| !lives(log)) {
         match retention::remove(root, &log.name) {
             Ok(()) => info!(path = %log.path.display(), "expired log removed"),
             // Another shim may be at it as well.
@@ -129,6 +137,13 @@ mod tests {
         fs::create_dir_all(&config.run_dir).unwrap();
         dir.create().unwrap();
         let container = ContainerState { bundle: "/b".into(), log_dir: None, created_ns: 1, guest_id: None };
+        let template_dir = root.path().join("templates");
+        for id in ["over", "built"] {
+            fs::create_dir_all(template_dir.join(id)).unwrap();
+            fs::write(template_dir.join(id).join("stderr"), "x").unwrap();
+        }
+        let build = ContainerState { log_dir: Some(template_dir.join("built")), ..container.clone() };
+        config.log.template_dir = template_dir.clone();
         dir.save(&State {
             format: FORMAT,
             namespace: "default".into(),
@@ -140,11 +155,13 @@ mod tests {
             past_timelines: Vec::new(),
             suspended: None,
             created_ns: 1,
-            containers: [("living".to_owned(), container)].into(),
+            containers: [("living".to_owned(), container), ("builder".to_owned(), build)].into(),
         })
         .unwrap();
         remove_logs(&config);
-        let left: Vec<_> = fs::read_dir(config.log.dir.join("default")).unwrap().flatten().collect();
-        assert_eq!(left.iter().map(|entry| entry.file_name()).collect::<Vec<_>>(), ["living"]);
+        for (dir, expected) in [(config.log.dir.join("default"), "living"), (template_dir, "built")] {
+            let left: Vec<_> = fs::read_dir(dir).unwrap().flatten().collect();
+            assert_eq!(left.iter().map(|entry| entry.file_name()).collect::<Vec<_>>(), [expected]);
+        }
     }
 }

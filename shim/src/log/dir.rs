@@ -13,7 +13,7 @@ use std::{
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{OFlag, open, openat, renameat},
+    fcntl::{Flock, FlockArg, OFlag, open, openat, renameat},
     sys::stat::{Mode, SFlag, fstat, mkdirat},
     unistd::{UnlinkatFlags, unlinkat},
 };
@@ -26,6 +26,8 @@ const STREAMS: [&str; 2] = ["stdout", "stderr"];
 pub struct LogDir {
     fd: OwnedFd,
     path: PathBuf,
+    /// Keeps others away for as long as the directory is open; the kernel frees it with the process.
+    _claim: Option<Flock<OwnedFd>>,
 }
 
 /// A log directory or a file in it could not be used.
@@ -48,12 +50,41 @@ impl LogDir {
         let (parent, name) = split(path).map_err(error("cannot create the log directory"))?;
         make_parents(parent).map_err(error("cannot create the parents of the log directory"))?;
         let parent = open_parent(parent).map_err(error("cannot open the parent of the log directory"))?;
-        set_aside(&parent, name).map_err(error("cannot rename the old log directory"))?;
-        match mkdirat(&parent, name, Mode::S_IRWXU) {
+        LogDir::create_in(&parent, path, name)
+    }
+
+    /// Like [`create`](LogDir::create) for a directory that several may want at once: whoever has it open by
+    /// this or by [`open_alone`](LogDir::open_alone) has it alone.
+    ///
+    /// # Errors
+    ///
+    /// Of kind [`ResourceBusy`](io::ErrorKind::ResourceBusy) if another has it.
+    pub fn create_alone(path: &Path) -> Result<LogDir, LogError> {
+        let error = |action| move |source| LogError { action, path: path.into(), source };
+        let (above, name) = split(path).map_err(error("cannot create the log directory"))?;
+        make_parents(above).map_err(error("cannot create the parents of the log directory"))?;
+        let open = || open_parent(above).map_err(error("cannot open the parent of the log directory"));
+        // Between the look at the old directory and the claim on the new one nobody else may do the same.
+        // Held for a few system calls, so that it is not long in coming.
+        let _turn = Flock::lock(open()?, FlockArg::LockExclusive)
+            .map_err(|(_, e)| error("cannot lock the parent of the log directory")(e.into()))?;
+        let parent = open()?;
+        match LogDir::open_alone(path) {
+            Err(e) if e.source.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        LogDir::create_in(&parent, path, name)?.claim()
+    }
+
+    /// Makes the directory `name` in `parent`.
+    fn create_in(parent: &OwnedFd, path: &Path, name: &Path) -> Result<LogDir, LogError> {
+        let error = |action| move |source| LogError { action, path: path.into(), source };
+        set_aside(parent, name).map_err(error("cannot rename the old log directory"))?;
+        match mkdirat(parent, name, Mode::S_IRWXU) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(e) => return Err(error("cannot create the log directory")(e.into())),
         }
-        LogDir::open_in(&parent, path, name)
+        LogDir::open_in(parent, path, name)
     }
 
     /// Opens the existing directory `path`, for recovery.
@@ -64,10 +95,27 @@ impl LogDir {
         LogDir::open_in(&parent, path, name)
     }
 
+    /// Like [`open`](LogDir::open), with the errors of [`create_alone`](LogDir::create_alone).
+    pub fn open_alone(path: &Path) -> Result<LogDir, LogError> {
+        LogDir::open(path)?.claim()
+    }
+
+    fn claim(self) -> Result<LogDir, LogError> {
+        let action = "another sandbox writes its log to";
+        let claim = self.fd.try_clone().map_err(|e| self.error("cannot lock", "", e))?;
+        match Flock::lock(claim, FlockArg::LockExclusiveNonblock) {
+            Ok(claim) => Ok(LogDir { _claim: Some(claim), ..self }),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                Err(self.error(action, "", io::Error::from_raw_os_error(libc::EBUSY)))
+            }
+            Err((_, e)) => Err(self.error("cannot lock", "", e.into())),
+        }
+    }
+
     fn open_in(parent: &OwnedFd, path: &Path, name: &Path) -> Result<LogDir, LogError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(parent, name, flags, Mode::empty()) {
-            Ok(fd) => Ok(LogDir { fd, path: path.into() }),
+            Ok(fd) => Ok(LogDir { fd, path: path.into(), _claim: None }),
             Err(e) => {
                 Err(LogError { action: "cannot open the log directory", path: path.into(), source: e.into() })
             }
@@ -132,7 +180,7 @@ impl LogDir {
 
     #[cfg(test)]
     pub(crate) fn from_fd(fd: OwnedFd, path: &Path) -> LogDir {
-        LogDir { fd, path: path.into() }
+        LogDir { fd, path: path.into(), _claim: None }
     }
 }
 
@@ -233,6 +281,41 @@ mod tests {
             .collect();
         kept.sort();
         assert_eq!(kept, ["0", "1", "2"]);
+    }
+
+    #[test]
+    fn a_directory_for_one_is_refused_to_others_for_as_long_as_it_is_open() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("templates/id");
+        let first = LogDir::create_alone(&path).unwrap();
+        first.create_file("stdout").unwrap();
+        for refused in [LogDir::create_alone(&path), LogDir::open_alone(&path)] {
+            let error = refused.unwrap_err();
+            assert_eq!(error.source.kind(), io::ErrorKind::ResourceBusy, "{error}");
+        }
+        assert!(path.join("stdout").exists(), "a create that is refused changes nothing");
+        drop(first);
+        let second = LogDir::create_alone(&path).unwrap();
+        assert!(!path.join("stdout").exists());
+        assert_eq!(std::fs::read_dir(root.path().join("templates")).unwrap().count(), 2);
+        drop(second);
+        LogDir::open_alone(&path).unwrap();
+    }
+
+    #[test]
+    fn of_many_who_want_a_directory_at_once_one_gets_it() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("id");
+        let begin = std::sync::Barrier::new(8);
+        let got: Vec<_> = std::thread::scope(|scope| {
+            let try_it = || {
+                begin.wait();
+                LogDir::create_alone(&path)
+            };
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(try_it)).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert_eq!(got.iter().filter(|dir| dir.is_ok()).count(), 1, "{got:?}");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! A log directory is `<root>/<namespace>/<container id>/`. Roots are the configured log directory,
 //! the directory of containerd's bundles (which has the same layout), and what the state files of
-//! running sandboxes name. When an id is used again, its older log is renamed to `<id>.<time>`.
+//! running sandboxes name. Those of template builds are `<template_dir>/<template id>/`: the last name of
+//! `template_dir` stands in the place of a namespace. When an id is used again, its older log is renamed to `<id>.<time>`.
 
 use std::{
     collections::BTreeMap,
@@ -24,9 +25,9 @@ const ID_MAX: usize = 76;
 /// Names a log.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name {
-    /// containerd namespace.
+    /// containerd namespace; of a template, the name of the directory that it is in.
     pub namespace: String,
-    /// Container id, or `<id>.<time>`.
+    /// Container or template id, or `<id>.<time>`.
     pub id: String,
 }
 
@@ -53,14 +54,14 @@ pub enum LocateError {
         "{value:?} is not a valid {what}: it has letters, digits, '.', '_' and '-', begins with a letter or digit, and is at most {ID_MAX} long"
     )]
     Invalid {
-        /// "container ID" or "namespace".
+        /// "container ID", "template ID" or "namespace".
         what: &'static str,
         /// As given.
         value: String,
     },
     /// No log has this name.
     #[error(
-        "no log of a container whose ID begins with {id:?} in {}{}", list(.roots.iter().map(|r| r.display())), hint(.older)
+        "no log whose ID begins with {id:?} in {}{}", list(.roots.iter().map(|r| r.display())), hint(.older)
     )]
     NotFound {
         /// As given.
@@ -101,6 +102,22 @@ pub fn find(roots: &[PathBuf], namespace: Option<&str>, id: &str) -> Result<Log,
     if let Some(namespace) = namespace {
         check("namespace", namespace)?;
     }
+    look_for(roots, namespace, id)
+}
+
+/// The same for the log of a template build.
+pub fn find_template(template_dir: &Path, id: &str) -> Result<Log, LocateError> {
+    check("template ID", id)?;
+    let (root, name) = templates(template_dir);
+    match look_for(&[root.into()], Some(name), id) {
+        Err(LocateError::NotFound { id, older, .. }) => {
+            Err(LocateError::NotFound { id, roots: vec![template_dir.into()], older })
+        }
+        found => found,
+    }
+}
+
+fn look_for(roots: &[PathBuf], namespace: Option<&str>, id: &str) -> Result<Log, LocateError> {
     let mut found = BTreeMap::new();
     for root in roots {
         for name in names(root, namespace)? {
@@ -145,6 +162,12 @@ pub fn names(root: &Path, namespace: Option<&str>) -> Result<Vec<Name>, ReadErro
         names.extend(ids.map(|id| Name { namespace: entry.clone(), id }));
     }
     Ok(names)
+}
+
+/// Where the logs of template builds are as [`names`] has it: the root, and what stands for the namespace.
+pub fn templates(template_dir: &Path) -> (&Path, &str) {
+    let name = template_dir.file_name().and_then(|name| name.to_str());
+    (template_dir.parent().unwrap_or(template_dir), name.unwrap_or_default())
 }
 
 /// Opens the log directory `name` below `root`.

@@ -27,16 +27,17 @@ pub struct Expired {
     pub age: Duration,
 }
 
-/// The logs below `root` in which nothing has changed for `retention`, those of containers that
+/// The logs below `root`, in `namespace` if given, in which nothing has changed for `retention`, those of containers that
 /// `lives` names left out. Directories that cannot be examined, or hold anything that is not a log
 /// file, are left out too: a wrong `log.dir` must not cost somebody else's files.
 pub fn expired(
     root: &Path,
+    namespace: Option<&str>,
     retention: Duration,
     lives: impl Fn(&Name) -> bool,
 ) -> Result<Vec<Expired>, ReadError> {
     let mut found = Vec::new();
-    for name in locate::names(root, None)? {
+    for name in locate::names(root, namespace)? {
         if lives(&name) {
             continue;
         }
@@ -115,7 +116,7 @@ mod tests {
             age_by_hours(&log(root.path(), id), hours);
         }
         let day = Duration::from_secs(24 * 3600);
-        let expired = expired(root.path(), day, |name| name.id == "running").unwrap();
+        let expired = expired(root.path(), None, day, |name| name.id == "running").unwrap();
         assert_eq!(expired.iter().map(|e| e.name.id.as_str()).collect::<Vec<_>>(), ["old"]);
     }
 
@@ -125,7 +126,7 @@ mod tests {
         fs::write(log(root.path(), "journal").join("system.journal"), "x").unwrap();
         fs::write(log(root.path(), "other").join("stdout-of-mine"), "x").unwrap();
         fs::create_dir(root.path().join("default/empty")).unwrap();
-        assert_eq!(expired(root.path(), Duration::ZERO, |_| false).unwrap(), []);
+        assert_eq!(expired(root.path(), None, Duration::ZERO, |_| false).unwrap(), []);
     }
 
     #[test]
@@ -149,6 +150,6 @@ mod tests {
         symlink(&victim, root.path().join("default/c1")).unwrap();
         assert!(remove(root.path(), &name("c1")).is_err());
         assert!(victim.join("stdout").exists());
-        assert_eq!(expired(root.path(), Duration::ZERO, |_| false).unwrap(), []);
+        assert_eq!(expired(root.path(), None, Duration::ZERO, |_| false).unwrap(), []);
     }
 }

@@ -219,6 +219,21 @@ impl Task for Service {
         Ok(api::DeleteResponse::new())
     }
 
+    async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Update", &request.id, "").await?;
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Pause", &request.id, "").await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<Empty> {
+        self.0.called("Resume", &request.id, "").await?;
+        Ok(Empty::new())
+    }
+
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
         self.0.called("Stats", &request.id, "").await?;
         let stats = Any { type_url: "io.containerd.cgroups.v2.Metrics".into(), ..Default::default() };

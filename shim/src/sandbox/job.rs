@@ -13,7 +13,7 @@ use tokio::{
     task::spawn_blocking,
     time::{Instant, sleep},
 };
-use tracing::warn;
+use tracing::{error, warn};
 use ttrpc::Code;
 
 use super::{
@@ -44,6 +44,9 @@ const SIGKILL_LIMIT: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(20);
 const STATS_LIMIT: Duration = Duration::from_secs(1);
 const DELETE_LIMIT: Duration = Duration::from_secs(2);
+/// How long a Delete that fails is repeated, and how often. The guest itself gives processes 5 s to die.
+const FORGET_LIMIT: Duration = Duration::from_secs(8);
+const DELETE_PAUSE: Duration = Duration::from_millis(200);
 /// How long output that still flows may hold Delete up; what is stuck is given up earlier. Clients
 /// delete an exec the moment it exits, with as much of its output on the way as the guest buffers.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -67,6 +70,8 @@ pub(super) enum Report {
     Replaced { id: String, paused: bool, result: Result<Replaced, Box<Unreplaced>>, reply: Reply<()> },
     RolledBack { id: String, paused: bool, result: Result<(), Error>, reply: Reply<()> },
     Loaded { id: String, result: Result<Loaded, Error>, reply: Reply<()> },
+    MemberPaused { id: String, result: Result<(), Error>, reply: Reply<()> },
+    MemberResumed { id: String, result: Result<(), Error>, reply: Reply<()> },
     Snapshotted { request: SnapshotRequest, result: Result<Taken, pause::Failed>, reply: Reply<Listed> },
     Deleted { process: ProcessId, deleted: Deleted, reply: Reply<Deleted> },
     Stats { id: String, result: Result<Any, Error>, reply: Reply<Any> },
@@ -79,6 +84,8 @@ impl Report {
             Report::Created { .. }
             | Report::Execed { .. }
             | Report::Started { .. }
+            | Report::MemberPaused { .. }
+            | Report::MemberResumed { .. }
             | Report::Deleted { .. } => true,
             Report::Paused { .. }
             | Report::Resumed { .. }
@@ -292,6 +299,31 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
     Ok(answer.stats.unwrap_or_default())
 }
 
+/// Freezes the processes of a container. If that fails, they run.
+pub(super) async fn pause(guest: Guest, id: String) -> Result<(), Error> {
+    let call = api::PauseRequest { id: guest.inside(id.clone()), ..Default::default() };
+    let send = |c: Clients, ctx, call| async move { c.task.pause(ctx, &call).await };
+    match guest.agent.call("Pause", CALL_LIMIT, call, send).await {
+        Ok(_) => Ok(()),
+        Err(e @ AgentError::Refused { .. }) => Err(e.into()),
+        // It may be done all the same.
+        Err(e) => {
+            if let Err(e) = resume(guest, id).await {
+                warn!("the way back from a pause failed: {}", chain(&e));
+            }
+            Err(e.into())
+        }
+    }
+}
+
+/// Lets them go on.
+pub(super) async fn resume(guest: Guest, id: String) -> Result<(), Error> {
+    let call = api::ResumeRequest { id: guest.inside(id), ..Default::default() };
+    let send = |c: Clients, ctx, call| async move { c.task.resume(ctx, &call).await };
+    guest.agent.call("Resume", CALL_LIMIT, call, send).await?;
+    Ok(())
+}
+
 /// Changes limits.
 pub(super) async fn update(guest: Guest, id: String, resources: Any) -> Result<(), Error> {
     let id = guest.inside(id);
@@ -392,17 +424,31 @@ async fn forget(guest: &Guest, processes: &[ProcessId], containers: &[String]) {
             containers.iter().map(|id| ProcessId { container: id.clone(), exec: String::new() }).collect();
         &inits
     };
-    for ProcessId { container, exec } in targets.iter().cloned() {
-        let id = guest.inside(container);
-        let call = api::DeleteRequest { id, exec_id: exec, ..Default::default() };
-        let answer = guest
-            .agent
-            .call("Delete", DELETE_LIMIT, call, |c, ctx, call| async move { c.task.delete(ctx, &call).await })
-            .await;
-        match answer {
-            Err(AgentError::Refused { status, .. }) if status.code() == Code::NOT_FOUND => {}
-            Err(e) => warn!("the guest cannot delete: {}", chain(&e)),
-            Ok(_) => {}
+    for process in targets {
+        if let Err(e) = delete_in(guest, process).await {
+            let ProcessId { container, exec } = process;
+            error!(container, exec, "it stays in the guest, and its id is taken there: {}", chain(&e));
         }
+    }
+}
+
+/// Tries again after an error: processes may take their time to die, and what the guest keeps nobody will
+/// ever delete.
+async fn delete_in(guest: &Guest, process: &ProcessId) -> Result<(), AgentError> {
+    let ProcessId { container, exec } = process.clone();
+    let call = api::DeleteRequest { id: guest.inside(container), exec_id: exec, ..Default::default() };
+    let deadline = Instant::now() + FORGET_LIMIT;
+    loop {
+        let request = call.clone();
+        let answer = guest.agent.call("Delete", DELETE_LIMIT, request, |c, ctx, call| async move {
+            c.task.delete(ctx, &call).await
+        });
+        match answer.await {
+            Ok(_) => return Ok(()),
+            Err(AgentError::Refused { status, .. }) if status.code() == Code::NOT_FOUND => return Ok(()),
+            Err(e) if Instant::now() >= deadline => return Err(e),
+            Err(e) => warn!("the guest cannot delete yet: {}", chain(&e)),
+        }
+        sleep(DELETE_PAUSE).await;
     }
 }

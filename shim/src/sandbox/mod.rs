@@ -5,6 +5,7 @@
 //! message. So every question has an answer at once, whatever the guest does. [`Sandbox`] is the
 //! handle that the Task service uses.
 
+mod clone;
 mod create;
 #[cfg(test)]
 mod fakes;
@@ -131,7 +132,7 @@ pub struct KillRequest {
 /// What a snapshot is wanted of.
 #[derive(Debug, Clone, Default)]
 pub struct SnapshotRequest {
-    /// Its name in the store; `None` makes one of the sandbox's id and the time.
+    /// Its name in the store; `None` takes the template's id, or makes one of the sandbox's id and the time.
     pub name: Option<String>,
     /// For containerd's Checkpoint: the container that was named, and the path for the event.
     pub checkpoint: Option<(String, String)>,
@@ -276,7 +277,8 @@ impl Sandbox {
         self.ask(|reply| Request::Rollback(snapshot, reply)).await
     }
 
-    /// Takes a snapshot. The sandbox stands still while memory and disks are written, and is then as it
+    /// Takes a snapshot; of a template build once it is ready. The sandbox stands still while memory and
+    /// disks are written, and is then as it
     /// was before: running, or paused.
     pub async fn snapshot(&self, request: SnapshotRequest) -> Result<Listed, Error> {
         self.ask(|reply| Request::Snapshot(request, reply)).await

@@ -14,10 +14,11 @@ use tokio::{sync::oneshot, task::spawn_blocking};
 use tracing::{info, warn};
 
 use super::{
+    clone::Present,
     create::{Booted, Created, Creation, Reached},
     job::{self, Guest, stdio_config},
     machine::Machine,
-    pause, spec,
+    pause,
     steps::Steps,
 };
 use crate::{
@@ -40,10 +41,10 @@ pub(super) struct Restored {
     pub(super) timeline: u64,
     /// Number of the last event from before the snapshot.
     last_event: u64,
-    /// Of the sandbox; empty keeps the guest's.
-    hostname: String,
     /// The part of another sandbox's timeline that it goes on from, if it does.
     pub(super) past: Option<PastTimeline>,
+    /// What the container's own spec says.
+    present: Present,
     /// Takes the output of processes that nobody here knows, for as long as the container is there.
     _strays: Vec<ProcessIo>,
 }
@@ -75,9 +76,11 @@ impl Creation {
                 hint: ": restore it as a sandbox of its own",
             });
         }
+        let spec = std::mem::take(&mut self.plan.spec);
+        let present = spawn_blocking(move || Present::of(spec)).await??;
         let (manifest, dir, disks) = self.open(name).await?;
         tokio::select! {
-            created = self.go_on(&manifest, dir, disks) => created,
+            created = self.go_on(&manifest, present, dir, disks) => created,
             _ = abort => Err(Error::Killed),
         }
     }
@@ -96,7 +99,13 @@ impl Creation {
         opened.await?
     }
 
-    async fn go_on(&self, manifest: &Manifest, dir: PathBuf, disks: Vec<Disk>) -> Result<Created, Error> {
+    async fn go_on(
+        &self,
+        manifest: &Manifest,
+        present: Present,
+        dir: PathBuf,
+        disks: Vec<Disk>,
+    ) -> Result<Created, Error> {
         let [container] = &manifest.containers[..] else {
             let count = manifest.containers.len();
             let what = format!("a snapshot with {count} containers");
@@ -138,14 +147,12 @@ impl Creation {
         steps.done("guest asked where it is");
 
         let (io, strays) = self.streams(&guest, &container.id, &rest).await?;
+        let past = PastTimeline { timeline: manifest.origin.timeline, until_ns: Some(manifest.created_ns) };
         let restored = Restored {
             timeline: new_timeline()?,
             last_event: rest.last_event,
-            hostname: spec::hostname(&self.plan.spec).to_owned(),
-            past: Some(PastTimeline {
-                timeline: manifest.origin.timeline,
-                until_ns: Some(manifest.created_ns),
-            }),
+            past: Some(past),
+            present,
             _strays: strays,
         };
         steps.done("stdio prepared");
@@ -193,13 +200,24 @@ impl Creation {
     }
 }
 
-/// Lets a guest that was restored run. If that fails, it may be repeated.
-pub(super) async fn thaw(guest: &Guest, restored: &Restored) -> Result<(), Error> {
-    let Restored { timeline, last_event, hostname, .. } = restored;
+/// Lets a guest that was restored run, with the limits that its container `id` has now. If that fails, it may
+/// be repeated.
+pub(super) async fn start(guest: &Guest, id: String, restored: &Restored) -> Result<(), Error> {
+    thaw(guest, restored).await?;
+    // Not before: nothing of a guest at rest can be changed.
+    match restored.present.resources.clone() {
+        Some(resources) => job::update(guest.clone(), id, resources).await,
+        None => Ok(()),
+    }
+}
+
+async fn thaw(guest: &Guest, restored: &Restored) -> Result<(), Error> {
+    let Restored { timeline, last_event, present, .. } = restored;
     let request = ThawRequest {
         realtime_ns: now_ns(),
         entropy: entropy()?,
-        hostname: hostname.clone(),
+        hostname: present.hostname.clone(),
+        environment: present.environment.clone(),
         timeline: *timeline,
         ..Default::default()
     };

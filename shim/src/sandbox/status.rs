@@ -97,7 +97,8 @@ pub struct ProcessStatus {
     pub container: String,
     /// Empty for the init process.
     pub exec: String,
-    /// "creating", "created", "starting", "running", "stopped" or "deleting".
+    /// "creating", "created", "starting", "running", "stopped" or "deleting"; "paused" with its container, but
+    /// not with the whole sandbox.
     pub state: &'static str,
     /// Pid in the guest; 0 if it is not known.
     pub guest_pid: u32,

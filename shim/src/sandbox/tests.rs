@@ -21,12 +21,14 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+mod member;
 mod pause;
 mod ready;
 mod restore;
 mod rollback;
 mod snapshot;
 mod suspend;
+mod template;
 
 struct Lab {
     dir: TempDir,
@@ -54,7 +56,11 @@ impl Lab {
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
         let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
-        let log = config::Log { dir: dir.path().join("log"), ..Default::default() };
+        let log = config::Log {
+            dir: dir.path().join("log"),
+            template_dir: dir.path().join("templates"),
+            ..Default::default()
+        };
         let config = Config { snapshot, log, ..Default::default() };
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
@@ -349,6 +355,28 @@ async fn a_guest_that_refuses_sigkill_is_killed() {
     assert_eq!(lab.kill(init("c1"), 15).await.unwrap_err().code(), Code::INTERNAL);
     lab.kill(init("c1"), 9).await.unwrap();
     assert_eq!(lab.wait(init("c1")).await, 137);
+}
+
+#[tokio::test]
+async fn a_delete_that_the_guest_fails_is_repeated() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.run("c2").await;
+    lab.kill(init("c2"), 9).await.unwrap();
+    assert_eq!(lab.wait(init("c2")).await, 137);
+    lab.guest().fault("Delete", Fault::Refuse(ttrpc::get_status(Code::DEADLINE_EXCEEDED, "not dead yet")));
+    let sandbox = lab.sandbox.clone();
+    let delete = tokio::spawn(async move { sandbox.delete(init("c2")).await });
+    let deletes = || lab.guest().calls.lock().unwrap().iter().filter(|call| *call == "Delete c2").count();
+    within(async {
+        while deletes() < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    lab.guest().faults.lock().unwrap().clear();
+    within(delete).await.unwrap().unwrap();
+    lab.run("c2").await;
 }
 
 #[tokio::test]

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use containerd_shim_protos::api::Mount;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::vmm::Disk;
 
@@ -26,6 +28,9 @@ pub struct Manifest {
     pub protocol: String,
     /// What it was made from.
     pub origin: Origin,
+    /// If it is a template: what that was built from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<Template>,
     /// The containers, by their ids in the guest.
     pub containers: Vec<Container>,
     /// Number of the last event that the guest had.
@@ -64,6 +69,41 @@ pub struct Origin {
     pub timeline: u64,
     /// Name of the VMM backend.
     pub backend: String,
+}
+
+/// What a template was built from, as far as the shim is told. The content of the rootfs is that of the read-only
+/// disk, whose digest is among the files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    /// Its id.
+    pub id: String,
+    /// Reference of the image, if an annotation of the container tells it: CRI's, or one of the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Directories of the image's layers on the host that built it, the uppermost first.
+    pub layers: Vec<String>,
+    /// What the init process runs.
+    pub args: Vec<String>,
+}
+
+impl Template {
+    /// Annotations that name an image.
+    const IMAGE: [&str; 2] = ["io.kubernetes.cri.image-name", "org.opencontainers.image.ref.name"];
+
+    /// The template `id`, built in a container with this `config.json` and these mounts for its rootfs.
+    pub fn of(id: &str, spec: &Value, rootfs: &[Mount]) -> Template {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let annotation = |name: &str| text(spec.get("annotations")?.get(name)?);
+        let args = spec.pointer("/process/args").and_then(Value::as_array);
+        let lower = |option: &String| option.strip_prefix("lowerdir=").map(str::to_owned);
+        let lower = rootfs.iter().flat_map(|mount| &mount.options).find_map(lower);
+        Template {
+            id: id.into(),
+            image: Self::IMAGE.into_iter().find_map(annotation),
+            layers: lower.iter().flat_map(|dirs| dirs.split(':')).map(str::to_owned).collect(),
+            args: args.into_iter().flatten().filter_map(text).collect(),
+        }
+    }
 }
 
 /// A container in a snapshot.
@@ -115,4 +155,27 @@ pub struct FileDigest {
     /// SHA-256 in hex, of what is not zero: the blocks of 64 KiB that are not all zero, each preceded by its
     /// number as 64 bits, little-endian.
     pub sha256: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_template_tells_what_it_was_built_from() {
+        let spec = json!({
+            "process": {"args": ["sh", "-c", "true"]},
+            "annotations": {"org.opencontainers.image.ref.name": "python:3.12"},
+        });
+        let options = vec!["index=off".to_owned(), "lowerdir=/s/2/fs:/s/1/fs".to_owned()];
+        let rootfs = [Mount { type_: "overlay".into(), options, ..Default::default() }];
+        let template = Template::of("py", &spec, &rootfs);
+        assert_eq!(template.image.as_deref(), Some("python:3.12"));
+        assert_eq!(template.layers, ["/s/2/fs", "/s/1/fs"]);
+        assert_eq!(template.args, ["sh", "-c", "true"]);
+        let unknown = Template::of("py", &json!({}), &[]);
+        assert_eq!((unknown.image, unknown.layers.len(), unknown.args.len()), (None, 0, 0));
+    }
 }

@@ -21,7 +21,7 @@ mod tests;
 use std::{io, path::PathBuf};
 
 pub use self::{
-    manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition},
+    manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition, Template},
     store::{Copies, Draft, Listed, Store},
     suspended::Suspended,
 };

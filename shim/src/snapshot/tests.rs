@@ -27,6 +27,7 @@ fn manifest(name: &str) -> Manifest {
         agent: "0.1.0".into(),
         protocol: version::CURRENT.to_string(),
         origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
+        template: None,
         containers: Vec::new(),
         last_event: 3,
         streams: Vec::new(),

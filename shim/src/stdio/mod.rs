@@ -111,8 +111,10 @@ impl Begin {
 /// Where and how the log of an init process is kept.
 #[derive(Debug, Clone)]
 pub struct LogConfig {
-    /// `<log dir>/<namespace>/<container id>`, or the bundle.
+    /// `<log dir>/<namespace>/<container id>`, or the bundle, or that of a template build.
     pub dir: PathBuf,
+    /// Whether another sandbox may want the same directory: then the first keeps it for itself.
+    pub exclusive: bool,
     /// Size in bytes at which a segment is closed.
     pub segment_bytes: u64,
     /// Segments kept, the one being written included.

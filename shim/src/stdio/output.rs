@@ -212,7 +212,8 @@ pub(super) async fn create_logs(
 ) -> Result<Both<LogWriter>, StdioError> {
     let from = move |stream| if stream == NAMES[0] { begin.stdout } else { begin.stderr };
     let create = move |dir, stream, limits| LogWriter::create(dir, stream, limits, from(stream));
-    open_logs(config, LogDir::create, create).await
+    let exclusive = config.as_ref().is_some_and(|config| config.exclusive);
+    open_logs(config, if exclusive { LogDir::create_alone } else { LogDir::create }, create).await
 }
 
 /// Opens the logs that another process has left, and completes what it was doing. Leaves out those that end in
@@ -221,7 +222,9 @@ pub(super) async fn recover_logs(
     config: Option<LogConfig>,
     timeline: u64,
 ) -> Result<Both<LogWriter>, StdioError> {
-    let logs = open_logs(config, LogDir::open, LogWriter::recover).await?;
+    let exclusive = config.as_ref().is_some_and(|config| config.exclusive);
+    let open = if exclusive { LogDir::open_alone } else { LogDir::open };
+    let logs = open_logs(config, open, LogWriter::recover).await?;
     Ok(logs.map(|log| log.filter(|log| [0, timeline].contains(&log.identity().timeline))))
 }
 
@@ -230,7 +233,7 @@ async fn open_logs(
     open_dir: fn(&Path) -> Result<LogDir, LogError>,
     open_log: impl Fn(Arc<LogDir>, &'static str, Limits) -> Result<LogWriter, LogError> + Send + 'static,
 ) -> Result<Both<LogWriter>, StdioError> {
-    let Some(LogConfig { dir: path, segment_bytes, segments }) = config else { return Ok([None, None]) };
+    let Some(LogConfig { dir: path, segment_bytes, segments, .. }) = config else { return Ok([None, None]) };
     let limits = Limits { segment_bytes, segments };
     let for_error = path.clone();
     // The disk may take its time, and other calls are served meanwhile.

@@ -76,7 +76,8 @@ impl Place {
     }
 
     fn logged(&self) -> StdioConfig {
-        let log = LogConfig { dir: self.path("log/ns/id"), segment_bytes: 16 << 20, segments: 4 };
+        let log =
+            LogConfig { dir: self.path("log/ns/id"), exclusive: false, segment_bytes: 16 << 20, segments: 4 };
         StdioConfig { log: Some(log), ..self.config() }
     }
 

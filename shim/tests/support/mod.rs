@@ -55,11 +55,12 @@ impl Host {
     }
 
     pub fn configure(&self, extra: &str) {
-        let (run, logs) = (self.path("run"), self.path("logs"));
+        let [run, logs, templates] = ["run", "logs", "templates"].map(|name| self.path(name));
+        let templates = format!("[log]\ntemplate_dir = {templates:?}");
         let text = if extra.contains("[log]") {
-            format!("run_dir = {run:?}\n{extra}\n")
+            format!("run_dir = {run:?}\n{}\n", extra.replace("[log]", &templates))
         } else {
-            format!("run_dir = {run:?}\n[log]\ndir = {logs:?}\n{extra}\n")
+            format!("run_dir = {run:?}\n{templates}\ndir = {logs:?}\n{extra}\n")
         };
         fs::write(self.path("config.toml"), text).unwrap();
     }
@@ -70,6 +71,10 @@ impl Host {
 
     pub fn log_dir(&self, id: &str) -> PathBuf {
         self.path("logs/default").join(id)
+    }
+
+    pub fn template_log(&self, id: &str, stream: &str) -> Log {
+        Log::create(&self.path("templates").join(id), stream)
     }
 
     pub fn log(&self, id: &str, stream: &str) -> Log {

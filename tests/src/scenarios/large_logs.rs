@@ -52,7 +52,7 @@ impl Logs {
         let dir = temp.path().display();
         fs::write(
             temp.path().join("config.toml"),
-            format!("run_dir = '{dir}/run'\n[log]\ndir = '{dir}/log'\n"),
+            format!("run_dir = '{dir}/run'\n[log]\ndir = '{dir}/log'\ntemplate_dir = '{dir}/templates'\n"),
         )
         .unwrap();
         Logs { temp }

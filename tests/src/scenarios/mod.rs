@@ -28,6 +28,7 @@ pub mod scale;
 pub mod snapshots;
 pub mod survival;
 pub mod suspend;
+pub mod templates;
 pub mod terminal;
 
 use crate::lab::Lab;

@@ -1,6 +1,6 @@
 //! Pods: several containers in one sandbox, grouped by the annotations that CRI gives them.
 
-use std::process::Command;
+use std::{fs, process::Command, thread, time::Duration};
 
 use crate::{
     command::{Finished, poll, start},
@@ -15,13 +15,17 @@ fn speaker(name: &str) -> [String; 3] {
     ["sh".into(), "-c".into(), format!("echo out {name}; echo err {name} >&2; exec sleep 100000")]
 }
 
+fn start_in_pod(lab: &Lab, pod: &str, id: &str) {
+    let argv = speaker(id);
+    run_in_pod(lab, pod, id, &argv.each_ref().map(String::as_str));
+}
+
 /// Starts container `id` of the pod `pod` as containerd's CRI plugin does: with its annotations, and in
 /// those namespaces of the sandbox container that a pod shares.
-fn start_in_pod(lab: &Lab, pod: &str, id: &str) {
+fn run_in_pod(lab: &Lab, pod: &str, id: &str, argv: &[&str]) {
     let kind = if id == pod { "sandbox" } else { "container" };
     let kind = format!("io.kubernetes.cri.container-type={kind}");
     let group = format!("io.kubernetes.cri.sandbox-id={pod}");
-    let argv = speaker(id);
     let mut flags = vec!["--annotation".to_owned(), kind, "--annotation".to_owned(), group];
     if id != pod {
         let (_, pid) = lab.task(pod).unwrap();
@@ -31,7 +35,7 @@ fn start_in_pod(lab: &Lab, pod: &str, id: &str) {
         }
     }
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    lab.detached_with(&flags, id, &argv.each_ref().map(String::as_str));
+    lab.detached_with(&flags, id, argv);
 }
 
 fn pod_of_two(backend: Backend) -> Lab {
@@ -94,6 +98,64 @@ pub fn the_containers_of_a_pod_share_a_sandbox_and_nothing_else(backend: Backend
     for id in ["pod", "member"] {
         wait_for_logs(&lab, id);
     }
+}
+
+/// Counts into its log, until a signal ends it with 3.
+const COUNTING: [&str; 3] =
+    ["sh", "-c", "trap 'exit 3' TERM; i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done"];
+
+/// It alone stands still, also when the whole pod was paused and resumed meanwhile; a signal waits for its
+/// resume, SIGKILL does not.
+pub fn a_member_is_paused_and_resumed_alone(backend: Backend) {
+    let lab = Lab::new(backend);
+    start_in_pod(&lab, "pod", "pod");
+    run_in_pod(&lab, "pod", "member", &COUNTING);
+    let logged = || fs::metadata(lab.log_dir("member").join("stdout")).map_or(0, |log| log.len());
+    assert!(poll(lab.limit(), || logged() > 100), "nothing runs");
+    let do_to = |what: &str, id: &str| lab.ctr(&["task", what, id]);
+    let state = |id: &str| lab.task(id).unwrap().0;
+
+    do_to("pause", "member").succeeds();
+    // What it had written is on its way.
+    let rests = || {
+        let before = logged();
+        thread::sleep(Duration::from_millis(300));
+        logged() == before
+    };
+    assert!(poll(lab.limit(), rests), "something runs");
+    let before = logged();
+    assert_eq!([state("pod"), state("member")], ["RUNNING", "PAUSED"]);
+    assert_eq!(lab.exec("pod", &["echo", "alive"]).succeeds().out(), "alive\n");
+    lab.exec("member", &["true"]).fails_with(&["paused"]);
+    do_to("pause", "member").fails_with(&["paused"]);
+    lab.ctr(&["task", "kill", "--signal", "SIGTERM", "member"]).succeeds();
+    let listed = lab.cubecli(&["cubebox", "ls"]).succeeds().out();
+    assert!(listed.lines().any(|line| line.contains(" member ") && line.contains(" paused ")), "{listed}");
+
+    do_to("pause", "pod").succeeds();
+    assert_eq!([state("pod"), state("member")], ["PAUSED", "PAUSED"]);
+    do_to("resume", "member").fails_with(&["whole pod"]);
+    do_to("resume", "pod").succeeds();
+    lab.cubecli(&["cubebox", "snapshot", "pod"]).fails_with(&["snapshot"]);
+    assert_eq!([state("pod"), state("member")], ["RUNNING", "PAUSED"]);
+    assert!(rests() && logged() == before, "something has run");
+
+    do_to("resume", "member").succeeds();
+    lab.wait_for_state("member", Some("STOPPED"));
+    do_to("resume", "member").fails_with(&["stopped"]);
+    lab.delete_stopped("member", 3);
+    let log = String::from_utf8(logs::read(&lab.log_dir("member"), "stdout")).unwrap();
+    let count = log.lines().count();
+    assert!(log.lines().eq((0..count).map(|n| n.to_string())), "{log}");
+
+    run_in_pod(&lab, "pod", "member", &COUNTING);
+    do_to("pause", "member").succeeds();
+    lab.ctr(&["task", "kill", "--signal", "SIGKILL", "member"]).succeeds();
+    lab.wait_for_state("member", Some("STOPPED"));
+    lab.delete_stopped("member", 137);
+    lab.exec("pod", &["true"]).succeeds();
+    lab.remove("pod");
+    lab.nothing_is_left();
 }
 
 /// Members go with it, whoever forgot them.

@@ -15,18 +15,31 @@ use super::{super::ContainerError, is_gone, stats};
 /// follows a thaw, or the exit of a container, comes late, by half of what a pause may take.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Freezes the cgroup that holds the cgroups of all containers.
+/// Freezes the cgroup that holds the cgroups of all containers, or that of one.
 ///
 /// A frozen process can still be killed, and stays frozen if whoever froze it dies.
 #[derive(Debug)]
 pub struct Freezer {
     path: PathBuf,
+    scope: Scope,
+}
+
+/// Whose cgroup it is.
+#[derive(Debug, Clone, Copy)]
+enum Scope {
+    All,
+    One,
 }
 
 impl Freezer {
     /// For the cgroup v2 directory `path`, in which each directory is the cgroup of one container.
     pub fn new(path: PathBuf) -> Freezer {
-        Freezer { path }
+        Freezer { path, scope: Scope::All }
+    }
+
+    /// For the cgroup v2 directory `path` of one container, named after it.
+    pub fn of_one(path: PathBuf) -> Freezer {
+        Freezer { path, scope: Scope::One }
     }
 
     /// Freezes, and resolves once every process stands still. On an error they run again. Cancelling
@@ -59,6 +72,9 @@ impl Freezer {
 
     /// Names of the containers that are not frozen.
     fn unfrozen(&self) -> io::Result<Vec<String>> {
+        if let (Scope::One, Some(name)) = (self.scope, self.path.file_name()) {
+            return Ok(vec![name.to_string_lossy().into_owned()]);
+        }
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -115,6 +131,16 @@ mod tests {
         let error = freezer.freeze(Duration::from_millis(20)).await.unwrap_err();
         assert!(error.to_string().starts_with("container \"c2\" cannot be frozen within 20ms"), "{error}");
         assert_eq!(asked(&cgroup), "0");
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_come_to_rest_is_named_by_its_own_cgroup() {
+        let cgroup = cgroup([0, 0]);
+        let one = cgroup.path().join("c1");
+        let error = Freezer::of_one(one.clone()).freeze(Duration::from_millis(20)).await.unwrap_err();
+        assert!(error.to_string().starts_with("container \"c1\" cannot be frozen within 20ms"), "{error}");
+        assert_eq!(fs::read_to_string(one.join("cgroup.freeze")).unwrap(), "0");
+        assert_eq!(asked(&cgroup), "0", "the others are left alone");
     }
 
     #[tokio::test]

@@ -123,6 +123,10 @@ impl Cgroup {
         Ok(pids)
     }
 
+    pub(super) fn freezer(&self) -> Freezer {
+        Freezer::of_one(self.path.clone())
+    }
+
     /// Signals every process.
     pub(super) fn signal(&self, signal: i32) -> Result<(), ContainerError> {
         if signal == libc::SIGKILL {

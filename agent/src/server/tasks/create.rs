@@ -75,6 +75,7 @@ impl Tasks {
             policy: new.policy,
             process,
             container: Arc::new(RwLock::new(container)),
+            paused: RwLock::default(),
             rootfs: Some(rootfs).into(),
             execs: Default::default(),
             oom_watch: Default::default(),

@@ -1,5 +1,6 @@
 //! The environment that a Thaw gives to processes that are started later.
 
+use cube_protocol::environment;
 use oci_spec::runtime::Process;
 
 /// Gives `process` each "NAME=value" of `defaults` whose name it does not set itself.
@@ -17,13 +18,15 @@ pub(super) fn complete(process: &mut Process, defaults: &[String]) {
     process.set_env(Some(environment));
 }
 
-/// Whether `entry` is "NAME=value" as environ(7) has it.
-pub fn is_entry(entry: &str) -> bool {
-    entry.contains('=') && !name(entry).is_empty() && !entry.contains('\0')
+/// Gives `process` all of `environment`, in the place of what it has of the same names.
+pub(super) fn overrule(process: &mut Process, environment: &[String]) {
+    let own = process.env().clone().unwrap_or_default();
+    process.set_env(Some(environment.to_vec()));
+    complete(process, &own);
 }
 
 fn name(entry: &str) -> &str {
-    entry.split_once('=').map_or(entry, |(name, _)| name)
+    environment::name(entry).unwrap_or(entry)
 }
 
 #[cfg(test)]
@@ -41,8 +44,10 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_has_a_name() {
-        assert!(is_entry("A=") && is_entry("A=b=c"));
-        assert!(!is_entry("A") && !is_entry("=b") && !is_entry("") && !is_entry("A=b\0c"));
+    fn what_is_inherited_does_not_win() {
+        let mut process = Process::default();
+        process.set_env(Some(vec!["A=1".into(), "B=2".into()]));
+        overrule(&mut process, &["A=9".into(), "C=3".into()]);
+        assert_eq!(process.env(), &Some(vec!["A=9".into(), "C=3".into(), "B=2".into()]));
     }
 }

@@ -11,6 +11,7 @@
 mod create;
 mod delete;
 mod environment;
+mod pause;
 mod probe;
 mod process;
 mod start;
@@ -29,7 +30,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{create::NewTask, delete::Deleted, environment::is_entry, process::Process, state::State};
+pub use self::{create::NewTask, delete::Deleted, process::Process, state::State};
 use super::{error::Error, events::Events};
 use crate::{
     boot::reaper::{Exit, Reaper},
@@ -71,6 +72,8 @@ pub struct Task {
     /// What the init process runs; a probe runs as it does.
     process: Option<runtime::Process>,
     container: Arc<RwLock<Container>>,
+    /// Whether its cgroup is frozen. Locked for reading by whoever spawns a process in it.
+    paused: RwLock<bool>,
     rootfs: Mutex<Option<Rootfs>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     oom_watch: Mutex<Option<JoinHandle<()>>>,
@@ -107,7 +110,7 @@ impl Tasks {
     }
 
     /// Sets what is added to the environment of every process that is created or started from now on.
-    /// The caller has checked that each is [`is_entry`].
+    /// The caller has [checked](cube_protocol::environment::check) it.
     pub fn set_environment(&self, environment: Vec<String>) {
         *lock(&self.environment) = environment;
     }
@@ -135,6 +138,7 @@ impl Tasks {
         if task.init.state().exit().is_some() {
             return Err(task.init.wrong_state("it must be running to exec in it"));
         }
+        let _unpaused = task.unpaused().await?;
         let process_id = ProcessId { container: id.to_owned(), exec: exec_id.to_owned() };
         match lock(&task.execs).entry(exec_id.to_owned()) {
             std::collections::btree_map::Entry::Occupied(_) => Err(Error::AlreadyExists(process_id)),

@@ -39,6 +39,7 @@ impl Tasks {
         let task = self.running(id)?;
         let container = task.container.read().await;
         self.still_there(&task)?;
+        let _unpaused = task.unpaused().await?;
         Ok(container.tcp_socket(to)?)
     }
 
@@ -49,10 +50,12 @@ impl Tasks {
         let task = self.running(id)?;
         let container = task.container.read().await;
         self.still_there(&task)?;
+        let _unpaused = task.unpaused().await?;
         let needed = "it must have a process to run another as it is run";
         let mut process = task.process.clone().ok_or_else(|| task.init.wrong_state(needed))?;
         process.set_args(Some(args)).set_terminal(Some(false)).set_console_size(None);
-        environment::complete(&mut process, &lock(&self.environment));
+        // In a clone the init process has that of the template, and this is the clone's.
+        environment::overrule(&mut process, &lock(&self.environment));
         // No exec has this id: a space is in none.
         let exec = format!("ready probe {}", COUNT.fetch_add(1, Ordering::Relaxed));
         let process_id = ProcessId { container: id.to_owned(), exec };

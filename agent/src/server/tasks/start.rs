@@ -48,6 +48,7 @@ impl Tasks {
         if task.init.state() != State::Running {
             return Err(task.init.wrong_state("it must be running to exec in it"));
         }
+        let _unpaused = task.unpaused().await?;
         process.begin_start()?;
         let result = self.spawn_exec(task, process, &container).await;
         match &result {

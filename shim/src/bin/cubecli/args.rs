@@ -43,7 +43,8 @@ Take a snapshot of a sandbox, which runs on; prints the snapshot's name
 
 Memory and disks are captured at one instant, for which the sandbox stands still. Only sandboxes on Cloud
 Hypervisor whose rootfs is on disks of their own (annotation cube.rootfs.mode=block) can be snapshotted. A
-snapshot holds all that is in the sandbox's memory, secrets included.";
+snapshot holds all that is in the sandbox's memory, secrets included. Of a sandbox that is built to become a
+template (annotation cube.template.id) it is taken once that is ready, which is waited for up to 10 minutes.";
 
 const ROLLBACK: &str = "\
 Put a sandbox back to a snapshot of its own
@@ -177,7 +178,7 @@ pub(crate) struct ResumeArgs {
 pub(crate) struct SnapshotArgs {
     /// ID of a sandbox or of a container in it, or a prefix that no other one has
     pub(crate) id: String,
-    /// Name of the snapshot [default: the ID and the time]
+    /// Name of the snapshot [default: the ID and the time; of a template build the ID of the template]
     pub(crate) name: Option<String>,
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]
@@ -221,6 +222,9 @@ pub(crate) struct LogsArgs {
     /// Container ID, or a prefix of it that no other container has. An older log of a reused ID,
     /// `<id>.<time>`, must be named in full
     pub(crate) id: String,
+    /// The ID is that of a template: print the output of its build, which runs or is over
+    #[arg(long, conflicts_with = "namespace")]
+    pub(crate) tpl: bool,
     /// The last N lines [default: 100, or all with --since]
     #[arg(long, value_name = "N", conflicts_with_all = ["head", "all"])]
     pub(crate) tail: Option<u64>,

@@ -12,7 +12,10 @@ use cube_shim::{
     cgroup::SandboxCgroup,
     config::Config,
     errors::chain,
-    log::{locate, locate::Name, retention},
+    log::{
+        locate::{self, Name},
+        retention::{self, Expired},
+    },
     rootfs::{
         RootfsError,
         block::{Cache, SandboxDisks},
@@ -37,8 +40,10 @@ pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), Cl
     gc.run_dirs(&config.run_dir)?;
     gc.disks(config)?;
     gc.snapshots(config)?;
+    let (root, templates) = locate::templates(&config.log.template_dir);
+    gc.logs(config, root, Some(templates))?;
     if config.log.dir.as_os_str() != locate::BUNDLE {
-        gc.logs(config)?;
+        gc.logs(config, &config.log.dir, None)?;
     }
     gc.output.flush().map_err(CliError::Output)?;
     if gc.failures > 0 { Err(CliError::Incomplete(gc.failures)) } else { Ok(()) }
@@ -145,15 +150,17 @@ impl Gc {
         }
     }
 
-    fn logs(&mut self, config: &Config) -> Result<(), CliError> {
-        let root = &config.log.dir;
+    fn logs(&mut self, config: &Config, root: &Path, namespace: Option<&str>) -> Result<(), CliError> {
         let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
-        let expired = retention::expired(root, retention, |_| false)?;
+        let expired = retention::expired(root, namespace, retention, |_| false)?;
         // Read after the logs were listed: the state of a container is there before its log.
         let sandboxes = sandboxes::all(&config.run_dir)?;
         let living: BTreeSet<Name> =
             sandboxes.iter().flat_map(|s| s.containers()).map(|(name, _)| name).collect();
-        for log in expired.into_iter().filter(|log| !living.contains(&log.name)) {
+        let lives = |log: &Expired| {
+            living.contains(&log.name) || sandboxes.iter().any(|s| s.state.logs_to(&log.path))
+        };
+        for log in expired.into_iter().filter(|log| !lives(log)) {
             if !self.dry_run
                 && let Err(e) = retention::remove(root, &log.name)
             {

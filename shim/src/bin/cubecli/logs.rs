@@ -7,7 +7,7 @@ use cube_shim::{
     config::Config,
     log::{
         follow::{Wake, Watch},
-        locate::{self, Log, Name},
+        locate::{self, Log},
         reader::{Cursor, Position, Segments, Stream},
         since::since,
         tail::tail,
@@ -50,7 +50,10 @@ pub(crate) fn run(config: &Config, args: &LogsArgs, output: File) -> Result<(), 
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
-    let log = locate::find(&roots(config)?, args.namespace.as_deref(), &args.id)?;
+    let log = match args.tpl {
+        true => locate::find_template(&config.log.template_dir, &args.id)?,
+        false => locate::find(&roots(config)?, args.namespace.as_deref(), &args.id)?,
+    };
     // Before the first look at the files: what happens after that look must not go unseen.
     let watch = args.follow.then(|| Watch::new(&log.dir));
     let (mut sources, format) = open(args, &log)?;
@@ -133,7 +136,7 @@ impl Follower<'_> {
             // Asked before the last look, so that nothing is written after that.
             let life = match wake {
                 Wake::ReaderGone => return Ok(()),
-                Wake::Quiet => life(self.config, &tasks, &self.log.name)?,
+                Wake::Quiet => life(self.config, &tasks, self.log)?,
                 Wake::Changed | Wake::Gone => Life::Running,
             };
             if self.look()? > 0 {
@@ -172,9 +175,11 @@ enum Life {
     Deleted,
 }
 
-fn life(config: &Config, tasks: &Tasks, name: &Name) -> Result<Life, CliError> {
-    let Some(sandbox) = sandboxes::of_container(&config.run_dir, name)? else { return Ok(Life::Deleted) };
-    match tasks.state(&sandbox.dir.path().join("shim.sock"), &name.id) {
+fn life(config: &Config, tasks: &Tasks, log: &Log) -> Result<Life, CliError> {
+    let Some((sandbox, container)) = sandboxes::that_logs(&config.run_dir, log)? else {
+        return Ok(Life::Deleted);
+    };
+    match tasks.state(&sandbox.dir.path().join("shim.sock"), &container) {
         Ok(task) if task.status == Status::STOPPED => Ok(Life::Stopped),
         // A shim that is gone or stuck is not the end of its container.
         _ => Ok(Life::Running),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cube_shim::{
     errors::chain,
-    log::locate::Name,
+    log::locate::{Log, Name},
     state::{ContainerState, RunDir, State},
 };
 
@@ -73,8 +73,18 @@ pub(crate) fn find(run_dir: &Path, namespace: Option<&str>, id: &str) -> Result<
     }
 }
 
-/// The sandbox that holds container `name`.
-pub(crate) fn of_container(run_dir: &Path, name: &Name) -> Result<Option<Sandbox>, CliError> {
-    let holds = |sandbox: &Sandbox| sandbox.containers().any(|(container, _)| container == *name);
-    Ok(all(run_dir)?.into_iter().find(holds))
+/// The container whose log this is, with its sandbox: the one of that name, or for a template the one that
+/// writes to its directory.
+pub(crate) fn that_logs(run_dir: &Path, log: &Log) -> Result<Option<(Sandbox, String)>, CliError> {
+    for sandbox in all(run_dir)? {
+        let mut containers = sandbox.containers();
+        let writer = containers.find(|(name, container)| {
+            *name == log.name || container.log_dir.as_deref() == Some(log.dir.path())
+        });
+        if let Some((name, _)) = writer {
+            drop(containers);
+            return Ok(Some((sandbox, name.id)));
+        }
+    }
+    Ok(None)
 }

@@ -3,10 +3,12 @@
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use containerd_shim_protos::{events::task as message, protobuf::MessageField};
+use cube_protocol::annotations::TEMPLATE_ID;
 use tokio::sync::oneshot;
 
-use super::{Container, Owner, SandboxState, init_of, not_found};
+use super::{Container, Motion, Owner, SandboxState, init_of, not_found};
 use crate::{
+    annotations::AnnotationError,
     errors::Error,
     events::TaskEvent,
     sandbox::{
@@ -15,8 +17,9 @@ use crate::{
         job::Report,
         process::{Phase, Process, Stdio},
         ready::Ready,
-        spec::Pod,
+        spec::{self, Pod},
     },
+    snapshot::Template,
     state::{ContainerState, now_ns},
     stdio::LogConfig,
 };
@@ -40,6 +43,7 @@ impl Owner {
         if self.containers.contains_key(id) {
             return Err(Error::AlreadyExists { what: "container", id: id.clone() });
         }
+        self.check_template(&plan)?;
         let joins = match (self.state, &self.guest) {
             (SandboxState::Creating, _) if self.containers.is_empty() => None,
             (SandboxState::Running, Some(guest)) => Some((guest.clone(), self.pod())),
@@ -69,6 +73,12 @@ impl Owner {
             stats: None,
             oom: None,
             ready: Ready::new(plan.annotations.ready.clone()),
+            motion: Motion::default(),
+            template: plan
+                .annotations
+                .template
+                .as_deref()
+                .map(|id| Template::of(id, &plan.spec, &plan.request.rootfs)),
             abort: Some(abort),
             restored: None,
         };
@@ -88,6 +98,20 @@ impl Owner {
         Ok((creation, aborted))
     }
 
+    /// A template is what becomes of one container, and has its log.
+    fn check_template(&self, plan: &Plan) -> Result<(), Error> {
+        let builds = plan.annotations.template.is_some();
+        let pod = spec::sandbox_id(&plan.spec).is_some() || !self.containers.is_empty();
+        if pod && (builds || self.template().is_some()) {
+            let hint = ": a template is built in a sandbox with a single container";
+            return Err(Error::Unimplemented { what: format!("{TEMPLATE_ID} for a pod"), hint });
+        }
+        if builds && plan.request.stdio.terminal {
+            return Err(AnnotationError::Template { other: "a terminal" }.into());
+        }
+        Ok(())
+    }
+
     pub(super) fn pod(&self) -> Pod {
         let guest_pid =
             self.containers.get(&self.identity.id).map(|main| main.init.guest_pid).unwrap_or_default();
@@ -99,12 +123,14 @@ impl Owner {
             return None;
         }
         let log = &self.config.log;
-        let dir = if log.dir == Path::new("bundle") {
-            plan.request.bundle.clone()
-        } else {
-            log.dir.join(&self.identity.namespace).join(&plan.request.id)
+        let template = plan.annotations.template.as_deref();
+        let dir = match template {
+            Some(template) => log.template_dir.join(template),
+            None if log.dir == Path::new("bundle") => plan.request.bundle.clone(),
+            None => log.dir.join(&self.identity.namespace).join(&plan.request.id),
         };
-        Some(LogConfig { dir, segment_bytes: log.segment_bytes, segments: log.segments })
+        let (segment_bytes, segments) = (log.segment_bytes, log.segments);
+        Some(LogConfig { dir, exclusive: template.is_some(), segment_bytes, segments })
     }
 
     pub(super) fn created(&mut self, id: &str, result: Result<Created, Error>) -> Result<u32, Error> {

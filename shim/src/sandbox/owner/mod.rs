@@ -2,6 +2,7 @@
 
 mod create;
 mod end;
+mod member;
 mod pause;
 mod ready;
 mod rollback;
@@ -10,6 +11,7 @@ mod snapshot;
 mod state;
 mod status;
 mod suspend;
+mod template;
 mod watch;
 
 use std::{
@@ -28,7 +30,7 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
-use self::state::SandboxState;
+use self::{member::Motion, state::SandboxState};
 use super::{
     Deleted, ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
     SnapshotRequest, Status,
@@ -44,7 +46,7 @@ use crate::{
     errors::{Error, chain},
     events::{Publisher, TaskEvent},
     sandbox::Exit,
-    snapshot::Listed,
+    snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
     vmm::Disk,
 };
@@ -65,6 +67,10 @@ struct Container {
     /// When containerd was last told that it is out of memory.
     oom: Option<Instant>,
     ready: Ready,
+    /// Whether it runs, apart from its sandbox.
+    motion: Motion,
+    /// If it is built for one.
+    template: Option<Template>,
     /// Ends its creation; dropped afterwards.
     abort: Option<oneshot::Sender<()>>,
     /// If it was restored: how it goes on, and what takes the output of its processes that nobody knows.
@@ -134,6 +140,8 @@ pub(super) struct Owner {
     held_events: Vec<GuestEvent>,
     /// Those who wait for the sandbox to be ready.
     waiting_ready: Vec<Reply<SandboxReadiness>>,
+    /// Snapshots of a template that wait for it to be ready.
+    waiting_builds: Vec<template::Waiting>,
     /// Connections refused to processes that are deleted.
     refused: u64,
     /// Pid of the VMM, also after it has ended; 0 before it is booted.
@@ -188,6 +196,7 @@ impl Owner {
             waiting_closes: Vec::new(),
             held_events: Vec::new(),
             waiting_ready: Vec::new(),
+            waiting_builds: Vec::new(),
             refused: 0,
             pid: 0,
             idle_since: Some(Instant::now()),
@@ -206,6 +215,7 @@ impl Owner {
                 () = sleep_until(wake) => self.look_around(),
             }
             self.answer_ready();
+            self.look_at_builds();
         }
         self.clean_up().await;
     }
@@ -296,6 +306,8 @@ impl Owner {
                 drop(reply.send(self.rolled_back(&id, paused, result)));
             }
             Report::Loaded { id, result, reply } => drop(reply.send(self.loaded(&id, result))),
+            Report::MemberPaused { id, result, reply } => drop(reply.send(self.member_paused(&id, result))),
+            Report::MemberResumed { id, result, reply } => drop(reply.send(self.member_resumed(&id, result))),
             Report::Snapshotted { request, result, reply } => self.snapshotted(request, result, reply),
             Report::Deleted { process, deleted, reply } => {
                 self.deleted(&process, deleted);
@@ -327,13 +339,14 @@ impl Owner {
     }
 
     fn process_state(&mut self, id: &ProcessId) -> Result<ProcessState, Error> {
-        let (pid, state) = (self.pid, self.state);
+        let (pid, state, motion) = (self.pid, self.state, self.motion(&id.container));
         let process = self.known(id)?;
         let (status, stdio, exit) = (process.status(), process.stdio.clone(), process.exit());
         let bundle = self.containers.get(&id.container).map(|container| container.bundle.clone());
         let status = match (status, state) {
             (Status::Running, SandboxState::Pausing | SandboxState::Suspending) => Status::Pausing,
             (Status::Running, state) if state.is_pause() => Status::Paused,
+            (Status::Running, _) => motion.status(),
             (status, _) => status,
         };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })

@@ -2,7 +2,7 @@
 
 use cube_protocol::guest::QuiesceResponse;
 
-use super::{Owner, SandboxState, Waiting, init_of, wrong_phase};
+use super::{Motion, Owner, SandboxState, Waiting, init_of, wrong_phase};
 use crate::{
     errors::Error,
     events::TaskEvent,
@@ -17,6 +17,7 @@ use crate::{
 impl Owner {
     pub(super) fn pause(&mut self, id: String, reply: Reply<()>) {
         match self.admit_pause(&id) {
+            Ok(()) if !self.is_main(&id) => self.pause_member(id, reply),
             Ok(()) => {
                 // What changes the sandbox is refused from now on. What is under way is awaited.
                 self.state = SandboxState::Pausing;
@@ -68,7 +69,8 @@ impl Owner {
         if phase != Phase::Running {
             return Err(wrong_phase(&init, phase, "only a running container can be paused"));
         }
-        self.whole(id, "pausing")
+        // One that is left of its pod may be so by itself.
+        self.check_motion(id)
     }
 
     /// Checks that what is asked for container `id` can be done to its whole sandbox.
@@ -103,6 +105,9 @@ impl Owner {
         if self.state == SandboxState::Suspended {
             return self.load(id, reply);
         }
+        if self.state == SandboxState::Running && self.motion(&id) == Motion::Paused {
+            return self.resume_member(id, reply);
+        }
         let guest = match self.admit_resume(&id) {
             Ok(guest) => guest,
             Err(e) => return drop(reply.send(Err(e))),
@@ -116,11 +121,16 @@ impl Owner {
     }
 
     fn admit_resume(&mut self, id: &str) -> Result<Guest, Error> {
-        self.known(&init_of(id))?;
+        let phase = self.known(&init_of(id))?.phase;
         match (self.state, &self.guest) {
-            (SandboxState::Paused, Some(guest)) => {
-                self.whole(id, "resuming")?;
-                Ok(guest.clone())
+            (SandboxState::Paused, Some(guest)) if self.is_main(id) => Ok(guest.clone()),
+            (SandboxState::Paused, Some(_)) => {
+                Err(self
+                    .wrong_state("a member cannot be resumed before the whole pod, by the id of its sandbox"))
+            }
+            (SandboxState::Running, Some(_)) if !self.is_main(id) => {
+                self.check_motion(id)?;
+                Err(wrong_phase(&init_of(id), phase, "only a paused container can be resumed"))
             }
             _ => Err(self.wrong_state("only a paused sandbox can be resumed")),
         }

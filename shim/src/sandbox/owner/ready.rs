@@ -77,6 +77,7 @@ impl Owner {
     fn describe(&self, id: &str, container: &Container, reason: &str) -> String {
         match &container.ready.probe {
             _ if self.state.is_pause() => "the sandbox is paused".into(),
+            _ if self.check_motion(id).is_err() => format!("container {id:?} is paused"),
             Some(probe) => format!("container {id:?}, {probe}: {reason}"),
             None => format!("container {id:?}: {reason}"),
         }

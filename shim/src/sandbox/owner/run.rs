@@ -17,8 +17,7 @@ impl Owner {
     pub(super) fn start(&mut self, id: ProcessId, reply: Reply<u32>) {
         // Refused, it would hang its client: containerd's waits for the end of the FIFOs when a start has
         // failed, before it deletes the exec. Only who comes with a new exec is refused.
-        if self.state.is_pause() && !id.is_init() && self.known(&id).is_ok_and(|p| p.phase == Phase::Created)
-        {
+        if self.must_wait(&id) {
             return self.waiting_starts.push((id, reply));
         }
         let guest = self.guest_of(&id).and_then(|guest| {
@@ -36,7 +35,10 @@ impl Owner {
                 let guest_pid = self.known(&id).map_or(0, |process| process.guest_pid);
                 self.work(async move {
                     let result = match restored {
-                        Some(restored) => restore::thaw(&guest, &restored).await.map(|()| guest_pid),
+                        Some(restored) => {
+                            let inside = id.container.clone();
+                            restore::start(&guest, inside, &restored).await.map(|()| guest_pid)
+                        }
                         None => job::start(guest, id.clone()).await,
                     };
                     Report::Started { process: id, result, reply }
@@ -115,6 +117,7 @@ impl Owner {
         if phase != Phase::Running {
             return Err(wrong_phase(&init, phase, "it must be running for an exec"));
         }
+        self.check_motion(&init.container)?;
         let exec = &request.process.exec;
         let container = self.containers.get_mut(&init.container);
         let container = container.ok_or_else(|| not_found("container", &init.container))?;

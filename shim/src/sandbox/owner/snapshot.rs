@@ -20,12 +20,10 @@ use crate::{
 impl Owner {
     pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<Listed>) {
         match (self.state, &self.guest) {
-            (SandboxState::Running | SandboxState::Paused, Some(_)) => {
-                // What changes the sandbox is refused from now on. What is under way is awaited.
-                self.state = SandboxState::Snapshotting;
-                self.waiting = Some(Waiting::Snapshot(request, reply));
-                self.begin_waiting();
-            }
+            (SandboxState::Running | SandboxState::Paused, Some(_)) => match self.template() {
+                Some(template) => self.snapshot_build(template.id.clone(), request, reply),
+                None => self.begin_snapshot(request, reply),
+            },
             (SandboxState::Suspended, _) => {
                 drop(
                     reply
@@ -34,6 +32,13 @@ impl Owner {
             }
             _ => drop(reply.send(Err(self.wrong_state("it must be running or paused for a snapshot")))),
         }
+    }
+
+    pub(super) fn begin_snapshot(&mut self, request: SnapshotRequest, reply: Reply<Listed>) {
+        // What changes the sandbox is refused from now on. What is under way is awaited.
+        self.state = SandboxState::Snapshotting;
+        self.waiting = Some(Waiting::Snapshot(request, reply));
+        self.begin_waiting();
     }
 
     pub(super) fn take_snapshot(&mut self, guest: Guest, request: SnapshotRequest, reply: Reply<Listed>) {
@@ -86,6 +91,9 @@ impl Owner {
     }
 
     fn snapshot_name(&self) -> String {
+        if let Some(template) = self.template() {
+            return template.id.clone();
+        }
         let time = Timestamp::now().strftime("%Y%m%d%H%M%S%3f").to_string();
         let id: String = self.identity.id.chars().take(50).collect();
         format!("{}-{time}", id.trim_end_matches(['.', '_', '-']))
@@ -108,6 +116,7 @@ impl Owner {
                 timeline: self.disk.timeline,
                 backend: self.disk.backend.clone(),
             },
+            template: self.template().cloned(),
             containers: containers
                 .map(|(id, container)| Container {
                     id: guest.inside(id.clone()),

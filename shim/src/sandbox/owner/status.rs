@@ -1,10 +1,10 @@
 //! Status, as the owner sees it.
 
-use super::Owner;
+use super::{Motion, Owner};
 use crate::{
     agent::printable,
     sandbox::{
-        process::Process,
+        process::{Phase, Process},
         ready::Ready,
         status::{ProcessStatus, ReadyStatus, SandboxStatus},
     },
@@ -37,6 +37,7 @@ impl Owner {
     fn process_statuses(&self) -> Vec<ProcessStatus> {
         let mut all = Vec::new();
         for (id, container) in &self.containers {
+            let begin = all.len();
             all.push(ProcessStatus {
                 ready: ready(&container.ready),
                 ..process_status(id, "", &container.init)
@@ -44,6 +45,11 @@ impl Owner {
             let mut execs: Vec<_> = container.execs.iter().collect();
             execs.sort_by_key(|(exec, _)| *exec);
             all.extend(execs.into_iter().map(|(exec, process)| process_status(id, exec, process)));
+            if container.motion == Motion::Paused {
+                let running =
+                    all.iter_mut().skip(begin).filter(|process| process.state == Phase::Running.label());
+                running.for_each(|process| process.state = Motion::Paused.name());
+            }
         }
         all
     }

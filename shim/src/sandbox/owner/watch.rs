@@ -114,6 +114,9 @@ impl Owner {
         if process.exited(exit) {
             self.publish_exit(id, exit);
         }
+        if id.is_init() {
+            self.forget_motion(&id.container);
+        }
     }
 
     /// Every process has died with the VM, whatever it was doing. Jobs that wait for the guest fail
@@ -158,6 +161,10 @@ impl Owner {
     }
 
     pub(super) fn wakeup(&self) -> Option<Instant> {
+        self.next_look().into_iter().chain(self.next_build()).min()
+    }
+
+    fn next_look(&self) -> Option<Instant> {
         match self.idle_since {
             Some(since) => Some(since + self.idle_limit()),
             None if self.state == SandboxState::Stopped => Some(Instant::now() + ORPHAN_INTERVAL),

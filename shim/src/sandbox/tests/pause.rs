@@ -20,7 +20,7 @@ impl Lab {
         within(self.sandbox.resume("c1".into())).await
     }
 
-    async fn status_of(&self, process: ProcessId) -> Status {
+    pub(super) async fn status_of(&self, process: ProcessId) -> Status {
         within(self.sandbox.state(process)).await.unwrap().status
     }
 
@@ -28,15 +28,15 @@ impl Lab {
         within(self.sandbox.status()).await.unwrap().state
     }
 
-    fn refuse(&self, method: &'static str, code: Code) {
+    pub(super) fn refuse(&self, method: &'static str, code: Code) {
         self.guest().fault(method, Fault::Refuse(ttrpc::get_status(code, QUIESCED)));
     }
 
-    fn mend(&self) {
+    pub(super) fn mend(&self) {
         self.guest().faults.lock().unwrap().clear();
     }
 
-    fn calls(&self) -> Vec<String> {
+    pub(super) fn calls(&self) -> Vec<String> {
         self.guest().calls.lock().unwrap().clone()
     }
 
@@ -45,7 +45,7 @@ impl Lab {
     }
 }
 
-fn state_error(result: Result<(), Error>) -> String {
+pub(super) fn state_error(result: Result<(), Error>) -> String {
     let error = result.unwrap_err();
     assert_eq!(error.code(), Code::FAILED_PRECONDITION, "{error}");
     chain(&error)
@@ -266,16 +266,4 @@ async fn a_container_that_exits_while_it_is_paused_can_be_deleted() {
     assert_eq!((lab.wait(init("c1")).await, lab.label().await), (4, "paused"));
     within(lab.sandbox.delete(init("c1"))).await.unwrap();
     assert!(!lab.run_dir.path().exists() && !lab.host.vmm.is_alive());
-}
-
-#[tokio::test]
-async fn a_member_of_a_pod_is_not_paused_alone() {
-    let lab = Lab::new().await;
-    lab.run("c1").await;
-    lab.run("c2").await;
-    let error = within(lab.sandbox.pause("c2".into())).await.unwrap_err();
-    assert_eq!(error.code(), Code::UNIMPLEMENTED);
-    lab.pause().await.unwrap();
-    assert_eq!(lab.status_of(init("c2")).await, Status::Paused);
-    lab.resume().await.unwrap();
 }

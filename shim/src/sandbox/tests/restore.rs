@@ -14,6 +14,7 @@ pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
         agent: "0.1.0".into(),
         protocol: version::CURRENT.to_string(),
         origin: Origin { namespace: "ns".into(), sandbox: "old".into(), timeline: 2, backend: "fake".into() },
+        template: None,
         containers: containers
             .iter()
             .map(|(id, terminal)| Container {
@@ -136,4 +137,35 @@ async fn a_restored_container_is_probed_from_its_start_on_by_its_old_name() {
     let readiness = within(lab.sandbox.wait_ready(LIMIT)).await.unwrap();
     assert_eq!(readiness, crate::sandbox::SandboxReadiness::Ready);
     assert_eq!(lab.asked().last().unwrap(), "Probe old");
+}
+
+#[tokio::test]
+async fn the_environment_of_the_create_is_delivered_and_its_limits_are_set() {
+    let lab = Lab::with_snapshot(&[("old", false)]).await;
+    let mut spec = spec();
+    spec["process"] = json!({"args": ["x"], "env": ["TOKEN=t1"]});
+    spec["linux"]["resources"] = json!({"devices": [{"allow": false}], "pids": {"limit": 7}});
+    let request = CreateRequest { restore: Some("one".into()), ..lab.request("c1", spec) };
+    within(lab.sandbox.create(request)).await.unwrap();
+    lab.guest().fault("Update", Fault::Refuse(ttrpc::get_status(Code::INVALID_ARGUMENT, "no such limit")));
+    let error = lab.sandbox.start(init("c1")).await.unwrap_err();
+    assert!(chain(&error).contains("no such limit"), "{}", chain(&error));
+    lab.guest().faults.lock().unwrap().clear();
+    lab.sandbox.start(init("c1")).await.unwrap();
+    assert_eq!(lab.guest().thaw.lock().unwrap().environment, ["TOKEN=t1"]);
+    assert_eq!(lab.asked()[2..], ["Thaw", "Update old", "Thaw", "Update old"]);
+    let state = fs::read_to_string(lab.run_dir.path().join("state.json")).unwrap();
+    assert!(!state.contains("TOKEN"), "{state}");
+}
+
+#[tokio::test]
+async fn a_spec_that_cannot_take_effect_is_refused_before_anything_is_made() {
+    let lab = Lab::with_snapshot(&[("old", false)]).await;
+    let mut spec = spec();
+    spec["mounts"] = json!([{"destination": "/data", "type": "bind", "source": "/srv"}]);
+    let request = CreateRequest { restore: Some("one".into()), ..lab.request("c1", spec) };
+    let error = within(lab.sandbox.create(request)).await.unwrap_err();
+    assert!(error.to_string().contains("\"/srv\" on \"/data\""), "{error}");
+    assert_eq!(error.code(), Code::FAILED_PRECONDITION);
+    assert!(lab.asked().is_empty() && !lab.run_dir.path().exists());
 }
