@@ -8,6 +8,7 @@ mod logs;
 mod ls;
 mod namespace;
 mod print;
+mod progress;
 mod sandboxes;
 mod shim;
 mod snapshot;

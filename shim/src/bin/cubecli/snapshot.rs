@@ -1,21 +1,17 @@
 //! `cubecli cubebox snapshot` and `cubecli cubebox snapshots`
 
-use std::{
-    fs::File,
-    io::{IsTerminal, Write, stderr},
-    time::{Duration, Instant},
-};
+use std::{fs::File, io::Write, time::Duration};
 
 use cube_shim::{
     config::Config,
     control::sandbox::{SnapshotRequest, SnapshotResponse},
     snapshot::{Listed, Store},
 };
-use tokio::time::interval;
 
 use crate::{
     args::{SnapshotArgs, SnapshotsArgs},
     error::CliError,
+    progress::during,
     sandboxes, shim, table, time,
 };
 
@@ -30,31 +26,10 @@ pub(crate) fn take(config: &Config, args: &SnapshotArgs, mut output: File) -> Re
         let shim = shim::Shim::connect(&sandbox).await?;
         let call =
             shim.call(DEADLINE, |client, context| async move { client.snapshot(context, &request).await });
-        with_progress(call).await
+        during("writing the snapshot", call).await
     })?;
     let SnapshotResponse { name, .. } = taken;
     writeln!(output, "{name}").map_err(CliError::Output)
-}
-
-/// Shows on a terminal that something happens, once it takes longer than a second.
-async fn with_progress<T>(work: impl Future<Output = T>) -> T {
-    let (begun, terminal) = (Instant::now(), stderr().is_terminal());
-    let mut ticks = interval(Duration::from_secs(1));
-    tokio::pin!(work);
-    loop {
-        tokio::select! {
-            done = &mut work => {
-                if terminal {
-                    eprint!("\r\x1b[K");
-                }
-                return done;
-            }
-            _ = ticks.tick(), if terminal => match begun.elapsed().as_secs() {
-                0 => {}
-                seconds => eprint!("\rwriting the snapshot, {seconds} s"),
-            },
-        }
-    }
 }
 
 pub(crate) fn list(config: &Config, args: &SnapshotsArgs, mut output: File) -> Result<(), CliError> {
