@@ -4,7 +4,15 @@
 //! very instant of the snapshot, and nothing of it runs before Start thaws it: with the time, with randomness
 //! that no other clone gets, with its own name, and on a timeline of its own.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use cube_protocol::{
     guest::{QuiesceResponse, StreamInfo, ThawRequest},
@@ -22,7 +30,7 @@ use super::{
 };
 use crate::{
     errors::{Error, chain},
-    snapshot::{Manifest, Store},
+    snapshot::{Held, Manifest, Store},
     state::now_ns,
     stdio::{Begin, Flows, ProcessIo, StdioConfig},
     vmm::{Disk, VmSpec},
@@ -51,7 +59,7 @@ impl Creation {
     pub(super) async fn restore(
         &mut self,
         name: &str,
-        abort: oneshot::Receiver<()>,
+        mut abort: oneshot::Receiver<()>,
     ) -> Result<Created, Error> {
         if self.joins.is_some() {
             return Err(Error::Unimplemented {
@@ -59,33 +67,48 @@ impl Creation {
                 hint: ": restore it as a sandbox of its own",
             });
         }
-        let (manifest, dir, disks) = self.open(name).await?;
+        let (held, disks) = self.open(name, &mut abort).await?;
         tokio::select! {
-            created = self.go_on(&manifest, dir, disks) => created,
+            created = self.go_on(&held.manifest, &held.dir, disks) => created,
             _ = abort => Err(Error::Killed),
         }
     }
 
-    /// Reads the snapshot, and makes what the sandbox needs on the host.
-    async fn open(&self, name: &str) -> Result<(Manifest, PathBuf, Vec<Disk>), Error> {
+    /// Reads the snapshot, and makes what the sandbox needs on the host. `abort` ends what may take long, and
+    /// only that, as in `prepare`.
+    async fn open(&self, name: &str, abort: &mut oneshot::Receiver<()>) -> Result<(Held, Vec<Disk>), Error> {
+        let aborted = Arc::new(AtomicBool::new(false));
+        let seen = aborted.clone();
+        let go_on = move |_, _| match seen.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        };
         let store = Store::at(&self.config.snapshot.dir);
         let (host, config, cgroup) = (self.host.clone(), self.config.clone(), self.state.cgroup.clone());
         let (name, run_dir) = (name.to_owned(), self.identity.run_dir.clone());
-        let opened = spawn_blocking(move || -> Result<_, Error> {
-            let (manifest, dir) = store.open(store.resolve(&name)?)?;
+        let mut opened = spawn_blocking(move || -> Result<_, Error> {
+            let mut go_on = go_on;
+            let held = store.hold(store.resolve(&name)?, &mut go_on)?;
             host.create_cgroup(&cgroup)?;
-            let files = manifest.disks.iter().map(|disk| Disk {
-                path: dir.join(&disk.file),
+            let files = held.manifest.disks.iter().map(|disk| Disk {
+                path: held.dir.join(&disk.file),
                 serial: disk.serial.clone(),
                 read_only: disk.read_only,
             });
             let disks = host.restore_disks(&config, &run_dir, &files.collect::<Vec<_>>())?;
-            Ok((manifest, dir, disks))
+            Ok((held, disks))
         });
-        opened.await?
+        tokio::select! {
+            opened = &mut opened => opened?,
+            _ = abort => {
+                aborted.store(true, Ordering::Relaxed);
+                let _ = opened.await;
+                Err(Error::Killed)
+            }
+        }
     }
 
-    async fn go_on(&self, manifest: &Manifest, dir: PathBuf, disks: Vec<Disk>) -> Result<Created, Error> {
+    async fn go_on(&self, manifest: &Manifest, dir: &Path, disks: Vec<Disk>) -> Result<Created, Error> {
         let [container] = &manifest.containers[..] else {
             let count = manifest.containers.len();
             let what = format!("a snapshot with {count} containers");

@@ -3,6 +3,8 @@
 //! The sandbox stands still while they are written, and no longer: digests and the rest come afterwards,
 //! in [`complete`].
 
+use std::path::PathBuf;
+
 use cube_protocol::guest::QuiesceResponse;
 use tokio::task::spawn_blocking;
 use tracing::warn;
@@ -10,11 +12,12 @@ use tracing::warn;
 use super::{
     job::Guest,
     pause::{self, Failed},
+    spec,
     steps::Steps,
 };
 use crate::{
     errors::{Error, chain},
-    snapshot::{Draft, Listed, Manifest, Store, StreamPosition},
+    snapshot::{Draft, Listed, Manifest, Store, StreamPosition, portable_spec},
     vmm::Disk,
 };
 
@@ -26,6 +29,8 @@ pub(super) struct Subject {
     pub(super) paused: Option<QuiesceResponse>,
     pub(super) disks: Vec<Disk>,
     pub(super) manifest: Manifest,
+    /// Of the containers in the manifest, in its order.
+    pub(super) bundles: Vec<PathBuf>,
 }
 
 /// What was taken, and has no name yet.
@@ -37,12 +42,17 @@ pub(super) struct Taken {
 
 /// Takes the snapshot. The sandbox is then as it was before, paused or not; also after most errors.
 pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed> {
-    let Subject { guest, timeline, paused, disks, mut manifest } = subject;
+    let Subject { guest, timeline, paused, disks, mut manifest, bundles } = subject;
     let runs = paused.is_none();
     let unchanged = |error| Failed { error, runs };
-    let name = manifest.name.clone();
-    let begun = spawn_blocking(move || store.begin(&name)).await;
-    let draft = begun.map_err(Error::from).and_then(|draft| Ok(draft?)).map_err(unchanged)?;
+    let begun = spawn_blocking(move || -> Result<_, Error> {
+        for (container, bundle) in manifest.containers.iter_mut().zip(&bundles) {
+            container.spec = portable_spec(&spec::load(bundle)?);
+        }
+        Ok((store.begin(&manifest.name)?, manifest))
+    });
+    let begun = begun.await.map_err(Error::from).and_then(|begun| begun);
+    let (draft, mut manifest) = begun.map_err(unchanged)?;
 
     let mut steps = Steps::begin();
     let written = write(&guest, paused, &draft, &disks, &mut steps).await;

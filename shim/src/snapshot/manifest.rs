@@ -1,6 +1,7 @@
 //! What a snapshot is.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Name of the file.
 pub const MANIFEST: &str = "manifest.json";
@@ -20,6 +21,8 @@ pub struct Manifest {
     pub agent: String,
     /// Version of the protocol that this agent speaks, "1.1".
     pub protocol: String,
+    /// What wrote the memory and the devices in it.
+    pub vmm: WrittenBy,
     /// What it was made from.
     pub origin: Origin,
     /// The containers, by their ids in the guest.
@@ -37,6 +40,15 @@ pub struct Manifest {
 impl Manifest {
     /// Version of the file that this build writes, and the only one that it reads.
     pub const FORMAT: u32 = 1;
+}
+
+/// A VMM of some version: only one that knows its format can read what it has written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenBy {
+    /// Name of the VMM, as in the configuration.
+    pub name: String,
+    /// As it calls itself, "v53.0.0".
+    pub version: String,
 }
 
 /// The sandbox that a snapshot was made from.
@@ -63,6 +75,9 @@ pub struct Container {
     pub terminal: bool,
     /// Ids of the execs that ran.
     pub execs: Vec<String>,
+    /// What containerd needs of its OCI spec to make a container that goes on from here; see
+    /// [`portable_spec`](super::portable_spec).
+    pub spec: Value,
 }
 
 /// A stream in a snapshot.
