@@ -1,6 +1,8 @@
 //! `cubecli`: what operators ask about sandboxes and their logs.
 
+mod archive;
 mod args;
+mod containerd;
 mod error;
 mod gc;
 mod info;
@@ -9,6 +11,7 @@ mod ls;
 mod namespace;
 mod print;
 mod progress;
+mod restore;
 mod sandboxes;
 mod shim;
 mod snapshot;
@@ -54,6 +57,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Snapshots(args) } => {
             snapshot::list(&config, &args, output)
         }
+        Command::Cubebox { command: CubeboxCommand::Restore(args) } => restore::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Export(args) } => archive::export(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Import(args) } => archive::import(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

@@ -1,7 +1,7 @@
 //! What somebody at a terminal sees of work that takes longer than a second. Scripts see nothing.
 
 use std::{
-    io::{IsTerminal, stderr},
+    io::{self, IsTerminal, stderr},
     sync::mpsc::{RecvTimeoutError, Sender, channel},
     thread::JoinHandle,
     time::Duration,
@@ -16,6 +16,7 @@ const DELAY: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(200);
 
 const UNKNOWN: &str = "{spinner} {msg}, {elapsed}";
+const BYTES: &str = "{msg} [{bar:30}] {percent}% of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
 
 /// Work that is going on. It is gone from the terminal when this is dropped.
 #[derive(Debug)]
@@ -50,6 +51,21 @@ impl Progress {
         self.bar.set_message(what.into());
     }
 
+    /// Says that `done` of `total` bytes are done.
+    pub(crate) fn bytes(&self, done: u64, total: u64) {
+        if self.bar.length() != Some(total) {
+            self.bar.set_style(style(BYTES));
+            self.bar.set_length(total);
+        }
+        self.bar.set_position(done);
+    }
+
+    /// As [`Progress::bytes`], for work that may be ended; this does not.
+    pub(crate) fn told(&self, done: u64, total: u64) -> io::Result<()> {
+        self.bytes(done, total);
+        Ok(())
+    }
+
     /// Runs what writes to the terminal itself.
     pub(crate) fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
         self.bar.suspend(write)
@@ -74,7 +90,7 @@ pub(crate) async fn during<T>(what: &str, work: impl Future<Output = T>) -> T {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    // The template is the one above, and a test reads it.
+    // The templates are those above, and a test reads them.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
@@ -83,14 +99,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_template_can_be_read() {
-        ProgressStyle::with_template(UNKNOWN).unwrap();
+    fn the_templates_can_be_read() {
+        for template in [UNKNOWN, BYTES] {
+            ProgressStyle::with_template(template).unwrap();
+        }
     }
 
     #[test]
     fn what_ends_early_waits_for_nothing() {
         let begun = std::time::Instant::now();
         let progress = Progress::of("nothing");
+        progress.bytes(1, 2);
         progress.now("still nothing");
         assert_eq!(progress.aside(|| 7), 7);
         drop(progress);
