@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     errors::{Error, chain},
-    snapshot::{Draft, Listed, Manifest, Store, StreamPosition, portable_spec},
+    snapshot::{Draft, Listed, Manifest, SnapshotError, Store, StreamPosition, portable_spec, untold},
     vmm::Disk,
 };
 
@@ -35,6 +35,7 @@ pub(super) struct Subject {
 
 /// What was taken, and has no name yet.
 pub(super) struct Taken {
+    store: Store,
     draft: Draft,
     disks: Vec<Disk>,
     manifest: Manifest,
@@ -49,10 +50,11 @@ pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed
         for (container, bundle) in manifest.containers.iter_mut().zip(&bundles) {
             container.spec = portable_spec(&spec::load(bundle)?);
         }
-        Ok((store.begin(&manifest.name)?, manifest))
+        let draft = store.begin(&manifest.name)?;
+        Ok((store, draft, manifest))
     });
     let begun = begun.await.map_err(Error::from).and_then(|begun| begun);
-    let (draft, mut manifest) = begun.map_err(unchanged)?;
+    let (store, draft, mut manifest) = begun.map_err(unchanged)?;
 
     let mut steps = Steps::begin();
     let written = write(&guest, paused, &draft, &disks, &mut steps).await;
@@ -61,7 +63,7 @@ pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed
         (Ok(rest), Ok(())) => {
             manifest.last_event = rest.last_event;
             manifest.streams = rest.streams.into_iter().map(position).collect();
-            return Ok(Taken { draft, disks, manifest });
+            return Ok(Taken { store, draft, disks, manifest });
         }
         (Err(error), Ok(())) => Failed { error, runs },
         (written, Err(error)) => {
@@ -102,11 +104,22 @@ async fn write(
     Ok(rest)
 }
 
-/// Gives the snapshot its name, once all of it is on disk.
-pub(super) async fn complete(taken: Taken) -> Result<Listed, Error> {
-    let Taken { draft, disks, manifest } = taken;
-    let finished = spawn_blocking(move || draft.finish(manifest, &disks)).await;
-    Ok(finished??)
+/// Gives the snapshot its name, once all of it is on disk; then copies it. There is both or none.
+pub(super) async fn complete(taken: Taken, copy_to: Option<PathBuf>) -> Result<Listed, Error> {
+    let Taken { store, draft, disks, manifest } = taken;
+    let finished = spawn_blocking(move || -> Result<_, SnapshotError> {
+        let listed = draft.finish(manifest, &disks)?;
+        if let Some(dir) = copy_to {
+            let name = &listed.manifest.name;
+            store.copy_to(name, &dir, &mut untold).inspect_err(|_| {
+                if let Err(e) = store.remove(name) {
+                    warn!("a snapshot stays of which there is no copy: {}", chain(&e));
+                }
+            })?;
+        }
+        Ok(listed)
+    });
+    Ok(finished.await??)
 }
 
 async fn discard(draft: Draft) {

@@ -73,7 +73,7 @@ impl Owner {
         };
         let publisher = self.publisher.clone();
         tokio::spawn(async move {
-            let completed = snapshot::complete(taken).await;
+            let completed = snapshot::complete(taken, request.copy_to).await;
             if let (Ok(_), Some((id, path))) = (&completed, &request.checkpoint) {
                 publisher.publish(TaskEvent::checkpointed(id, path));
             }
