@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, rest, restore,
-        snapshots, survival, terminal,
+        snapshots, store, survival, terminal,
     },
 };
 
@@ -48,6 +48,8 @@ fn main() -> ExitCode {
         restore::a_clone_can_be_snapshotted_like_any_other,
         restore::containerd_checkpoints_a_task_and_restores_it_live,
         restore::what_cannot_be_snapshotted_or_restored_says_why,
+        store::an_imported_snapshot_goes_on_without_its_image_and_its_original,
+        store::a_restore_that_fails_leaves_no_container,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
         snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,

@@ -24,6 +24,7 @@ pub mod restore;
 pub mod rotation;
 pub mod scale;
 pub mod snapshots;
+pub mod store;
 pub mod survival;
 pub mod terminal;
 

@@ -216,6 +216,43 @@ fn headers_without_end_cost_no_memory() {
     assert!(error.contains("manifest is too long"), "{error}");
 }
 
+/// An import onto a file system of 1 MiB that is mounted in a namespace of its own. `None` without the
+/// privilege for that.
+fn import_onto_a_small_disk(archive: Vec<u8>) -> Option<(SnapshotError, Vec<std::path::PathBuf>)> {
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let import = move || {
+        unshare(CloneFlags::CLONE_NEWNS).ok()?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).ok()?;
+        mount(Some("cube-test"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).ok()?;
+        let store = Store::at(&dir.path().join("snapshots"));
+        let error = store.import(&archive[..], None, &mut untold).unwrap_err();
+        let left = files::entries(&dir.path().join("snapshots")).unwrap();
+        // The directory can be removed when nothing is mounted there.
+        nix::mount::umount(dir.path()).unwrap();
+        Some((error, left))
+    };
+    // The namespace lives as long as its thread.
+    std::thread::spawn(import).join().unwrap()
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_named_and_left_empty() {
+    let place = place();
+    let draft = place.store.begin("one").unwrap();
+    fs::write(draft.vm_dir().join("memory-ranges"), vec![7; 4 << 20]).unwrap();
+    draft.finish(manifest("one"), &[]).unwrap();
+    let Some((error, left)) = import_onto_a_small_disk(place.export()) else {
+        return eprintln!("skipped: a full disk needs CAP_SYS_ADMIN");
+    };
+    let text = crate::errors::chain(&error);
+    assert!(text.contains("memory-ranges") && text.contains("No space left on device"), "{text}");
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn what_reads_no_more_ends_an_export() {
     let place = with_snapshot(SMALL);
