@@ -1,17 +1,18 @@
-//! Generates the messages and the ttrpc service from `proto/`, as cube-protocol does.
+//! Generates the messages and the ttrpc service from `proto/`, as cube-protocol does. containerd.proto has
+//! messages alone: gRPC needs no code of its own for a call.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const FILE: &str = "proto/sandbox.proto";
+const FILES: [&str; 2] = ["proto/sandbox.proto", "proto/containerd.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo:rerun-if-changed={FILE}");
+    FILES.iter().for_each(|file| println!("cargo:rerun-if-changed={file}"));
     let out = PathBuf::from(env::var("OUT_DIR")?).join("proto");
     fs::create_dir_all(&out)?;
     Codegen::new()
-        .inputs([FILE])
+        .inputs(FILES)
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))

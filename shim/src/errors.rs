@@ -165,8 +165,8 @@ pub enum Error {
     /// The stdio of a process cannot be set up.
     #[error("cannot set up stdio")]
     Stdio(#[from] StdioError),
-    /// The VM cannot be run.
-    #[error("cannot run the VM")]
+    /// The VMM cannot do what was asked, or not run the VM.
+    #[error(transparent)]
     Vmm(#[from] VmmError),
     /// The agent cannot be reached or refuses.
     #[error(transparent)]
@@ -240,15 +240,19 @@ fn vmm_code(error: &VmmError) -> Code {
 
 fn snapshot_code(error: &SnapshotError) -> Code {
     match error {
-        SnapshotError::Name(_) | SnapshotError::Outside { .. } => Code::INVALID_ARGUMENT,
+        SnapshotError::Name(_) | SnapshotError::Outside { .. } | SnapshotError::Archive { .. } => {
+            Code::INVALID_ARGUMENT
+        }
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
         SnapshotError::NotFound { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }
         | SnapshotError::Format { .. }
         | SnapshotError::Protocol { .. }
         | SnapshotError::Foreign { .. }
-        | SnapshotError::Damaged { .. } => Code::FAILED_PRECONDITION,
-        SnapshotError::Io { .. } => Code::UNKNOWN,
+        | SnapshotError::Length { .. }
+        | SnapshotError::Damaged { .. }
+        | SnapshotError::InUse { .. } => Code::FAILED_PRECONDITION,
+        SnapshotError::Io { .. } | SnapshotError::Input(_) | SnapshotError::Output(_) => Code::UNKNOWN,
     }
 }
 

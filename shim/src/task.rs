@@ -277,14 +277,35 @@ impl Task for TaskService {
         request: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<Empty> {
         info!(id = request.id, path = request.path, "checkpoint");
-        let id = init(request.id)?.container;
+        let process = init(request.id)?;
         // A container that does not exist has no snapshot.
-        self.sandbox.pid(id.clone()).await?;
+        let status = self.sandbox.state(process.clone()).await?.status;
         let wanted = checkpoint::Wanted::read(request.path, request.options.as_ref())?;
-        let checkpoint = Some((id, wanted.path().to_owned()));
-        let snapshot = self.sandbox.snapshot(SnapshotRequest { name: None, checkpoint }).await?;
-        wanted.write(&snapshot).await?;
+        // What it would do between the snapshot and its end would be done again by whoever goes on from there.
+        let pauses = wanted.exit && status == Status::Running;
+        if pauses {
+            self.sandbox.pause(process.container.clone()).await?;
+        }
+        let taken = self.checkpoint_to(&process, &wanted).await;
+        match &taken {
+            Ok(()) if wanted.exit => {
+                let signal = libc::SIGKILL.unsigned_abs();
+                self.sandbox.kill(KillRequest { process, signal, all: false }).await?;
+            }
+            Err(_) if pauses => self.sandbox.resume(process.container).await?,
+            _ => {}
+        }
+        taken?;
         Ok(Empty::new())
+    }
+}
+
+impl TaskService {
+    async fn checkpoint_to(&self, process: &ProcessId, wanted: &checkpoint::Wanted) -> Result<(), Error> {
+        let checkpoint = Some((process.container.clone(), wanted.path().to_owned()));
+        let copy_to = wanted.image_path.clone();
+        let snapshot = self.sandbox.snapshot(SnapshotRequest { name: None, checkpoint, copy_to }).await?;
+        wanted.write(&snapshot).await
     }
 }
 

@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, ready, rest, restore,
-        rollback, snapshots, survival, suspend, templates, terminal,
+        rollback, snapshots, store, survival, suspend, templates, terminal,
     },
 };
 
@@ -60,6 +60,8 @@ fn main() -> ExitCode {
         templates::clones_of_a_template_have_the_environment_that_they_are_created_with,
         ready::a_web_server_that_comes_up_late_is_waited_for_through_a_pause,
         ready::a_program_that_ends_with_0_is_ready,
+        store::an_imported_snapshot_goes_on_without_its_image_and_its_original,
+        store::a_restore_that_fails_leaves_no_container,
         snapshots::clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched,
         snapshots::a_snapshot_that_fails_leaves_a_vm_that_goes_on,
         snapshots::a_vmm_that_dies_during_a_snapshot_is_told_at_once,

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exits, isolation, lifecycle, output, pods, survival},
+    scenarios::{exits, isolation, lifecycle, output, pods, store, survival},
 };
 
 fn main() -> ExitCode {
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        store::a_restore_that_fails_leaves_no_container,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
         pods::a_member_is_paused_and_resumed_alone,
         pods::deleting_the_sandbox_of_a_pod_removes_everything,

@@ -93,7 +93,7 @@ impl sandbox_ttrpc::Sandbox for SandboxService {
     ) -> ttrpc::Result<sandbox::SnapshotResponse> {
         info!(name = request.name, "snapshot");
         let name = Some(request.name).filter(|name| !name.is_empty());
-        let taken = self.sandbox.snapshot(SnapshotRequest { name, checkpoint: None }).await?;
+        let taken = self.sandbox.snapshot(SnapshotRequest { name, ..Default::default() }).await?;
         Ok(sandbox::SnapshotResponse {
             name: taken.manifest.name,
             disk_bytes: taken.disk_bytes,

@@ -3,9 +3,9 @@
 mod copy;
 
 use std::{
-    fs::{self, DirBuilder},
-    io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, ErrorKind, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -26,6 +26,26 @@ pub(crate) fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut paths: Vec<_> = entries.iter().map(|entry| entry.path()).collect();
     paths.sort();
     Ok(paths)
+}
+
+/// Makes the file `path`, mode 0600, or gives it another content, and waits until that is on disk. Whoever
+/// reads it finds the old content or the new one.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let new = path.with_file_name(name);
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| {
+            file.write_all(content)?;
+            file.sync_all()
+        })
+        .and_then(|()| fs::rename(&new, path));
+    written.inspect_err(|_| drop(remove(&new)))
 }
 
 /// Removes a file, or a directory with all that is in it, unless it is gone.

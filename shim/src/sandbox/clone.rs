@@ -30,7 +30,7 @@ const REFUSED: [&str; 8] = [
 ];
 
 /// What a restore takes from the spec.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(super) struct Present {
     /// Of the sandbox; empty keeps the guest's.
     pub(super) hostname: String,

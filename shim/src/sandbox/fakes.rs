@@ -439,6 +439,8 @@ impl Vmm for FakeVmm {
             return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
         }
         std::fs::write(dir.join("memory-ranges"), "memory").unwrap();
+        let by = r#"{"name": "fake", "version": "v1.0"}"#;
+        std::fs::write(dir.join(crate::vmm::WRITTEN_BY), by).unwrap();
         Ok(())
     }
 

@@ -136,6 +136,8 @@ pub struct SnapshotRequest {
     pub name: Option<String>,
     /// For containerd's Checkpoint: the container that was named, and the path for the event.
     pub checkpoint: Option<(String, String)>,
+    /// A directory that is to get a copy. Without it there is no snapshot either.
+    pub copy_to: Option<PathBuf>,
 }
 
 /// A process that was deleted.

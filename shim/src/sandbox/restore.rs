@@ -4,7 +4,15 @@
 //! very instant of the snapshot, and nothing of it runs before Start thaws it: with the time, with randomness
 //! that no other clone gets, with its own name, and on a timeline of its own.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use cube_protocol::{
     guest::{QuiesceResponse, StreamInfo, ThawRequest},
@@ -23,7 +31,7 @@ use super::{
 };
 use crate::{
     errors::{Error, chain},
-    snapshot::{Manifest, Store},
+    snapshot::{Held, Manifest, Store},
     state::{PastTimeline, now_ns},
     stdio::{Begin, Flows, ProcessIo, StdioConfig},
     vmm::{Disk, VmSpec},
@@ -51,15 +59,19 @@ pub(super) struct Restored {
 
 impl Restored {
     /// The same sandbox, whose VM was replaced by one at rest. `before` is how it went on then, if it was
-    /// restored.
+    /// restored; `anew` if it goes back to that very snapshot, which does not have its limits.
     pub(super) fn again(
         before: Option<&Restored>,
+        anew: bool,
         timeline: u64,
         last_event: u64,
         strays: Vec<ProcessIo>,
     ) -> Restored {
-        let hostname = before.map(|before| before.hostname.clone()).unwrap_or_default();
-        Restored { timeline, last_event, hostname, past: None, _strays: strays }
+        let mut present = before.map(|before| before.present.clone()).unwrap_or_default();
+        if !anew {
+            present.resources = None;
+        }
+        Restored { timeline, last_event, past: None, present, _strays: strays }
     }
 }
 
@@ -68,7 +80,7 @@ impl Creation {
     pub(super) async fn restore(
         &mut self,
         name: &str,
-        abort: oneshot::Receiver<()>,
+        mut abort: oneshot::Receiver<()>,
     ) -> Result<Created, Error> {
         if self.joins.is_some() {
             return Err(Error::Unimplemented {
@@ -78,32 +90,47 @@ impl Creation {
         }
         let spec = std::mem::take(&mut self.plan.spec);
         let present = spawn_blocking(move || Present::of(spec)).await??;
-        let (manifest, dir, disks) = self.open(name).await?;
+        let (held, disks) = self.open(name, &mut abort).await?;
         tokio::select! {
-            created = self.go_on(&manifest, present, dir, disks) => created,
+            created = self.go_on(&held.manifest, present, &held.dir, disks) => created,
             _ = abort => Err(Error::Killed),
         }
     }
 
-    /// Reads the snapshot, and makes what the sandbox needs on the host.
-    async fn open(&self, name: &str) -> Result<(Manifest, PathBuf, Vec<Disk>), Error> {
+    /// Reads the snapshot, and makes what the sandbox needs on the host. `abort` ends what may take long, and
+    /// only that, as in `prepare`.
+    async fn open(&self, name: &str, abort: &mut oneshot::Receiver<()>) -> Result<(Held, Vec<Disk>), Error> {
+        let aborted = Arc::new(AtomicBool::new(false));
+        let seen = aborted.clone();
+        let go_on = move |_, _| match seen.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        };
         let store = Store::at(&self.config.snapshot.dir);
         let (host, config, cgroup) = (self.host.clone(), self.config.clone(), self.state.cgroup.clone());
         let (name, run_dir) = (name.to_owned(), self.identity.run_dir.clone());
-        let opened = spawn_blocking(move || -> Result<_, Error> {
-            let (manifest, dir) = store.open(store.resolve(&name)?)?;
+        let mut opened = spawn_blocking(move || -> Result<_, Error> {
+            let mut go_on = go_on;
+            let held = store.hold(store.resolve(&name)?, &mut go_on)?;
             host.create_cgroup(&cgroup)?;
-            let disks = host.restore_disks(&config, &run_dir, &manifest.disks_in(&dir))?;
-            Ok((manifest, dir, disks))
+            let disks = host.restore_disks(&config, &run_dir, &held.manifest.disks_in(&held.dir))?;
+            Ok((held, disks))
         });
-        opened.await?
+        tokio::select! {
+            opened = &mut opened => opened?,
+            _ = abort => {
+                aborted.store(true, Ordering::Relaxed);
+                let _ = opened.await;
+                Err(Error::Killed)
+            }
+        }
     }
 
     async fn go_on(
         &self,
         manifest: &Manifest,
         present: Present,
-        dir: PathBuf,
+        dir: &Path,
         disks: Vec<Disk>,
     ) -> Result<Created, Error> {
         let [container] = &manifest.containers[..] else {

@@ -37,7 +37,7 @@ use crate::{
     agent::AgentError,
     errors::{Error, chain},
     rootfs::block::Staged,
-    snapshot::{Manifest, Store, Suspended},
+    snapshot::{Manifest, Store, Suspended, untold},
     state::{PastTimeline, RunDir},
     stdio::{ProcessIo, StdioConfig},
     vmm::VmmExit,
@@ -139,18 +139,18 @@ async fn prepare(subject: &Subject, processes: &[Known]) -> Result<Prepared, Err
     let store = Store::at(&subject.relaunch.config.snapshot.dir);
     let (name, memory, run_dir) = (subject.snapshot.clone(), subject.memory.clone(), subject.run_dir.clone());
     let opened = spawn_blocking(move || -> Result<_, Error> {
-        let (manifest, dir) = store.open(store.resolve(&name)?)?;
+        let held = store.hold(store.resolve(&name)?, &mut untold)?;
         memory.create(&run_dir)?;
-        memory.link(&dir)?;
-        Ok((manifest, dir))
+        memory.link(&held.dir)?;
+        Ok(held)
     });
-    let (manifest, dir) = opened.await??;
-    check(subject, processes, &manifest)?;
+    let held = opened.await??;
+    check(subject, processes, &held.manifest)?;
     let Relaunch { host, config, vm } = subject.relaunch.clone();
     let run_dir = subject.run_dir.clone();
-    let disks = manifest.disks_in(&dir);
+    let disks = held.manifest.disks_in(&held.dir);
     let staged = spawn_blocking(move || host.stage_disks(&config, &run_dir, &vm.disks, &disks));
-    Ok(Prepared { staged: staged.await??, manifest })
+    Ok(Prepared { staged: staged.await??, manifest: held.manifest })
 }
 
 /// Whether the snapshot is one of this sandbox, and no container has begun or ended since.
@@ -217,7 +217,7 @@ async fn arrive(
     processes: Vec<Known>,
     steps: &mut Steps,
 ) -> Result<Replaced, Error> {
-    let Subject { guest, namespace, snapshot, mut relaunch, memory, restored, .. } = subject;
+    let Subject { guest, namespace, snapshot, mut relaunch, memory, restored, past, .. } = subject;
     let Prepared { staged, manifest } = prepared;
     let disks = spawn_blocking(move || staged.commit()).await??;
     relaunch.vm.disks = disks.clone();
@@ -229,7 +229,9 @@ async fn arrive(
     steps.done("processes sorted");
     let strays = strays(&guest, &namespace, &go_on, &rest);
     info!(snapshot, created_ns = manifest.created_ns, strays = strays.len(), "put back");
-    let restored = Restored::again(restored.as_deref(), timeline, rest.last_event, strays);
+    let (origin, taken) = (&manifest.origin, manifest.created_ns);
+    let anew = past.iter().any(|past| past.until_ns.is_some() && past.has(origin.timeline, taken));
+    let restored = Restored::again(restored.as_deref(), anew, timeline, rest.last_event, strays);
     Ok(Replaced { pid, disks, restored, go_on })
 }
 

@@ -3,6 +3,8 @@
 //! The sandbox stands still while they are written, and no longer: digests and the rest come afterwards,
 //! in [`complete`].
 
+use std::path::PathBuf;
+
 use cube_protocol::guest::QuiesceResponse;
 use tokio::{task::spawn_blocking, try_join};
 use tracing::warn;
@@ -10,11 +12,12 @@ use tracing::warn;
 use super::{
     job::Guest,
     pause::{self, Failed},
+    spec,
     steps::Steps,
 };
 use crate::{
     errors::{Error, chain},
-    snapshot::{Draft, Listed, Manifest, Store, StreamPosition},
+    snapshot::{Draft, Listed, Manifest, SnapshotError, Store, StreamPosition, portable_spec, untold},
     vmm::Disk,
 };
 
@@ -26,10 +29,13 @@ pub(super) struct Subject {
     pub(super) paused: Option<QuiesceResponse>,
     pub(super) disks: Vec<Disk>,
     pub(super) manifest: Manifest,
+    /// Of the containers in the manifest, in its order.
+    pub(super) bundles: Vec<PathBuf>,
 }
 
 /// What was taken, and has no name yet.
 pub(super) struct Taken {
+    store: Store,
     draft: Draft,
     disks: Vec<Disk>,
     manifest: Manifest,
@@ -37,12 +43,18 @@ pub(super) struct Taken {
 
 /// Takes the snapshot. The sandbox is then as it was before, paused or not; also after most errors.
 pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed> {
-    let Subject { guest, timeline, paused, disks, mut manifest } = subject;
+    let Subject { guest, timeline, paused, disks, mut manifest, bundles } = subject;
     let runs = paused.is_none();
     let unchanged = |error| Failed { error, runs };
-    let name = manifest.name.clone();
-    let begun = spawn_blocking(move || store.begin(&name)).await;
-    let draft = begun.map_err(Error::from).and_then(|draft| Ok(draft?)).map_err(unchanged)?;
+    let begun = spawn_blocking(move || -> Result<_, Error> {
+        for (container, bundle) in manifest.containers.iter_mut().zip(&bundles) {
+            container.spec = portable_spec(&spec::load(bundle)?);
+        }
+        let draft = store.begin(&manifest.name)?;
+        Ok((store, draft, manifest))
+    });
+    let begun = begun.await.map_err(Error::from).and_then(|begun| begun);
+    let (store, draft, mut manifest) = begun.map_err(unchanged)?;
 
     let mut steps = Steps::begin();
     let written = write(&guest, paused, &draft, &disks, &mut steps).await;
@@ -51,7 +63,7 @@ pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed
         (Ok(rest), Ok(())) => {
             manifest.last_event = rest.last_event;
             manifest.streams = rest.streams.into_iter().map(position).collect();
-            return Ok(Taken { draft, disks, manifest });
+            return Ok(Taken { store, draft, disks, manifest });
         }
         (Err(error), Ok(())) => Failed { error, runs },
         (written, Err(error)) => {
@@ -96,11 +108,22 @@ async fn write(
     Ok(rest)
 }
 
-/// Gives the snapshot its name, once all of it is on disk.
-pub(super) async fn complete(taken: Taken) -> Result<Listed, Error> {
-    let Taken { draft, disks, manifest } = taken;
-    let finished = spawn_blocking(move || draft.finish(manifest, &disks)).await;
-    Ok(finished??)
+/// Gives the snapshot its name, once all of it is on disk; then copies it. There is both or none.
+pub(super) async fn complete(taken: Taken, copy_to: Option<PathBuf>) -> Result<Listed, Error> {
+    let Taken { store, draft, disks, manifest } = taken;
+    let finished = spawn_blocking(move || -> Result<_, SnapshotError> {
+        let listed = draft.finish(manifest, &disks)?;
+        if let Some(dir) = copy_to {
+            let name = &listed.manifest.name;
+            store.copy_to(name, &dir, &mut untold).inspect_err(|_| {
+                if let Err(e) = store.remove(name) {
+                    warn!("a snapshot stays of which there is no copy: {}", chain(&e));
+                }
+            })?;
+        }
+        Ok(listed)
+    });
+    Ok(finished.await??)
 }
 
 async fn discard(draft: Draft) {

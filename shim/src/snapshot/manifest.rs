@@ -26,6 +26,8 @@ pub struct Manifest {
     pub agent: String,
     /// Version of the protocol that this agent speaks, "1.1".
     pub protocol: String,
+    /// What wrote the memory and the devices in it.
+    pub vmm: WrittenBy,
     /// What it was made from.
     pub origin: Origin,
     /// If it is a template: what that was built from.
@@ -56,6 +58,15 @@ impl Manifest {
 
     /// Version of the file that this build writes, and the only one that it reads.
     pub const FORMAT: u32 = 1;
+}
+
+/// A VMM of some version: only one that knows its format can read what it has written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenBy {
+    /// Name of the VMM, as in the configuration.
+    pub name: String,
+    /// As it calls itself, "v53.0.0".
+    pub version: String,
 }
 
 /// The sandbox that a snapshot was made from.
@@ -117,6 +128,9 @@ pub struct Container {
     pub terminal: bool,
     /// Ids of the execs that ran.
     pub execs: Vec<String>,
+    /// What containerd needs of its OCI spec to make a container that goes on from here; see
+    /// [`portable_spec`](super::portable_spec).
+    pub spec: Value,
 }
 
 /// A stream in a snapshot.

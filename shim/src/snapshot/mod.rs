@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <dir>/<name>/manifest.json    what it is, and the digest of every other file
+//!              verified.json    which versions of the files were found to have their digests
 //!              vm/              memory and devices, as the VMM has written them
 //!              disks/<serial>   block disks at the same instant
 //! <dir>/.<name>.new/            one that is being made; locked (flock) for as long
@@ -11,20 +12,38 @@
 //! A snapshot has the whole memory of the sandbox in it, keys and all: directories are 0700, files 0600.
 //! It is complete and on disk when it gets its name, and is never changed afterwards.
 
+mod archive;
+mod check;
 mod digest;
+mod draft;
 mod manifest;
+mod meter;
+mod spec;
 mod store;
 mod suspended;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{io, path::PathBuf};
 
 pub use self::{
-    manifest::{Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition, Template},
-    store::{Copies, Draft, Listed, Store},
+    draft::{Copies, Draft},
+    manifest::{
+        Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition, Template, WrittenBy,
+    },
+    meter::{Told, untold},
+    spec::portable_spec,
+    store::{Listed, Store},
     suspended::Suspended,
+    verify::Held,
 };
+
+/// Directory of what the VMM has written, below a snapshot.
+const VM: &str = "vm";
+
+/// Directory of the disks.
+const DISKS: &str = "disks";
 
 /// A snapshot that cannot be made, read or removed.
 #[derive(Debug, thiserror::Error)]
@@ -111,9 +130,9 @@ pub enum SnapshotError {
         /// The path.
         path: String,
     },
-    /// A file is not what the manifest says.
+    /// A file is not as long as the manifest says.
     #[error("{path} has {found} bytes, its manifest says {expected}: the snapshot is damaged")]
-    Damaged {
+    Length {
         /// The file.
         path: PathBuf,
         /// Bytes found.
@@ -121,6 +140,34 @@ pub enum SnapshotError {
         /// Bytes that it should have.
         expected: u64,
     },
+    /// A file has other contents than the manifest says.
+    #[error("{path} has the digest {found}, its manifest says {expected}: the snapshot is damaged")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Its digest.
+        found: String,
+        /// The one that it should have.
+        expected: String,
+    },
+    /// It cannot be removed now.
+    #[error("the snapshot {name:?} is being restored, exported or verified: try again when that is done")]
+    InUse {
+        /// The name.
+        name: String,
+    },
+    /// What is to be imported is no snapshot, or not all of one.
+    #[error("this is no snapshot that can be imported: {what}")]
+    Archive {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// What is to be imported cannot be read.
+    #[error("cannot read what is to be imported")]
+    Input(#[source] io::Error),
+    /// The archive cannot be written.
+    #[error("cannot write the archive")]
+    Output(#[source] io::Error),
 }
 
 fn failed(action: &'static str, path: &std::path::Path) -> impl FnOnce(io::Error) -> SnapshotError {

@@ -1,24 +1,28 @@
 //! The contract of the store.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+    time::SystemTime,
+};
 
 use cube_protocol::version;
 
 use super::*;
 use crate::vmm::Disk;
 
-struct Place {
-    dir: tempfile::TempDir,
-    store: Store,
+pub(super) struct Place {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) store: Store,
 }
 
-fn place() -> Place {
+pub(super) fn place() -> Place {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::at(&dir.path().join("snapshots"));
     Place { dir, store }
 }
 
-fn manifest(name: &str) -> Manifest {
+pub(super) fn manifest(name: &str) -> Manifest {
     Manifest {
         format: 1,
         name: name.into(),
@@ -26,6 +30,7 @@ fn manifest(name: &str) -> Manifest {
         cubebox: "0.1.0".into(),
         agent: "0.1.0".into(),
         protocol: version::CURRENT.to_string(),
+        vmm: WrittenBy::default(),
         origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
         template: None,
         containers: Vec::new(),
@@ -37,7 +42,7 @@ fn manifest(name: &str) -> Manifest {
 }
 
 impl Place {
-    fn disks(&self) -> Vec<Disk> {
+    pub(super) fn disks(&self) -> Vec<Disk> {
         [("image", true), ("writable", false)]
             .map(|(serial, read_only)| {
                 let path = self.dir.path().join(serial);
@@ -47,7 +52,7 @@ impl Place {
             .into()
     }
 
-    fn make(&self, name: &str) -> Listed {
+    pub(super) fn make(&self, name: &str) -> Listed {
         let draft = self.store.begin(name).unwrap();
         fs::write(draft.vm_dir().join("state.json"), "{}").unwrap();
         let disks = self.disks();
@@ -55,11 +60,11 @@ impl Place {
         draft.finish(manifest(name), &disks).unwrap()
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(super) fn names(&self) -> Vec<String> {
         self.store.list().unwrap().into_iter().map(|listed| listed.unwrap().manifest.name).collect()
     }
 
-    fn path(&self, below: &str) -> PathBuf {
+    pub(super) fn path(&self, below: &str) -> PathBuf {
         self.dir.path().join("snapshots").join(below)
     }
 }
@@ -103,6 +108,9 @@ fn a_manifest_leads_to_no_file_of_the_host() {
         ("\"serial\": \"writable\"", "\"serial\": \"../writable\""),
         ("\"path\": \"vm/state.json\"", "\"path\": \"/etc/passwd\""),
         ("\"path\": \"vm/state.json\"", "\"path\": \"vm/../manifest.json\""),
+        ("\"path\": \"vm/state.json\"", "\"path\": \"vm/.state.json\""),
+        ("\"path\": \"vm/state.json\"", "\"path\": \"vm/\""),
+        ("\"path\": \"vm/state.json\"", "\"path\": \"disks/image\""),
     ] {
         let forged = text.replace(from, to);
         assert_ne!(forged, text);
@@ -183,4 +191,89 @@ fn what_cannot_work_is_refused_with_both_versions() {
     fs::write(place.path("one/disks/writable"), "short").unwrap();
     let error = place.store.open("one").unwrap_err().to_string();
     assert!(error.contains("disks/writable has 5 bytes") && error.contains("says 8"), "{error}");
+}
+
+#[test]
+fn contents_are_read_when_a_file_has_changed_and_only_then() {
+    let place = place();
+    place.make("one");
+    let mut read = 0;
+    let mut hold = || {
+        read = 0;
+        let held = place.store.hold("one", &mut |done, _| {
+            read = done;
+            Ok(())
+        });
+        (held.map(drop), read)
+    };
+    let (held, read) = hold();
+    held.unwrap();
+    assert_eq!(read, 0, "finish has seen all of it");
+    // The same content in another file.
+    let path = place.path("one/disks/writable");
+    fs::rename(&path, place.path("old")).unwrap();
+    fs::write(&path, "writable").unwrap();
+    let (held, read) = hold();
+    held.unwrap();
+    assert_eq!(read, 8, "that file alone");
+    assert_eq!(hold().1, 0);
+    // Another content in the same file, of the same length.
+    fs::write(&path, "WRITABLE").unwrap();
+    File::open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    for _ in 0..2 {
+        let error = hold().0.unwrap_err();
+        assert!(
+            matches!(&error, SnapshotError::Damaged { path, .. } if path.ends_with("writable")),
+            "{error}"
+        );
+    }
+    place.store.open("one").expect("nobody has read it");
+    fs::remove_file(place.path("one/verified.json")).unwrap();
+    fs::write(&path, "writable").unwrap();
+    assert_eq!(hold().1, 15, "without a stamp everything is read");
+}
+
+#[test]
+fn damage_that_left_no_trace_is_found_when_it_is_looked_for() {
+    let place = place();
+    place.make("one");
+    place.store.verify("one", &mut untold).unwrap();
+    let path = place.path("one/disks/writable");
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    fs::write(&path, "wrytable").unwrap();
+    File::open(&path).unwrap().set_modified(modified).unwrap();
+    place.store.hold("one", &mut untold).unwrap();
+    let error = place.store.verify("one", &mut untold).unwrap_err();
+    assert!(matches!(error, SnapshotError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn what_is_being_read_cannot_be_removed_and_what_is_removed_cannot_be_read() {
+    let place = place();
+    place.make("one");
+    let (a, b) =
+        (place.store.hold("one", &mut untold).unwrap(), place.store.hold("one", &mut untold).unwrap());
+    drop(a);
+    assert!(matches!(place.store.remove("one"), Err(SnapshotError::InUse { .. })));
+    assert!(b.dir.join(&b.manifest.files[0].path).exists());
+    drop(b);
+    place.store.remove("one").unwrap();
+    assert!(matches!(place.store.hold("one", &mut untold), Err(SnapshotError::NotFound { .. })));
+}
+
+#[test]
+fn a_verification_can_be_ended() {
+    let place = place();
+    place.make("one");
+    let error = place.store.verify("one", &mut |_, _| Err(std::io::ErrorKind::Interrupted.into()));
+    assert!(matches!(error, Err(SnapshotError::Io { .. })), "{error:?}");
+}
+
+#[test]
+fn the_manifest_says_what_the_vmm_says_of_itself() {
+    let place = place();
+    let draft = place.store.begin("one").unwrap();
+    let by = WrittenBy { name: "vmm".into(), version: "v7.1".into() };
+    fs::write(draft.vm_dir().join(crate::vmm::WRITTEN_BY), serde_json::to_vec(&by).unwrap()).unwrap();
+    assert_eq!(draft.finish(manifest("one"), &[]).unwrap().manifest.vmm, by);
 }

@@ -27,6 +27,10 @@ const OPTIONS_TYPE: &str = "containerd.runc.v1.CheckpointOptions";
 /// A checkpoint as it was asked for.
 pub(super) struct Wanted {
     path: String,
+    /// Where a copy of the snapshot's data is to be.
+    pub(super) image_path: Option<PathBuf>,
+    /// Whether the container is to end with it.
+    pub(super) exit: bool,
 }
 
 impl Wanted {
@@ -34,12 +38,10 @@ impl Wanted {
     ///
     /// # Errors
     ///
-    /// [`Error::Unimplemented`] for options that ask for more than a snapshot that the sandbox outlives.
+    /// [`Error::Unimplemented`] for options of CRIU, which freezes processes one by one: a VM has no use for
+    /// them.
     pub(super) fn read(path: String, options: Option<&Any>) -> Result<Wanted, Error> {
-        if !Path::new(&path).is_absolute() {
-            let reason = "it must be an absolute path";
-            return Err(Error::Argument { field: "path", value: path, reason });
-        }
+        absolute("path", &path)?;
         let options = match options {
             Some(any) if any.type_url.rsplit('/').next() == Some(OPTIONS_TYPE) => {
                 CheckpointOptions::parse_from_bytes(&any.value)
@@ -47,14 +49,25 @@ impl Wanted {
             }
             _ => CheckpointOptions::new(),
         };
-        let refused = |what: &str, hint| Err(Error::Unimplemented { what: what.into(), hint });
-        if options.exit {
-            return refused("a checkpoint that ends the container", ": take one, and kill it then");
+        for (name, is_set) in [
+            ("open_tcp", options.open_tcp),
+            ("external_unix_sockets", options.external_unix_sockets),
+            ("terminal", options.terminal),
+            ("file_locks", options.file_locks),
+            ("empty_namespaces", !options.empty_namespaces.is_empty()),
+            ("cgroups_mode", !options.cgroups_mode.is_empty()),
+            ("work_path", !options.work_path.is_empty()),
+        ] {
+            if is_set {
+                let what = format!("the checkpoint option {name}");
+                return Err(Error::Unimplemented { what, hint: ": it is for CRIU, and this is a VM" });
+            }
         }
-        if !options.image_path.is_empty() {
-            return refused("image_path", ": the data stays in snapshot.dir of the configuration");
-        }
-        Ok(Wanted { path })
+        let image_path = match options.image_path.as_str() {
+            "" => None,
+            dir => Some(absolute("image_path", dir)?.to_owned()),
+        };
+        Ok(Wanted { path, image_path, exit: options.exit })
     }
 
     /// The directory, which exists or not.
@@ -81,6 +94,13 @@ impl Wanted {
     }
 }
 
+fn absolute<'a>(field: &'static str, path: &'a str) -> Result<&'a Path, Error> {
+    match Path::new(path) {
+        absolute if absolute.is_absolute() => Ok(absolute),
+        _ => Err(Error::Argument { field, value: path.into(), reason: "it must be an absolute path" }),
+    }
+}
+
 /// The name of the snapshot that a checkpoint stands for; `dir` as containerd has unpacked it.
 pub(super) async fn read(dir: &str) -> Result<String, Error> {
     let file = Path::new(dir).join(FILE);
@@ -99,4 +119,54 @@ pub(super) async fn read(dir: &str) -> Result<String, Error> {
 #[derive(Deserialize)]
 struct Named {
     snapshot: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(options: &CheckpointOptions) -> Result<Wanted, Error> {
+        let any = Any {
+            type_url: OPTIONS_TYPE.into(),
+            value: options.write_to_bytes().unwrap(),
+            ..Default::default()
+        };
+        Wanted::read("/checkpoint".into(), Some(&any))
+    }
+
+    #[test]
+    fn a_copy_and_an_end_can_be_asked_for() {
+        let wanted =
+            read(&CheckpointOptions { exit: true, image_path: "/image".into(), ..Default::default() });
+        let wanted = wanted.unwrap();
+        assert!(wanted.exit && wanted.image_path.as_deref() == Some(Path::new("/image")));
+        let wanted = Wanted::read("/checkpoint".into(), None).unwrap();
+        assert!(!wanted.exit && wanted.image_path.is_none());
+    }
+
+    #[test]
+    fn what_only_criu_can_do_is_refused_by_name() {
+        let options: [(&str, fn(&mut CheckpointOptions)); 7] = [
+            ("open_tcp", |options| options.open_tcp = true),
+            ("external_unix_sockets", |options| options.external_unix_sockets = true),
+            ("terminal", |options| options.terminal = true),
+            ("file_locks", |options| options.file_locks = true),
+            ("empty_namespaces", |options| options.empty_namespaces.push("network".into())),
+            ("cgroups_mode", |options| options.cgroups_mode = "soft".into()),
+            ("work_path", |options| options.work_path = "/work".into()),
+        ];
+        for (name, set) in options {
+            let mut options = CheckpointOptions::new();
+            set(&mut options);
+            let Err(Error::Unimplemented { what, .. }) = read(&options) else { panic!("{name} is taken") };
+            assert!(what.contains(name), "{what}");
+        }
+    }
+
+    #[test]
+    fn paths_are_absolute() {
+        let relative = CheckpointOptions { image_path: "image".into(), ..Default::default() };
+        assert!(matches!(read(&relative), Err(Error::Argument { field: "image_path", .. })));
+        assert!(matches!(Wanted::read("path".into(), None), Err(Error::Argument { field: "path", .. })));
+    }
 }

@@ -105,7 +105,7 @@ pub enum VmmError {
         description: String,
     },
     /// A VM of this kind has no snapshots.
-    #[error("the {backend} backend cannot snapshot this sandbox: {reason}")]
+    #[error("the {backend} backend cannot take a snapshot of this sandbox: {reason}")]
     CannotSnapshot {
         /// The backend's name in the configuration.
         backend: &'static str,
@@ -171,6 +171,18 @@ pub enum SnapshotDefect {
     Foreign {
         /// Where in config.json.
         key: String,
+    },
+    /// The VMM may not know what it would have to read.
+    #[error(
+        "Cloud Hypervisor {theirs:?} has written it, and {ours:?}, which is older, cannot be sure to read it: {hint}"
+    )]
+    Newer {
+        /// The version that wrote it.
+        theirs: String,
+        /// The one that was to read it.
+        ours: String,
+        /// How to get another one.
+        hint: &'static str,
     },
     /// A disk of the snapshot is missing from [`VmSpec::disks`](super::VmSpec::disks).
     #[error("it has a disk with the serial {serial:?}, for which no file was given")]

@@ -64,6 +64,10 @@ pub const SHARE_TAG: &str = "cube";
 /// Name of the hybrid vsock socket in the run directory, with every backend.
 pub const VSOCK_SOCKET: &str = "vm.vsock";
 
+/// Name of the file in which a VMM that writes a snapshot says who it is, as
+/// [`WrittenBy`](crate::snapshot::WrittenBy) in JSON. No other version may be able to read the rest.
+pub const WRITTEN_BY: &str = "vmm.json";
+
 /// A block device of a VM.
 #[derive(Debug, Clone)]
 pub struct Disk {

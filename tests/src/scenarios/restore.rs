@@ -14,16 +14,16 @@ use crate::{
 const SEED: &str = "5";
 
 /// Writes without end until it is told to stop, and then says how much that was.
-const WRITER: [&str; 4] = ["cube-test-writer", "until", "/stop", SEED];
+pub(super) const WRITER: [&str; 4] = ["cube-test-writer", "until", "/stop", SEED];
 
 /// Range of the stream that the log of container `id` has.
-fn logged(lab: &Lab, id: &str) -> (u64, u64) {
+pub(super) fn logged(lab: &Lab, id: &str) -> (u64, u64) {
     let segments = logs::try_segments(&lab.log_dir(id), "stdout").unwrap_or_default();
     let begin = segments.first().map_or(0, |first| first.header.first_offset);
     (begin, segments.last().map_or(0, |last| last.header.first_offset + last.len))
 }
 
-fn writes_on(lab: &Lab, id: &str) {
+pub(super) fn writes_on(lab: &Lab, id: &str) {
     let (_, before) = logged(lab, id);
     let grows = || logged(lab, id).1 > before + 100_000;
     assert!(poll(lab.limit(), grows), "{id} has written {before} bytes, and no more");
@@ -36,7 +36,7 @@ fn restore(lab: &Lab, snapshot: &str, id: &str) {
 }
 
 /// Ends the writer, and compares all that its log has with what it says that it has written, which it gives.
-fn end(lab: &Lab, id: &str) -> u64 {
+pub(super) fn end(lab: &Lab, id: &str) -> u64 {
     super::make_file(lab, id, "/stop");
     lab.wait_for_state(id, Some("STOPPED"));
     lab.delete_stopped(id, 0);

@@ -95,7 +95,11 @@ fn versions(dir: &Path) -> BTreeMap<String, (i64, i64, u64)> {
         assert_eq!(meta.mode() & 0o777, 0o600, "{name}");
         versions.insert(name, (meta.ctime(), meta.ctime_nsec(), meta.len()));
     }
-    assert!(versions.keys().eq(["config.json", "memory-ranges", "state.json"]), "{:?}", versions.keys());
+    assert!(
+        versions.keys().eq(["config.json", "memory-ranges", "state.json", "vmm.json"]),
+        "{:?}",
+        versions.keys()
+    );
     versions
 }
 

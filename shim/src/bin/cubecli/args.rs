@@ -55,6 +55,25 @@ from then on. Processes that were started since end with status 137. A sandbox g
 were taken of it, or that it was restored from; not past the exit of a container. If the new VM cannot be
 brought up, the sandbox ends.";
 
+const RESTORE: &str = "\
+Make and start a sandbox that goes on from a snapshot; prints its ID
+
+containerd gets a container without an image: its files are in the snapshot. It may run where the
+snapshot's original never was. Its output is in its log, as `cubecli logs ID` shows it; `ctr task` and
+others take it from there.";
+
+const EXPORT: &str = "\
+Write a snapshot into an archive, for another host
+
+The archive is a tar file, compressed with zstd. Memory that the guest never used takes no room in it. It
+holds all that is in the sandbox's memory, secrets included.";
+
+const IMPORT: &str = "\
+Make a snapshot from an archive; prints its name
+
+Every file is compared with its digest before the snapshot gets its name. Of an archive that is not whole,
+or is of no snapshot, nothing is left. Only import what you would run: a snapshot is a whole machine.";
+
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
 #[command(name = "cubecli", version, after_help = EXIT_CODES, arg_required_else_help = true)]
@@ -104,8 +123,17 @@ pub(crate) enum CubeboxCommand {
     /// Put a sandbox back to a snapshot of its own
     #[command(long_about = ROLLBACK)]
     Rollback(RollbackArgs),
-    /// List the snapshots, or remove one
+    /// List the snapshots, verify one, or remove one
     Snapshots(SnapshotsArgs),
+    /// Make and start a sandbox that goes on from a snapshot; prints its ID
+    #[command(long_about = RESTORE)]
+    Restore(RestoreArgs),
+    /// Write a snapshot into an archive, for another host
+    #[command(long_about = EXPORT)]
+    Export(ExportArgs),
+    /// Make a snapshot from an archive; prints its name
+    #[command(long_about = IMPORT)]
+    Import(ImportArgs),
     /// Remove what is left: logs beyond their retention, directories of sandboxes that are gone
     Gc(GcArgs),
 }
@@ -203,9 +231,51 @@ pub(crate) struct SnapshotsArgs {
     /// Remove this snapshot; sandboxes that were restored from it go on
     #[arg(long, value_name = "NAME")]
     pub(crate) rm: Option<String>,
+    /// Read all of this snapshot, and compare it with the digests in its manifest
+    #[arg(long, value_name = "NAME", conflicts_with = "rm")]
+    pub(crate) verify: Option<String>,
     /// Print a JSON array with the manifests instead of a table
-    #[arg(long, conflicts_with = "rm")]
+    #[arg(long, conflicts_with_all = ["rm", "verify"])]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct RestoreArgs {
+    /// Name of the snapshot
+    pub(crate) name: String,
+    /// ID of the new sandbox [default: the snapshot's name and the time]
+    #[arg(long, value_name = "ID")]
+    pub(crate) id: Option<String>,
+    /// containerd namespace of the new sandbox [default: that of the snapshot's original]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    /// Socket of containerd
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(crate) address: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct ExportArgs {
+    /// Name of the snapshot
+    pub(crate) name: String,
+    /// File to make, which must not exist; `-` is standard output
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct ImportArgs {
+    /// Archive, or directory of a checkpoint's image_path; `-` is standard input
+    pub(crate) file: PathBuf,
+    /// Name of the snapshot [default: the one that it had]
+    pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,6 @@
 //! What can go wrong, and the exit codes that scripts rely on.
 
-use std::{io, process::ExitCode, time::Duration};
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use cube_shim::{
     config::ConfigError,
@@ -11,6 +11,8 @@ use cube_shim::{
     snapshot::SnapshotError,
     state::StateError,
 };
+
+use crate::containerd::ContainerdError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,29 @@ pub(crate) enum CliError {
     Refused { sandbox: Name, text: String },
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("an archive is nothing for a terminal: name a file, or redirect standard output")]
+    Terminal,
+    #[error("cannot be interrupted by SIGINT")]
+    Signal(#[source] io::Error),
+    #[error("interrupted")]
+    Interrupted,
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
+    #[error(
+        "the snapshot {name:?} has {containers} containers, and this version restores sandboxes with a single one"
+    )]
+    Several { name: String, containers: usize },
+    #[error(
+        "the snapshot {name:?} has a terminal, which somebody has to hold: `ctr run --tty --runtime io.containerd.cube.v2 --annotation cube.snapshot.restore={name} IMAGE ID` restores it (its image does not matter)"
+    )]
+    HasTerminal { name: String },
     #[error("{0} of the things to remove could not be removed, see above")]
     Incomplete(usize),
 }
@@ -82,6 +107,7 @@ impl CliError {
             | CliError::NoProcess(_)
             | CliError::NoSandbox { .. }
             | CliError::Snapshot(SnapshotError::NotFound { .. }) => 3,
+            CliError::Interrupted => 130,
             CliError::Locate(LocateError::Ambiguous { .. }) | CliError::Ambiguous { .. } => 4,
             _ => 1,
         })

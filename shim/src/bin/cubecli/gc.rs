@@ -26,7 +26,7 @@ use cube_shim::{
 };
 use nix::mount::{MntFlags, umount2};
 
-use crate::{args::GcArgs, error::CliError, sandboxes, task::Tasks, time};
+use crate::{args::GcArgs, error::CliError, progress::Progress, sandboxes, task::Tasks, time};
 
 /// Time that the kernel has to let go of a cgroup without processes.
 const CGROUP_LIMIT: Duration = Duration::from_secs(2);
@@ -35,17 +35,25 @@ const CGROUP_LIMIT: Duration = Duration::from_secs(2);
 const STATELESS_AGE: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), CliError> {
-    let mut gc =
-        Gc { tasks: Tasks::new()?, dry_run: args.dry_run, output: BufWriter::new(output), failures: 0 };
+    let mut gc = Gc {
+        tasks: Tasks::new()?,
+        dry_run: args.dry_run,
+        output: BufWriter::new(output),
+        progress: Progress::of("looking for sandboxes that are gone"),
+        failures: 0,
+    };
     gc.run_dirs(&config.run_dir)?;
+    gc.progress.now("looking for disks that are not used");
     gc.disks(config)?;
+    gc.progress.now("looking for parts of snapshots");
     gc.snapshots(config)?;
+    gc.progress.now("looking for old logs");
     let (root, templates) = locate::templates(&config.log.template_dir);
     gc.logs(config, root, Some(templates))?;
     if config.log.dir.as_os_str() != locate::BUNDLE {
         gc.logs(config, &config.log.dir, None)?;
     }
-    gc.output.flush().map_err(CliError::Output)?;
+    gc.progress.aside(|| gc.output.flush()).map_err(CliError::Output)?;
     if gc.failures > 0 { Err(CliError::Incomplete(gc.failures)) } else { Ok(()) }
 }
 
@@ -54,6 +62,7 @@ struct Gc {
     tasks: Tasks,
     dry_run: bool,
     output: BufWriter<File>,
+    progress: Progress,
     failures: usize,
 }
 
@@ -95,7 +104,7 @@ impl Gc {
             let cgroup = state.cgroup.display();
             let dir = dir.path().display();
             let note = "the shim is gone, but processes of the sandbox run in";
-            return Ok(writeln!(self.output, "kept {dir} (sandbox {name}: {note} {cgroup})")?);
+            return Ok(self.line(&format!("kept {dir} (sandbox {name}: {note} {cgroup})"))?);
         }
         if !self.dry_run {
             SandboxCgroup::at(&state.cgroup).destroy(CGROUP_LIMIT)?;
@@ -175,12 +184,16 @@ impl Gc {
 
     fn say(&mut self, what: &str) -> io::Result<()> {
         let verb = if self.dry_run { "would remove" } else { "removed" };
-        writeln!(self.output, "{verb} {what}")
+        self.line(&format!("{verb} {what}"))
+    }
+
+    fn line(&mut self, line: &str) -> io::Result<()> {
+        self.progress.aside(|| writeln!(self.output, "{line}"))
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) {
         self.failures += 1;
-        eprintln!("cubecli: {}", chain(error));
+        self.progress.aside(|| eprintln!("cubecli: {}", chain(error)));
     }
 }
 

@@ -1,6 +1,8 @@
 //! `cubecli`: what operators ask about sandboxes and their logs.
 
+mod archive;
 mod args;
+mod containerd;
 mod error;
 mod gc;
 mod info;
@@ -10,6 +12,7 @@ mod namespace;
 mod pause;
 mod print;
 mod progress;
+mod restore;
 mod rollback;
 mod sandboxes;
 mod shim;
@@ -59,6 +62,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Snapshots(args) } => {
             snapshot::list(&config, &args, output)
         }
+        Command::Cubebox { command: CubeboxCommand::Restore(args) } => restore::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Export(args) } => archive::export(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Import(args) } => archive::import(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Gc(args) } => gc::run(&config, &args, output),
         Command::Info => info::run(&config, cli.config.as_deref(), output),
     }

@@ -11,7 +11,7 @@ use cube_shim::{
 use crate::{
     args::{SnapshotArgs, SnapshotsArgs},
     error::CliError,
-    progress::during,
+    progress::{Progress, during},
     sandboxes, shim, table, time,
 };
 
@@ -36,6 +36,10 @@ pub(crate) fn list(config: &Config, args: &SnapshotsArgs, mut output: File) -> R
     let store = Store::at(&config.snapshot.dir);
     if let Some(name) = &args.rm {
         return Ok(store.remove(name)?);
+    }
+    if let Some(name) = &args.verify {
+        let progress = Progress::of(format!("verifying {name}"));
+        return Ok(store.verify(name, &mut |done, total| progress.told(done, total))?);
     }
     let (listed, failed): (Vec<_>, Vec<_>) = store.list()?.into_iter().partition(Result::is_ok);
     for error in failed.iter().filter_map(|failed| failed.as_ref().err()) {

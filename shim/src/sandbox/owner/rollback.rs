@@ -185,7 +185,7 @@ impl Owner {
             container.restored = Some(restored.clone());
         }
         self.later(async move {
-            let result = restore::thaw(&guest, &restored).await;
+            let result = restore::start(&guest, id.clone(), &restored).await;
             if result.is_err() {
                 guest.machine.kill().await;
             }

@@ -2,6 +2,7 @@
 
 use cube_protocol::version;
 use jiff::Timestamp;
+use serde_json::Value;
 
 use super::{Owner, SandboxState, Waiting};
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
         process::Phase,
         snapshot::{self, Subject, Taken},
     },
-    snapshot::{Container, Listed, Manifest, Origin, Store},
+    snapshot::{Container, Listed, Manifest, Origin, Store, WrittenBy},
     state::now_ns,
 };
 
@@ -46,6 +47,7 @@ impl Owner {
         let manifest = self.manifest(&guest, name);
         let subject = Subject {
             guest,
+            bundles: self.running().map(|(_, container)| container.bundle.clone()).collect(),
             timeline: self.disk.timeline,
             paused: self.rest.clone(),
             disks: self.disks.clone(),
@@ -82,7 +84,7 @@ impl Owner {
         };
         let publisher = self.publisher.clone();
         tokio::spawn(async move {
-            let completed = snapshot::complete(taken).await;
+            let completed = snapshot::complete(taken, request.copy_to).await;
             if let (Ok(_), Some((id, path))) = (&completed, &request.checkpoint) {
                 publisher.publish(TaskEvent::checkpointed(id, path));
             }
@@ -99,10 +101,12 @@ impl Owner {
         format!("{}-{time}", id.trim_end_matches(['.', '_', '-']))
     }
 
+    fn running(&self) -> impl Iterator<Item = (&String, &super::Container)> {
+        self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running)
+    }
+
     fn manifest(&self, guest: &Guest, name: String) -> Manifest {
         let vm = self.vm.as_ref();
-        let containers =
-            self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running);
         Manifest {
             format: Manifest::FORMAT,
             name,
@@ -110,6 +114,8 @@ impl Owner {
             cubebox: env!("CARGO_PKG_VERSION").into(),
             agent: vm.map(|vm| vm.agent_version.clone()).unwrap_or_default(),
             protocol: vm.map_or(version::CURRENT, |vm| vm.agent_protocol).to_string(),
+            // Those who write it tell.
+            vmm: WrittenBy::default(),
             origin: Origin {
                 namespace: self.identity.namespace.clone(),
                 sandbox: self.identity.id.clone(),
@@ -117,12 +123,14 @@ impl Owner {
                 backend: self.disk.backend.clone(),
             },
             template: self.template().cloned(),
-            containers: containers
+            containers: self
+                .running()
                 .map(|(id, container)| Container {
                     id: guest.inside(id.clone()),
                     pid: container.init.guest_pid,
                     terminal: container.init.stdio.terminal,
                     execs: container.execs.keys().cloned().collect(),
+                    spec: Value::Null,
                 })
                 .collect(),
             last_event: 0,

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::snapshot::{Container, Manifest, Origin, Store};
+use crate::snapshot::{Container, Manifest, Origin, Store, WrittenBy};
 
 pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
     Manifest {
@@ -13,6 +13,7 @@ pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
         cubebox: "0.1.0".into(),
         agent: "0.1.0".into(),
         protocol: version::CURRENT.to_string(),
+        vmm: WrittenBy::default(),
         origin: Origin { namespace: "ns".into(), sandbox: "old".into(), timeline: 2, backend: "fake".into() },
         template: None,
         containers: containers
@@ -22,6 +23,7 @@ pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
                 pid: 17,
                 terminal: *terminal,
                 execs: Vec::new(),
+                spec: json!({}),
             })
             .collect(),
         last_event: 0,

@@ -21,7 +21,7 @@ impl Lab {
     }
 
     async fn take(&self, name: &str) {
-        let request = SnapshotRequest { name: Some(name.into()), checkpoint: None };
+        let request = SnapshotRequest { name: Some(name.into()), checkpoint: None, copy_to: None };
         within(self.sandbox.snapshot(request)).await.unwrap();
     }
 

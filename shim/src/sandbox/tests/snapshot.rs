@@ -21,7 +21,7 @@ impl Lab {
 
     async fn snapshot(&self, name: &str) -> Result<Listed, Error> {
         let name = Some(name.to_owned()).filter(|name| !name.is_empty());
-        within(self.sandbox.snapshot(SnapshotRequest { name, checkpoint: None })).await
+        within(self.sandbox.snapshot(SnapshotRequest { name, ..Default::default() })).await
     }
 
     async fn state(&self) -> &'static str {
@@ -140,4 +140,37 @@ async fn what_does_not_run_has_no_snapshot() {
     lab.host.vmm.die();
     lab.wait(init("c1")).await;
     assert_eq!(lab.snapshot("one").await.unwrap_err().code(), Code::FAILED_PRECONDITION);
+}
+
+#[tokio::test]
+async fn a_copy_is_made_with_the_snapshot_or_there_is_none() {
+    let lab = Lab::running().await;
+    let copy = lab.dir.path().join("copy");
+    let request = |name: &str, copy: &std::path::Path| SnapshotRequest {
+        name: Some(name.into()),
+        copy_to: Some(copy.into()),
+        ..Default::default()
+    };
+    within(lab.sandbox.snapshot(request("one", &copy))).await.unwrap();
+    assert_eq!(fs::read(copy.join("vm/memory-ranges")).unwrap(), b"memory");
+    let imported = lab.store().import_dir(&copy, Some("two"), &mut crate::snapshot::untold).unwrap();
+    assert_eq!(imported.manifest.containers[0].spec["hostname"], "box");
+    within(lab.sandbox.snapshot(request("three", &copy))).await.unwrap_err();
+    lab.store().open("three").unwrap_err();
+    assert_eq!(lab.state().await, "running");
+}
+
+/// The second is refused while the first is written, and finds the sandbox as it was afterwards.
+#[tokio::test]
+async fn two_snapshots_upon_each_other_are_one_or_two_and_never_half_a_one() {
+    let lab = Lab::running().await;
+    let (first, second) = tokio::join!(lab.snapshot("one"), lab.snapshot("two"));
+    first.unwrap();
+    if let Err(e) = &second {
+        assert_eq!(e.code(), Code::FAILED_PRECONDITION, "{}", chain(e));
+    }
+    let expected = 1 + usize::from(second.is_ok());
+    assert_eq!(lab.store().list().unwrap().len(), expected);
+    assert_eq!(lab.state().await, "running");
+    lab.snapshot("three").await.unwrap();
 }

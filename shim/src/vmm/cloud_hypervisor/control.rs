@@ -16,13 +16,14 @@ use super::{
 /// The VM behind one API socket.
 pub(super) struct Controller {
     api: Api,
+    version: String,
     memory_bytes: u64,
     shares: bool,
 }
 
 impl Controller {
-    pub(super) fn new(api: Api, spec: &VmSpec, memory_bytes: u64) -> Controller {
-        Controller { api, memory_bytes, shares: spec.share.is_some() }
+    pub(super) fn new(api: Api, version: String, spec: &VmSpec, memory_bytes: u64) -> Controller {
+        Controller { api, version, memory_bytes, shares: spec.share.is_some() }
     }
 
     /// Cloud Hypervisor refuses what is done already, as after a request whose answer was lost.
@@ -56,7 +57,7 @@ impl Control for Controller {
                          cube.rootfs.mode=block",
             });
         }
-        snapshot::write(&self.api, dir, self.memory_bytes).await
+        snapshot::write(&self.api, &self.version, dir, self.memory_bytes).await
     }
 
     async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {

@@ -55,7 +55,7 @@ enum Origin {
     /// A kernel, and vm.create's body that names it.
     Kernel { config: Value, memory_bytes: u64 },
     /// A snapshot.
-    Snapshot { url: String, memory_bytes: u64 },
+    Snapshot { dir: PathBuf, url: String, memory_bytes: u64 },
 }
 
 impl CloudHypervisor {
@@ -63,7 +63,8 @@ impl CloudHypervisor {
         match &self.spec.restore {
             Some(dir) => {
                 let source = restore::prepare(&self.spec, dir)?;
-                Ok(Origin::Snapshot { url: snapshot::url(&source.dir)?, memory_bytes: source.memory_bytes })
+                let (url, memory_bytes) = (snapshot::url(&source.dir)?, source.memory_bytes);
+                Ok(Origin::Snapshot { dir: dir.clone(), url, memory_bytes })
             }
             None => {
                 image::check(&self.guest.vmlinux, "vmlinux")?;
@@ -76,14 +77,15 @@ impl CloudHypervisor {
 }
 
 impl Origin {
-    /// Makes the VM, and lets its virtual CPUs run.
-    async fn run(&self, api: &Api) -> Result<(), VmmError> {
+    /// Makes the VM in Cloud Hypervisor `version`, and lets its virtual CPUs run.
+    async fn run(&self, api: &Api, version: &str) -> Result<(), VmmError> {
         match self {
             Origin::Kernel { config, .. } => {
                 api.put("vm.create", Some(config), self.limit()).await?;
                 api.put("vm.boot", None, self.limit()).await
             }
-            Origin::Snapshot { url, .. } => {
+            Origin::Snapshot { dir, url, .. } => {
+                restore::check_version(dir, version)?;
                 api.put("vm.restore", Some(&restore::request(url)), self.limit()).await?;
                 api.put("vm.resume", None, self.limit()).await
             }
@@ -147,12 +149,13 @@ impl Backend for CloudHypervisor {
 
         let api = Api::new(socket);
         let run = async {
-            version::check_running(&api, &program, REQUEST_LIMIT).await?;
-            origin.run(&api).await
+            let version = version::check_running(&api, &program, REQUEST_LIMIT).await?;
+            origin.run(&api, &version).await?;
+            Ok(version)
         };
         match vmm.until("the start of Cloud Hypervisor", 2 * origin.limit(), run).await {
-            Ok(()) => {
-                let control = Box::new(Controller::new(api, &self.spec, origin.memory_bytes()));
+            Ok(version) => {
+                let control = Box::new(Controller::new(api, version, &self.spec, origin.memory_bytes()));
                 Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
             }
             Err(error) => Err(culprit(&helpers, error).await),

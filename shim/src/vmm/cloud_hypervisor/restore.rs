@@ -12,12 +12,17 @@ use std::{
 };
 
 use serde_json::{Map, Value, json};
+use tracing::warn;
 
 use super::{
-    super::{Disk, SnapshotDefect, VSOCK_SOCKET, VmSpec, VmmError},
+    super::{
+        Disk, SnapshotDefect, VSOCK_SOCKET, VmSpec, VmmError, WRITTEN_BY, program::CLOUD_HYPERVISOR_HINT,
+    },
     config::ENTROPY,
     snapshot::{CONFIG, MEMORY, STATE},
+    version::may_restore,
 };
+use crate::snapshot::WrittenBy;
 
 /// Name of the directory in the run directory.
 const DIR: &str = "restore";
@@ -45,6 +50,22 @@ pub(super) fn prepare(spec: &VmSpec, snapshot: &Path) -> Result<Source, VmmError
         source,
     })?;
     Ok(Source { dir, memory_bytes })
+}
+
+/// Fails if Cloud Hypervisor `ours` is older than the one that has written the snapshot.
+pub(super) fn check_version(snapshot: &Path, ours: &str) -> Result<(), VmmError> {
+    let unusable = |source| VmmError::Restore { dir: snapshot.into(), source };
+    let unreadable = |source| unusable(SnapshotDefect::Unreadable { file: WRITTEN_BY, source });
+    let text = fs::read(snapshot.join(WRITTEN_BY)).map_err(unreadable)?;
+    let by: WrittenBy = serde_json::from_slice(&text).map_err(|error| unreadable(error.into()))?;
+    if !may_restore(ours, &by.version) {
+        let (theirs, ours) = (by.version, ours.to_owned());
+        return Err(unusable(SnapshotDefect::Newer { theirs, ours, hint: CLOUD_HYPERVISOR_HINT }));
+    }
+    if ours != by.version {
+        warn!(snapshot = %snapshot.display(), by = by.version, ours, "restoring what another version has written");
+    }
+    Ok(())
 }
 
 /// The body of vm.restore.
@@ -336,6 +357,21 @@ mod tests {
         fs::write(lab.snapshot().join(CONFIG), ORIGINAL).unwrap();
         fs::remove_file(lab.snapshot().join(MEMORY)).unwrap();
         assert!(text(lab.prepare()).contains("cannot read memory-ranges: No such file"));
+    }
+
+    #[test]
+    fn what_a_newer_version_has_written_is_refused_with_both() {
+        let lab = Lab::new();
+        let check = |ours| check_version(&lab.snapshot(), ours).map_err(|error| chain(&error));
+        assert!(check("v54.0").unwrap_err().contains("cannot read vmm.json"));
+        fs::write(lab.snapshot().join(WRITTEN_BY), r#"{"name":"cloud-hypervisor","version":"v54.1"}"#)
+            .unwrap();
+        check("v54.1").unwrap();
+        check("v55.0").unwrap();
+        let error = check("v54.0").unwrap_err();
+        for part in ["v54.1", "v54.0", "install"] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]

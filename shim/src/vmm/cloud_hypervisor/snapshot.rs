@@ -2,8 +2,8 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufReader},
-    os::unix::fs::PermissionsExt,
+    io::{self, BufReader, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     time::Duration,
 };
@@ -12,7 +12,11 @@ use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
-use super::{super::VmmError, api::Api};
+use super::{
+    super::{VmmError, WRITTEN_BY},
+    api::Api,
+};
+use crate::snapshot::WrittenBy;
 
 /// The configuration of the VM, as of vm.create with every default filled in.
 pub(super) const CONFIG: &str = "config.json";
@@ -36,16 +40,32 @@ pub(super) fn url(dir: &Path) -> Result<String, VmmError> {
     Ok(format!("file://{path}"))
 }
 
-/// Writes memory and state of the paused VM behind `api`. See [`Vmm::snapshot`](super::super::Vmm::snapshot).
-pub(super) async fn write(api: &Api, dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
+/// Writes memory and state of the paused VM behind `api`, which is Cloud Hypervisor `version`. See
+/// [`Vmm::snapshot`](super::super::Vmm::snapshot).
+pub(super) async fn write(api: &Api, version: &str, dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
     let failed = |source| VmmError::Snapshot { dir: dir.into(), source: Box::new(source) };
     let request = json!({"destination_url": url(dir)?});
     api.put("vm.snapshot", Some(&request), limit(memory_bytes)).await.map_err(failed)?;
-    let written = dir.to_owned();
-    match spawn_blocking(move || check(&written, memory_bytes)).await {
+    let (written, version) = (dir.to_owned(), version.to_owned());
+    let completed = spawn_blocking(move || {
+        check(&written, memory_bytes)?;
+        sign(&written, version)
+    });
+    match completed.await {
         Ok(checked) => checked.map_err(failed),
         Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
     }
+}
+
+/// Says who has written it.
+fn sign(dir: &Path, version: String) -> Result<(), VmmError> {
+    let path = dir.join(WRITTEN_BY);
+    let by = WrittenBy { name: "cloud-hypervisor".into(), version };
+    let written = serde_json::to_vec(&by).map_err(io::Error::from).and_then(|text| {
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+        file.write_all(&text)
+    });
+    written.map_err(|source| VmmError::Io { action: "cannot write", path, source })
 }
 
 /// Whether all is there. Cloud Hypervisor (up to 54 at least) writes the JSON files with one write(2)
@@ -109,7 +129,7 @@ mod tests {
             File::create_new(files.join(MEMORY)).unwrap().set_len(MEMORY_BYTES).unwrap();
             stream.write_all(reply.as_bytes()).await.unwrap();
         });
-        let result = write(&Api::new(socket), &target, MEMORY_BYTES).await;
+        let result = write(&Api::new(socket), "v54.0", &target, MEMORY_BYTES).await;
         server.await.unwrap();
         (dir, result)
     }

@@ -33,11 +33,26 @@ pub(in super::super) fn check_installed(program: &Path) -> Result<(), VmmError> 
     check(program, printed.lines().next().unwrap_or_default())
 }
 
-/// Fails if the VMM behind `api` is too old.
-pub(super) async fn check_running(api: &Api, program: &Path, limit: Duration) -> Result<(), VmmError> {
+/// The version of the VMM behind `api`. Fails if it is too old.
+pub(super) async fn check_running(api: &Api, program: &Path, limit: Duration) -> Result<String, VmmError> {
     let ping = api.get("vmm.ping", limit).await?;
     // `build_version` is more exact, but its form is up to whoever built it.
-    check(program, ping.get("version").and_then(Value::as_str).unwrap_or_default())
+    let version = ping.get("version").and_then(Value::as_str).unwrap_or_default();
+    check(program, version).map(|()| version.to_owned())
+}
+
+/// Whether Cloud Hypervisor `ours` may try to restore what `theirs` has written.
+///
+/// Its documentation promises no more than that the code which reads a snapshot looks after changes of its
+/// format (docs/live_migration.md, Version Compatibility), and its release notes of 2022 have it that from
+/// one major version to the next it "has worked for some versions". That code can only know formats that
+/// were there before it: so the version that wrote a snapshot and newer ones are tried, and older ones are
+/// refused. 53 and 54 were seen to read what the same version had written.
+pub(super) fn may_restore(ours: &str, theirs: &str) -> bool {
+    match (number(ours), number(theirs)) {
+        (Some(ours), Some(theirs)) => ours >= theirs,
+        _ => false,
+    }
 }
 
 fn check(program: &Path, version: &str) -> Result<(), VmmError> {
@@ -52,13 +67,18 @@ fn check(program: &Path, version: &str) -> Result<(), VmmError> {
     }
 }
 
-/// The major version: what `git describe` makes of a release's tag `v53.0`, which is
-/// `v53.0-34-gabcdef-dirty` between two releases, or a package's `53.0.0`.
 fn major(version: &str) -> Option<u32> {
+    Some(number(version)?.0)
+}
+
+/// The major and minor version: what `git describe` makes of a release's tag `v53.0`, which is
+/// `v53.0-34-gabcdef-dirty` between two releases, or a package's `53.0.0`.
+fn number(version: &str) -> Option<(u32, u32)> {
     let last_word = version.split_whitespace().last()?;
     let number = last_word.trim_start_matches(|c: char| !c.is_ascii_digit());
     let (major, minor) = number.split_once('.')?;
-    minor.starts_with(|c: char| c.is_ascii_digit()).then(|| major.parse().ok())?
+    let minor = minor.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 fn print(program: &Path) -> io::Result<String> {
@@ -104,6 +124,22 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(major(version), expected, "{version:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_newer_one_has_written_is_refused() {
+        for (ours, theirs, may) in [
+            ("v53.0.0", "v53.0.0", true),
+            ("v53.0-246-gae44c2971-dirty", "53.0.0", true),
+            ("v54.0", "v53.1", true),
+            ("v53.1", "v53.0", true),
+            ("v53.0", "v53.1", false),
+            ("v53.9", "v54.0", false),
+            ("v53.0", "", false),
+            ("v53.0", "of my own", false),
+        ] {
+            assert_eq!(may_restore(ours, theirs), may, "{ours} for {theirs}");
         }
     }
 
