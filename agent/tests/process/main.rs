@@ -229,10 +229,10 @@ async fn info_tells_of_containers_and_streams_and_pids_and_stats_of_processes() 
     assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
     containerd_shim_protos::cgroups_v2::metrics::Metrics::parse_from_bytes(&stats.value).unwrap();
 
-    let request = PauseRequest { id: "c1".into(), ..Default::default() };
-    let (code, text) = refused(agent.task.pause(deadline(), &request).await);
+    let request = CheckpointTaskRequest { id: "c1".into(), ..Default::default() };
+    let (code, text) = refused(agent.task.checkpoint(deadline(), &request).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
-    assert!(text.starts_with("Pause"), "{text}");
+    assert!(text.starts_with("Checkpoint"), "{text}");
 }
 
 #[tokio::test]
