@@ -113,6 +113,13 @@ pub(super) struct Stdin {
 /// The guest at some time.
 pub(super) struct Snapshot(State);
 
+impl Snapshot {
+    /// It was taken when only so much of a stream was acknowledged.
+    pub(super) fn acknowledge(&mut self, stream: Stream, offset: u64) {
+        self.0.outputs.entry(stream as i32).or_default().acked = offset;
+    }
+}
+
 /// The fake guest.
 pub(super) struct FakeAgent {
     state: Mutex<State>,

@@ -207,6 +207,8 @@ impl Relay {
     async fn rewind(&mut self, Rewind { turn, attempt, done }: Rewind) -> Result<(), Ended> {
         self.rest().await?;
         let result = self.sink.rewind(turn).await.ok_or(Ended::Sink)?;
+        // Or what comes now would be taken for what the old timeline had brought there.
+        debug_assert_eq!(*self.sink.safe.borrow(), turn.to);
         self.pending.clear();
         self.received = turn.to;
         self.connections.seen(attempt);

@@ -312,3 +312,51 @@ async fn a_stream_that_slept_through_it_all_goes_on_where_it_was_told() {
     assert_eq!(soon(read_to_end(&mut reader)).await, b"new");
     assert!(soon(io.finish(LIMIT)).await.complete);
 }
+
+#[tokio::test]
+async fn a_log_that_ends_in_another_timeline_than_the_guest_gets_nothing_more() {
+    let place = Place::new();
+    let agent = FakeAgent::new(1000);
+    let flows = Flows::on(TIMELINE);
+    let mut io = started_in(&flows, place.logged(), &agent).await;
+    agent.write(Stream::STDOUT, b"both old");
+    acked(&agent, 8).await;
+    // The guest has gone back, and the shim dies before the log has: what follows 8 is another "old".
+    rest(&flows, &agent).await;
+    drop(io);
+    let recovered = ProcessIo::recover(place.logged(), NEXT).await.unwrap();
+    assert_eq!(recovered.wanted(), Wanted { stdin: false, stdout: false, stderr: false });
+    drop(recovered);
+    // One that dies after the log has gone back leaves what its successor goes on with.
+    io = ProcessIo::recover(place.logged(), TIMELINE).await.unwrap();
+    io.start(Arc::new(agent.clone()), &flows);
+    let begin = Begin { stdout: 5, ..Begin::default() };
+    soon(io.rewind(begin, NEXT)).await.unwrap();
+    drop(io);
+    soon(agent.until(|agent| agent.connections() == 0)).await;
+    let mut before = agent.snapshot();
+    before.acknowledge(Stream::STDOUT, 5);
+    agent.roll_back(&before, NEXT);
+    end(&agent);
+    let mut io = ProcessIo::recover(place.logged(), NEXT).await.unwrap();
+    io.start(Arc::new(agent.clone()), &Flows::on(NEXT));
+    assert!(soon(io.finish(LIMIT)).await.complete);
+    assert_eq!(whole_log(&place, "stdout"), b"both oldold");
+}
+
+#[tokio::test]
+async fn logs_are_written_out_for_as_long_as_somebody_has_them() {
+    let place = Place::new();
+    let agent = FakeAgent::new(1000);
+    let flows = Flows::on(TIMELINE);
+    let io = started_in(&flows, place.logged(), &agent).await;
+    agent.write(Stream::STDOUT, b"safe");
+    acked(&agent, 4).await;
+    rest(&flows, &agent).await;
+    soon(flows.sync_logs(LIMIT)).await.unwrap();
+    std::fs::create_dir(place.path("log/ns/id/stderr.9")).unwrap();
+    let error = error_chain(&soon(flows.sync_logs(LIMIT)).await.unwrap_err());
+    assert!(error.contains("log/ns/id/stderr.9"), "{error}");
+    drop(io);
+    soon(flows.sync_logs(LIMIT)).await.unwrap();
+}

@@ -208,12 +208,12 @@ impl Host {
 
     /// What must hold at any time.
     pub(super) fn check(&self, guest: &Guest) -> Result<(), String> {
-        for output in 0..2 {
+        for (output, stream) in OUTPUTS.into_iter().enumerate() {
             let log = self.log(output);
             if let Some(wrong) = &log.wrong {
                 return Err(wrong.clone());
             }
-            let info = guest.info(OUTPUTS[output]);
+            let info = guest.info(stream);
             if info.acked_offset > log.safe {
                 return Err(format!("{info} is acknowledged, but the log is safe up to {}", log.safe));
             }

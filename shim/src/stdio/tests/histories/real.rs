@@ -147,7 +147,8 @@ impl Real {
             }
             Real::Reader { .. } => (safe, Vec::new()),
         };
-        self.common().model.lock().unwrap().is(offset, safe, gaps);
+        // Nobody may be told of more than there is.
+        self.common().model.lock().unwrap().is(offset, safe.min(offset), gaps);
     }
 
     /// Looks at every byte, once the stream has ended.
