@@ -270,3 +270,26 @@ async fn a_clone_may_go_back_to_what_it_was_made_from() {
     lab.guest().exit("old", "", 4);
     assert_eq!(lab.wait(init("c1")).await, 4);
 }
+
+/// It is not known before the end whether it is of a timeline that is no more.
+#[tokio::test]
+async fn what_the_guest_tells_during_a_rollback_counts_if_that_fails() {
+    let lab = Lab::with_own_snapshot().await;
+    lab.exec("e1").await;
+    lab.sandbox.start(exec("c1", "e1")).await.unwrap();
+    lab.guest().fault("Quiesce", Fault::Hang);
+    let asked =
+        |lab: &Lab| lab.guest().calls.lock().unwrap().iter().filter(|call| *call == "Quiesce").count();
+    let before = asked(&lab);
+    let exit = async {
+        lab.until(|| asked(&lab) > before).await;
+        lab.guest().exit("c1", "e1", 3);
+        let waits = timeout(Duration::from_millis(200), lab.sandbox.wait(exec("c1", "e1"))).await;
+        assert!(waits.is_err(), "it is held back");
+    };
+    let (result, ()) = tokio::join!(lab.roll_back("one"), exit);
+    assert_eq!(result.unwrap_err().code(), Code::DEADLINE_EXCEEDED);
+    assert_eq!(lab.wait(exec("c1", "e1")).await, 3);
+    lab.guest().faults.lock().unwrap().clear();
+    lab.is_as_it_was().await;
+}
