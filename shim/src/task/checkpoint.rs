@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn what_only_criu_can_do_is_refused_by_name() {
-        let options: [(&str, fn(&mut CheckpointOptions)); 7] = [
+        type Set = fn(&mut CheckpointOptions);
+        let options: [(&str, Set); 7] = [
             ("open_tcp", |options| options.open_tcp = true),
             ("external_unix_sockets", |options| options.external_unix_sockets = true),
             ("terminal", |options| options.terminal = true),
