@@ -51,7 +51,8 @@ enum Sink {
     Open,
     /// Nobody reads any more: what comes is consumed and thrown away, so that the host never hangs.
     Abandoned,
-    /// The agent's end is closed; the process has seen or will see the end.
+    /// The agent's end is closed; the process has seen or will see the end. What another host sends all the
+    /// same is thrown away as well.
     Closed,
 }
 
@@ -239,15 +240,17 @@ impl State {
                 "DATA up to {end} with only {acked} acknowledged: the window is {STDIN_WINDOW}"
             )));
         }
-        if self.eof || self.sink == Sink::Closed {
+        if self.eof {
             return Err(Refusal::protocol(format!("DATA at {offset} after EOF")));
         }
         match self.sink {
-            Sink::Abandoned => {
+            // A host that has not sent the EOF itself need not know of it: in a clone, the host of the
+            // original has.
+            Sink::Abandoned | Sink::Closed => {
                 self.consumed = end;
                 self.wake();
             }
-            Sink::Open | Sink::Closed => self.pending.extend(body),
+            Sink::Open => self.pending.extend(body),
         }
         Ok(())
     }

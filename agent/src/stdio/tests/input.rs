@@ -121,3 +121,20 @@ async fn data_after_eof_is_refused() {
     host.expect_refusal(ErrorCode::PROTOCOL).await;
     assert!(exit(child).await.success());
 }
+
+/// As in a clone, whose host has an input of its own, or after a rollback.
+#[tokio::test]
+async fn a_host_that_does_not_know_of_the_eof_may_send_on_and_is_not_refused() {
+    let hub = hub();
+    let child = spawn(&hub, &process(), Policy::Block, "cat >/dev/null; exec sleep 1000");
+    let (mut host, _) = Host::open(&hub, STDIN, 1, 0).await;
+    host.send_data(0, b"abc").await;
+    assert_eq!(host.expect(Kind::Ack).await.header.offset, 3);
+    send_eof(&mut host, 3).await;
+    let (mut host, start) = Host::open(&hub, STDIN, 2, 0).await;
+    assert_eq!(start, 3);
+    let input = [7; 200_000];
+    feed(&mut host, &input, start, input.len() as u64, &mut Random(1)).await;
+    send_eof(&mut host, input.len() as u64).await;
+    drop(child);
+}

@@ -47,7 +47,8 @@ pub(super) async fn check_running(api: &Api, program: &Path, limit: Duration) ->
 /// format (docs/live_migration.md, Version Compatibility), and its release notes of 2022 have it that from
 /// one major version to the next it "has worked for some versions". That code can only know formats that
 /// were there before it: so the version that wrote a snapshot and newer ones are tried, and older ones are
-/// refused. 53 and 54 were seen to read what the same version had written.
+/// refused. Only v53 reading what v53 had written was
+/// tried.
 pub(super) fn may_restore(ours: &str, theirs: &str) -> bool {
     match (number(ours), number(theirs)) {
         (Some(ours), Some(theirs)) => ours >= theirs,
