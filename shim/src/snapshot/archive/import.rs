@@ -3,7 +3,7 @@
 use std::{
     cell::Cell,
     fs::{File, OpenOptions},
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, ErrorKind, Read},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
     rc::Rc,
@@ -89,7 +89,7 @@ impl Store {
             budget.set(u64::MAX);
             Ok::<_, SnapshotError>(entry)
         };
-        let first = next()?.ok_or_else(|| bad("it is empty"))?;
+        let first = next().map_err(no_archive)?.ok_or_else(|| bad("it is empty"))?;
         expect(&first, MANIFEST)?;
         let manifest = manifest(first, MANIFEST, name)?;
         let draft = self.begin(&manifest.name)?;
@@ -105,6 +105,17 @@ impl Store {
                 None => Ok(()),
             }
         })
+    }
+}
+
+/// What fails at the first header is something else altogether.
+fn no_archive(error: SnapshotError) -> SnapshotError {
+    match error {
+        // What the crate tar says of a header; the text that it quotes may be anything.
+        SnapshotError::Input(e) if matches!(e.kind(), ErrorKind::Other | ErrorKind::UnexpectedEof) => {
+            bad("it is no tar archive, compressed with zstd or not")
+        }
+        other => other,
     }
 }
 

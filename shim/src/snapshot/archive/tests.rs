@@ -12,7 +12,7 @@ use super::super::{
     tests::{Place, manifest, place},
     *,
 };
-use crate::files;
+use crate::{errors::chain, files};
 
 /// More than the sizes of a tar header can say in octal.
 const LARGE: u64 = (1 << 33) + 5;
@@ -114,6 +114,16 @@ fn an_archive_without_compression_and_a_directory_can_be_imported_too() {
     let error = place.store.import_dir(&copy, Some("four"), &mut untold).unwrap_err();
     assert!(matches!(error, SnapshotError::Foreign { .. }), "{error}");
     assert_eq!(place.names(), ["one", "three", "two"]);
+}
+
+#[test]
+fn what_is_no_archive_is_said_to_be_none_and_not_quoted() {
+    let place = with_snapshot(1 << 20);
+    let text = "root:x:0:0:root:/root:/bin/bash\n".repeat(40);
+    for other in [text.as_bytes(), b"short", &zstd::encode_all(text.as_bytes(), 0).unwrap()] {
+        let error = chain(&place.refused(other));
+        assert!(error.contains("no tar archive") && !error.contains("root"), "{error}");
+    }
 }
 
 #[test]
