@@ -6,77 +6,28 @@
 
 use std::{
     future::Future,
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
 };
 
-use containerd_shim_protos::shim_async::TaskClient;
-use cube_protocol::{
-    guest::{Event, EventsRequest, HelloRequest, HelloResponse, event},
-    guest_ttrpc::GuestClient,
-    ports, version,
-};
+use cube_protocol::guest::HelloResponse;
 use tokio::{
-    sync::{mpsc, watch},
-    task::JoinHandle,
-    time::{Instant, sleep, timeout, timeout_at},
+    sync::watch,
+    time::{Instant, sleep, timeout_at},
 };
-use tracing::{debug, warn};
-use ttrpc::{
-    asynchronous::{Client, transport::Socket},
-    context::{self, Context},
+use tracing::debug;
+use ttrpc::context::{self, Context};
+
+use super::{
+    AgentError, Dial,
+    connect::{BACKOFF, Clients, connect},
+    link::{Counters, Link, Polling},
 };
-
-use super::{AgentError, Dial, bounded::Bounded, pace::Pace};
-use crate::{errors::chain, task::check_id};
-
-/// Time for one attempt to connect. A guest whose agent does not listen yet may not answer at all.
-const DIAL_ATTEMPT: Duration = Duration::from_secs(2);
-
-/// Shortest and longest pause between two attempts.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
-
-/// A pause is this part of the time that has been waited already: no guest is found later than it has to
-/// be by more than that. Pauses that double would find some after twice the time.
-const BACKOFF_SHARE: u32 = 8;
-
-/// Time for Hello; an emulated guest is slow right after boot.
-const HELLO_LIMIT: Duration = Duration::from_secs(10);
+use crate::errors::chain;
 
 /// How long after the loss of its connection a request is made again: a guest that lives is back at
 /// once, and a caller should hear soon of one that does not.
 const REPEAT: Duration = Duration::from_secs(5);
-
-/// How long an Events call waits in the guest, and how much longer we wait for its answer.
-const POLL: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
-
-/// What an honest agent never does costs it as much as this many events: an answer before its time
-/// without anything new, and the end of a connection.
-const WASTE: u32 = 32;
-const RECONNECT: u32 = 100;
-
-/// The services behind one connection.
-#[derive(Clone)]
-pub struct Clients {
-    /// containerd's Task API, served by the agent.
-    pub task: TaskClient,
-    /// `cube.agent.v1.Guest`.
-    pub guest: GuestClient,
-}
-
-/// What happens in the guest.
-#[derive(Debug, Clone, PartialEq)]
-pub enum GuestEvent {
-    /// A process has exited.
-    Exit(cube_protocol::guest::TaskExit),
-    /// The kernel killed a process for want of memory.
-    Oom(cube_protocol::guest::TaskOom),
-    /// Another guest answers, or one that speaks another protocol: ours is gone. The last event.
-    Lost(String),
-}
 
 /// The agent of one sandbox. Clones share the connection.
 #[derive(Clone)]
@@ -87,17 +38,6 @@ pub struct Agent {
     boot_id: u64,
     counters: Arc<Counters>,
     polling: watch::Sender<Polling>,
-}
-
-/// Whether the guest is asked for events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Polling {
-    /// All the time.
-    On,
-    /// No more, once the poll that waits is answered.
-    Ending,
-    /// Not at all.
-    Off,
 }
 
 /// How the control connection has fared.
@@ -111,27 +51,10 @@ pub struct LinkStatus {
     pub last_event: u64,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    reconnects: AtomicU64,
-    last_event: AtomicU64,
-    /// The timeline that the events are of.
-    timeline: AtomicU64,
-}
-
 impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Agent").field("connected", &self.clients.borrow().is_some()).finish()
     }
-}
-
-/// Owns the connection; becomes a task with [`Link::run`].
-pub struct Link {
-    dial: Arc<dyn Dial>,
-    clients: Arc<watch::Sender<Option<Clients>>>,
-    counters: Arc<Counters>,
-    polling: watch::Sender<Polling>,
-    boot_id: u64,
 }
 
 impl Agent {
@@ -342,155 +265,4 @@ impl Agent {
         let found = timeout_at(deadline, clients.wait_for(Option::is_some)).await;
         found.ok()?.ok()?.clone()
     }
-}
-
-impl Link {
-    /// Delivers the events of the guest to `events`, in order and each once, and keeps the connection
-    /// up. Ends with [`GuestEvent::Lost`], or when `events` is dropped.
-    pub fn run(self, events: mpsc::Sender<GuestEvent>) -> JoinHandle<()> {
-        tokio::spawn(async move {
-            if let Err(e) = self.follow(&events).await {
-                // Nobody listens once the sandbox is gone.
-                let _ = events.send(GuestEvent::Lost(chain(&e))).await;
-            }
-        })
-    }
-
-    async fn follow(&self, events: &mpsc::Sender<GuestEvent>) -> Result<(), AgentError> {
-        let mut refused = 0_u64;
-        let mut pace = Pace::new();
-        loop {
-            if self.clients.borrow().is_none() {
-                self.reconnect().await?;
-            }
-            self.may_poll().await;
-            // Another one than before, if the guest has moved to another VM meanwhile.
-            let Some(clients) = self.clients.borrow().clone() else { continue };
-            let mut after = self.counters.last_event.load(Ordering::Relaxed);
-            let request = EventsRequest {
-                after,
-                timeout_ms: POLL.0.as_millis() as u32,
-                timeline: self.counters.timeline.load(Ordering::Relaxed),
-                ..Default::default()
-            };
-            let begun = Instant::now();
-            match clients.guest.events(context::with_duration(POLL.0 + POLL.1), &request).await {
-                Ok(answer) => {
-                    // The guest may round its time differently.
-                    let due = *self.polling.borrow() != Polling::On || begun.elapsed() >= POLL.0 / 2;
-                    let hasty = answer.events.is_empty() && !due;
-                    let mut units = if hasty { WASTE } else { 1 };
-                    for event in answer.events {
-                        units += 1;
-                        let Some(event) = checked(event, &mut after) else {
-                            refused += 1;
-                            // A line for each would be the guest's to write.
-                            if refused.is_power_of_two() {
-                                warn!(refused, "the guest tells events that cannot be, they are ignored");
-                            }
-                            continue;
-                        };
-                        self.counters.last_event.store(after, Ordering::Relaxed);
-                        if events.send(event).await.is_err() {
-                            return Ok(());
-                        }
-                    }
-                    pace.charge(units).await;
-                }
-                Err(e) => {
-                    debug!("the connection to the agent ended: {}", chain(&e));
-                    self.clients.send_replace(None);
-                    // An agent that answers with an error at once must not make us spin.
-                    pace.charge(RECONNECT).await;
-                }
-            }
-        }
-    }
-
-    /// Waits while no events are wanted.
-    async fn may_poll(&self) {
-        let mut changes = self.polling.subscribe();
-        while *changes.borrow_and_update() != Polling::On {
-            self.polling.send_if_modified(|polling| {
-                let ends = *polling == Polling::Ending;
-                if ends {
-                    *polling = Polling::Off;
-                }
-                ends
-            });
-            // We hold a sender: it cannot fail.
-            let _ = changes.changed().await;
-        }
-    }
-
-    /// Tries until it works: the VMM's end is noticed elsewhere and stops this task.
-    async fn reconnect(&self) -> Result<(), AgentError> {
-        loop {
-            match connect(&*self.dial, HELLO_LIMIT).await {
-                Ok((_, hello)) if hello.boot_id != self.boot_id => {
-                    return Err(AgentError::OtherGuest { expected: self.boot_id, found: hello.boot_id });
-                }
-                Ok((clients, _)) => {
-                    self.counters.reconnects.fetch_add(1, Ordering::Relaxed);
-                    self.clients.send_replace(Some(clients));
-                    return Ok(());
-                }
-                Err(e) if e.is_final() => return Err(e),
-                Err(e) => warn!("cannot reconnect to the agent, trying again: {}", chain(&e)),
-            }
-        }
-    }
-}
-
-/// An event that is new, and names what may exist.
-fn checked(event: Event, after: &mut u64) -> Option<GuestEvent> {
-    if event.sequence <= *after {
-        return None;
-    }
-    *after = event.sequence;
-    let valid = |container: &str, exec: &str| {
-        check_id("container id", container).is_ok() && (exec.is_empty() || check_id("exec id", exec).is_ok())
-    };
-    match event.kind? {
-        event::Kind::Exit(exit) if valid(&exit.container_id, &exit.exec_id) => Some(GuestEvent::Exit(exit)),
-        event::Kind::Oom(oom) if valid(&oom.container_id, "") => Some(GuestEvent::Oom(oom)),
-        _ => None,
-    }
-}
-
-async fn connect(dial: &dyn Dial, limit: Duration) -> Result<(Clients, HelloResponse), AgentError> {
-    let begin = Instant::now();
-    let deadline = begin + limit;
-    let mut last = None;
-    loop {
-        match timeout_at(deadline, attempt(dial)).await {
-            Ok(Ok(connected)) => return Ok(connected),
-            Ok(Err(e)) if e.is_final() => return Err(e),
-            Ok(Err(e)) => last = Some(Box::new(e)),
-            Err(_) => return Err(AgentError::Unreachable { limit, source: last }),
-        }
-        sleep((begin.elapsed() / BACKOFF_SHARE).clamp(BACKOFF.0, BACKOFF.1)).await;
-    }
-}
-
-async fn attempt(dial: &dyn Dial) -> Result<(Clients, HelloResponse), AgentError> {
-    let limit = DIAL_ATTEMPT;
-    let stream = timeout(limit, dial.dial(ports::CONTROL))
-        .await
-        .map_err(|_| AgentError::Deadline { call: "CONNECT", limit })??;
-    let client = Client::new(Socket::new(Bounded::new(stream)));
-    let clients = Clients { task: TaskClient::new(client.clone()), guest: GuestClient::new(client) };
-    let request = HelloRequest {
-        protocol: Some(version::CURRENT.into()).into(),
-        shim_version: env!("CARGO_PKG_VERSION").into(),
-        ..Default::default()
-    };
-    let call = "Hello";
-    let hello =
-        clients.guest.hello(context::with_duration(HELLO_LIMIT), &request).await.map_err(|e| match e {
-            ttrpc::Error::RpcStatus(status) => AgentError::refused(call, status),
-            source => AgentError::Transport { call, source },
-        })?;
-    version::Version::from(hello.protocol.get_or_default()).check()?;
-    Ok((clients, hello))
 }

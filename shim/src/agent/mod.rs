@@ -1,14 +1,18 @@
 //! The shim's side of the connections to the agent.
 
 mod bounded;
-pub mod client;
+mod client;
+mod connect;
 pub mod dial;
 mod error;
+mod link;
 mod pace;
 
-pub use client::{Agent, Clients, GuestEvent, Link, LinkStatus};
+pub use client::{Agent, LinkStatus};
+pub use connect::Clients;
 pub use dial::{Dial, DialError};
 pub use error::AgentError;
+pub use link::{GuestEvent, Link};
 
 /// Longest text of the guest's that is kept, in characters.
 const TEXT_MAX: usize = 1000;
