@@ -1,7 +1,10 @@
 //! What a snapshot keeps of a container's OCI spec.
 
-use cube_protocol::annotations::SNAPSHOT_RESTORE;
+use cube_protocol::annotations::{SNAPSHOT_RESTORE, TEMPLATE_ID};
 use serde_json::{Map, Value, json};
+
+/// Annotations that mean the container itself and not those that go on from it.
+const OWN: [&str; 2] = [SNAPSHOT_RESTORE, TEMPLATE_ID];
 
 /// Annotations of containerd's CRI plugin, which mean pods of the host that they come from.
 const CRI: &str = "io.kubernetes.cri.";
@@ -23,7 +26,7 @@ pub fn portable_spec(spec: &Value) -> Value {
         process.remove("env");
     }
     if let Some(annotations) = kept.get_mut("annotations").and_then(Value::as_object_mut) {
-        annotations.retain(|key, _| key != SNAPSHOT_RESTORE && !key.starts_with(CRI));
+        annotations.retain(|key, _| !OWN.contains(&key.as_str()) && !key.starts_with(CRI));
     }
     kept.insert("root".into(), json!({"path": "rootfs"}));
     let namespaces = spec["linux"]["namespaces"].as_array().into_iter().flatten();
@@ -44,6 +47,7 @@ mod tests {
             "hostname": "box",
             "annotations": {
                 "cube.snapshot.restore": "older",
+                "cube.template.id": "python",
                 "io.kubernetes.cri.sandbox-id": "pod",
                 "cube.ready.tcp": "80",
             },

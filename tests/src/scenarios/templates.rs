@@ -139,7 +139,11 @@ pub fn clones_of_a_template_have_the_environment_that_they_are_created_with(back
     let refused = start(&mut lab.run_command(&flags, "f", &["false"])).wait(lab.limit());
     refused.fails_with(&["\"/tmp\" on \"/data\" would be missing"]);
     lab.ctr(&["container", "delete", "f"]);
-    for id in ["d", "e"] {
+
+    lab.uses_sandbox(lab.key("g"));
+    assert_eq!(lab.cubecli(&["cubebox", "restore", "web", "--id", "g"]).succeeds().out(), "g\n");
+    lab.cubecli(&["cubebox", "wait", "--ready", "g"]).succeeds();
+    for id in ["d", "e", "g"] {
         lab.remove(id);
     }
     lab.nothing_is_left();

@@ -28,13 +28,16 @@ const RUNTIME: &str = "io.containerd.cube.v2";
 /// What a process finds where nobody says otherwise, as with containerd's clients.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// gethostname(2): longer ids keep the host name of the original.
+const HOST_NAME_MAX: usize = 64;
+
 /// Time for a task to exit that was killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 pub(crate) fn run(config: &Config, args: &RestoreArgs, mut output: File) -> Result<(), CliError> {
     let (manifest, _) = Store::at(&config.snapshot.dir).open(&args.name)?;
-    let spec = spec(&manifest)?;
     let id = args.id.clone().unwrap_or_else(|| fresh_id(&manifest.name));
+    let spec = spec(&manifest, &id)?;
     let namespace = args.namespace.as_deref().unwrap_or(&manifest.origin.namespace);
     shim::block_on(async {
         let containerd = Containerd::connect(&args.address, namespace).await?;
@@ -69,8 +72,9 @@ async fn undo(containerd: &Containerd, id: &str) {
     }
 }
 
-/// The spec of the new container: that of the old one, as far as the snapshot has it.
-fn spec(manifest: &Manifest) -> Result<Value, CliError> {
+/// The spec of the new container `id`: that of the old one, as far as the snapshot has it, with a host name of
+/// its own.
+fn spec(manifest: &Manifest, id: &str) -> Result<Value, CliError> {
     let name = manifest.name.clone();
     let [container] = &manifest.containers[..] else {
         return Err(CliError::Several { name, containers: manifest.containers.len() });
@@ -80,6 +84,9 @@ fn spec(manifest: &Manifest) -> Result<Value, CliError> {
     }
     let mut spec = container.spec.clone();
     spec["annotations"][SNAPSHOT_RESTORE] = manifest.name.clone().into();
+    if id.len() <= HOST_NAME_MAX {
+        spec["hostname"] = id.into();
+    }
     if spec["process"].is_object() {
         // For processes that are added to the container. Its own have what they had.
         spec["process"]["env"] = json!([PATH]);
