@@ -1,26 +1,20 @@
 //! The contract of the owner, with everything around it fake.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use cube_protocol::version::{self, Version};
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use tokio::{task::JoinHandle, time::timeout};
-use ttrpc::{Code, asynchronous::Server};
+use tokio::time::timeout;
+use ttrpc::Code;
 
+use self::lab::{LIMIT, Lab, exec, init, spec, within};
 use super::{
-    CreateRequest, ExecRequest, Identity, KillRequest, ProcessId, Sandbox, Status, Stdio,
-    fakes::{FakeHost, Fault, Guest, PID},
+    CreateRequest, ExecRequest, KillRequest, ProcessId, Status, Stdio,
+    fakes::{Fault, Guest, PID},
 };
-use crate::{
-    config::{self, Config},
-    errors::{Error, chain},
-    events::{Publisher, tests as containerd},
-    state::RunDir,
-};
+use crate::errors::{Error, chain};
 
-const LIMIT: Duration = Duration::from_secs(30);
-
+mod lab;
 mod member;
 mod pause;
 mod ready;
@@ -29,98 +23,6 @@ mod rollback;
 mod snapshot;
 mod suspend;
 mod template;
-
-struct Lab {
-    dir: TempDir,
-    host: Arc<FakeHost>,
-    sandbox: Sandbox,
-    over: JoinHandle<()>,
-    run_dir: RunDir,
-    publisher: Publisher,
-    containerd: Arc<containerd::Containerd>,
-    _server: Server,
-}
-
-impl Lab {
-    async fn new() -> Lab {
-        Lab::with(Guest::new(), true).await
-    }
-
-    async fn with(guest: Guest, boots: bool) -> Lab {
-        let dir = tempfile::tempdir().unwrap();
-        let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
-        let socket = dir.path().join("events");
-        let containerd = Arc::new(containerd::Containerd::default());
-        let server = containerd::serve(containerd.clone(), &socket).await;
-        let publisher = Publisher::new(socket.to_str().unwrap(), "default");
-        let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
-        let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
-        let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
-        let log = config::Log {
-            dir: dir.path().join("log"),
-            template_dir: dir.path().join("templates"),
-            ..Default::default()
-        };
-        let config = Config { snapshot, log, ..Default::default() };
-        let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
-        Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
-    }
-
-    fn request(&self, id: &str, spec: Value) -> CreateRequest {
-        let bundle = self.dir.path().join("bundles").join(id);
-        fs::create_dir_all(&bundle).unwrap();
-        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-        CreateRequest { id: id.into(), bundle, rootfs: Vec::new(), stdio: Stdio::default(), restore: None }
-    }
-
-    async fn create(&self, id: &str) -> Result<u32, Error> {
-        self.sandbox.create(self.request(id, spec())).await
-    }
-
-    async fn run(&self, id: &str) {
-        assert_eq!(self.create(id).await.unwrap(), PID);
-        assert_eq!(self.sandbox.start(init(id)).await.unwrap(), PID);
-    }
-
-    async fn kill(&self, process: ProcessId, signal: u32) -> Result<(), Error> {
-        within(self.sandbox.kill(KillRequest { process, signal, all: false })).await
-    }
-
-    async fn wait(&self, process: ProcessId) -> u32 {
-        within(self.sandbox.wait(process)).await.unwrap().status
-    }
-
-    /// Topics of all events so far, with the id that an exit names.
-    async fn events(&self) -> Vec<String> {
-        assert!(self.publisher.flush(LIMIT).await);
-        let seen = self.containerd.seen.lock().unwrap();
-        seen.iter().map(|envelope| envelope.topic.trim_start_matches("/tasks/").to_owned()).collect()
-    }
-
-    fn guest(&self) -> &Guest {
-        &self.host.guest
-    }
-}
-
-fn spec() -> Value {
-    json!({
-        "hostname": "box",
-        "annotations": {"cube.container.log_forwarding": "false"},
-        "linux": {"namespaces": [{"type": "network"}, {"type": "pid"}]}
-    })
-}
-
-fn init(id: &str) -> ProcessId {
-    ProcessId { container: id.into(), exec: String::new() }
-}
-
-fn exec(id: &str, exec: &str) -> ProcessId {
-    ProcessId { container: id.into(), exec: exec.into() }
-}
-
-async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(LIMIT, future).await.expect("this takes too long")
-}
 
 #[tokio::test]
 async fn a_container_goes_through_its_life_and_leaves_nothing() {

@@ -32,7 +32,9 @@ pub mod suspend;
 pub mod templates;
 pub mod terminal;
 
-use crate::lab::Lab;
+use nix::sys::signal::{Signal, kill};
+
+use crate::{command::poll, lab::Lab};
 
 /// A container that only waits. A shell, for the first process of a pid namespace ignores SIGTERM
 /// unless it handles it.
@@ -49,4 +51,14 @@ pub fn lab_with_waiting_container(backend: crate::needs::Backend) -> Lab {
 fn make_file(lab: &Lab, id: &str, path: &str) {
     let made = lab.exec(id, &["touch", path]);
     assert!(matches!(made.code(), 0 | 137), "{made}");
+}
+
+/// Kills the shim of task `c`, for which containerd runs `shim delete` then.
+fn a_killed_shim_leaves_nothing(lab: &Lab) {
+    kill(lab.shim_pid("c"), Signal::SIGKILL).unwrap();
+    let over = || lab.task("c").is_none_or(|(state, _)| state == "STOPPED");
+    assert!(poll(lab.limit(), over), "the task lives on");
+    lab.ctr(&["task", "delete", "--force", "c"]);
+    lab.ctr(&["container", "delete", "c"]).succeeds();
+    lab.nothing_is_left();
 }

@@ -2,8 +2,6 @@
 
 use std::fs;
 
-use nix::sys::signal::{Signal, kill};
-
 use super::{full_flow, lab_with_waiting_container};
 use crate::{
     command::{poll, start},
@@ -84,12 +82,7 @@ pub fn a_signal_waits_for_the_resume(backend: Backend) {
 pub fn a_shim_that_is_killed_while_its_sandbox_is_paused_leaves_nothing(backend: Backend) {
     let lab = lab_with_waiting_container(backend);
     pause(&lab);
-    kill(lab.shim_pid("c"), Signal::SIGKILL).unwrap();
-    let over = || lab.task("c").is_none_or(|(state, _)| state == "STOPPED");
-    assert!(poll(lab.limit(), over), "the task lives on");
-    lab.ctr(&["task", "delete", "--force", "c"]);
-    lab.ctr(&["container", "delete", "c"]).succeeds();
-    lab.nothing_is_left();
+    super::a_killed_shim_leaves_nothing(&lab);
 }
 
 /// Again and again, with everything in flight.

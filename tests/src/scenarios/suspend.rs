@@ -5,10 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::signal::{Signal, kill};
-
 use super::{WAIT, block::BLOCK, full_flow};
-use crate::{command::poll, disk::Disk, lab::Lab, leftovers, needs::Backend, soak};
+use crate::{disk::Disk, lab::Lab, leftovers, needs::Backend, soak};
 
 fn cubebox(lab: &Lab, words: &[&str]) {
     lab.cubecli(&[&["cubebox"], words].concat()).succeeds();
@@ -134,12 +132,7 @@ pub fn a_shim_that_is_killed_while_its_sandbox_is_on_disk_leaves_nothing(backend
     let lab = lab_with_block_container(backend);
     cubebox(&lab, &["pause", "--to-disk", "c"]);
     assert_eq!(stored(&lab).len(), 1);
-    kill(lab.shim_pid("c"), Signal::SIGKILL).unwrap();
-    let over = || lab.task("c").is_none_or(|(state, _)| state == "STOPPED");
-    assert!(poll(lab.limit(), over), "the task lives on");
-    lab.ctr(&["task", "delete", "--force", "c"]);
-    lab.ctr(&["container", "delete", "c"]).succeeds();
-    lab.nothing_is_left();
+    super::a_killed_shim_leaves_nothing(&lab);
 }
 
 /// With the disk full while memory is written, and with the memory's file gone when it is read.
