@@ -22,10 +22,10 @@ use nix::{
 use tracing::{info, warn};
 
 use super::{super::failed, Identity, Limits, RootfsError, SandboxDisks};
+use crate::files;
 
 /// The packed layers in an identity's directory.
 const IMAGE: &str = "rootfs.erofs";
-use crate::files;
 
 /// How often a lock that somebody holds is tried. flock(2) has no time limit of its own.
 const LOCK_POLL: Duration = Duration::from_millis(10);
