@@ -1,6 +1,7 @@
 //! Directories and large files on the host's disks, for the stores that are there: packed layers, snapshots.
 
 mod copy;
+mod lock;
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -10,6 +11,7 @@ use std::{
 };
 
 pub(crate) use copy::{copy, seek};
+pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
 
 /// Makes `dir` with its parents, mode 0700, unless it is there.
 pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
