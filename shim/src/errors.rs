@@ -273,6 +273,7 @@ fn agent_code(error: &AgentError) -> Code {
         AgentError::Refused { status, .. } => status.code(),
         AgentError::Deadline { .. } => Code::DEADLINE_EXCEEDED,
         AgentError::Version(_) => Code::FAILED_PRECONDITION,
+        AgentError::Large { .. } => Code::INVALID_ARGUMENT,
         AgentError::Unreachable { .. }
         | AgentError::Dial(_)
         | AgentError::Transport { .. }

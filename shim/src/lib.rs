@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
 pub mod control;
+pub mod device;
 pub mod errors;
 pub mod events;
 mod files;

@@ -254,7 +254,8 @@ impl Creation {
         let shared_mounts = if share { vec![shared_mount] } else { Vec::new() };
         // From now on it is the link that connects again.
         let link = link.run(self.events.clone());
-        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
+        let hostname = spec::hostname_or(&self.plan.spec, &self.identity.id);
+        let prepared = prepare_guest(&agent, hostname, shared_mounts).await;
         prepared.inspect_err(|_| link.abort())?;
         cube_fault::point("create.guest_ready");
         steps.done("guest prepared");
