@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use copy::{copy, seek};
+pub(crate) use copy::{copy, copy_told, seek};
 
 /// Makes `dir` with its parents, mode 0700, unless it is there.
 pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {

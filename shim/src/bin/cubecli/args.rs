@@ -13,7 +13,7 @@ Exit codes:
   2    the command line is wrong
   3    no container, sandbox or log with this ID
   4    the ID is ambiguous; the candidates are on standard error
-  130  interrupted (Ctrl-C), as shells report the end by SIGINT";
+  130  interrupted (Ctrl-C), as shells report the end by SIGINT; 129 and 143: by SIGHUP and SIGTERM";
 
 const LOGS: &str = "\
 Print the output of a container, running or deleted
@@ -72,7 +72,9 @@ const IMPORT: &str = "\
 Make a snapshot from an archive; prints its name
 
 Every file is compared with its digest before the snapshot gets its name. Of an archive that is not whole,
-or is of no snapshot, nothing is left. Only import what you would run: a snapshot is a whole machine.";
+or is of no snapshot, nothing is left, nor of one that is interrupted. It may have as much data as
+snapshot.import_limit of the configuration allows. Only import what you would run: a snapshot is a whole
+machine.";
 
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
@@ -247,7 +249,8 @@ pub(crate) struct RestoreArgs {
     /// ID of the new sandbox [default: the snapshot's name and the time]
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<String>,
-    /// containerd namespace of the new sandbox [default: that of the snapshot's original]
+    /// containerd namespace of the new sandbox [default: that of the snapshot's original; of a snapshot that was
+    /// imported, the one that it was imported for]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
     /// Socket of containerd
@@ -276,6 +279,9 @@ pub(crate) struct ImportArgs {
     pub(crate) file: PathBuf,
     /// Name of the snapshot [default: the one that it had]
     pub(crate) name: Option<String>,
+    /// containerd namespace that it is for: `restore` makes sandboxes there unless told otherwise
+    #[arg(long, short, value_name = "NS", env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    pub(crate) namespace: String,
 }
 
 #[derive(Debug, Args)]

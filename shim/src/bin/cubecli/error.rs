@@ -4,12 +4,15 @@ use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use cube_shim::{
     config::ConfigError,
+    errors::chain,
     log::{
         locate::{LocateError, Name},
         reader::ReadError,
     },
     snapshot::SnapshotError,
     state::StateError,
+    task::ID_RULE,
+    text::printable_lines,
 };
 
 use crate::containerd::ContainerdError;
@@ -29,6 +32,8 @@ pub(crate) enum CliError {
     Output(#[source] io::Error),
     #[error("cannot wait for the log to grow")]
     Wait(#[source] io::Error),
+    #[error("{0:?} is no containerd namespace: it has {ID_RULE}")]
+    NoNamespace(String),
     #[error("there is no process {0}")]
     NoProcess(u32),
     #[error("cannot enter the mount namespace of process {pid}")]
@@ -81,10 +86,10 @@ pub(crate) enum CliError {
     },
     #[error("an archive is nothing for a terminal: name a file, or redirect standard output")]
     Terminal,
-    #[error("cannot be interrupted by SIGINT")]
+    #[error("cannot be interrupted by signals")]
     Signal(#[source] io::Error),
     #[error("interrupted")]
-    Interrupted,
+    Interrupted { signal: i32 },
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
     #[error(
@@ -99,15 +104,21 @@ pub(crate) enum CliError {
     Incomplete(usize),
 }
 
+/// Says on standard error what went wrong, in words that may be those of others.
+pub(crate) fn complain(error: &dyn std::error::Error) {
+    eprintln!("cubecli: {}", printable_lines(&chain(error)));
+}
+
 impl CliError {
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            CliError::Locate(LocateError::Invalid { .. }) => 2,
+            CliError::Locate(LocateError::Invalid { .. }) | CliError::NoNamespace(_) => 2,
             CliError::Locate(LocateError::NotFound { .. })
             | CliError::NoProcess(_)
             | CliError::NoSandbox { .. }
             | CliError::Snapshot(SnapshotError::NotFound { .. }) => 3,
-            CliError::Interrupted => 130,
+            // As shells report the end by a signal.
+            CliError::Interrupted { signal } => u8::try_from(128 + signal).unwrap_or(1),
             CliError::Locate(LocateError::Ambiguous { .. }) | CliError::Ambiguous { .. } => 4,
             _ => 1,
         })

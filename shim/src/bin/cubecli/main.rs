@@ -6,6 +6,7 @@ mod containerd;
 mod error;
 mod gc;
 mod info;
+mod interrupt;
 mod logs;
 mod ls;
 mod namespace;
@@ -26,7 +27,7 @@ mod wait;
 use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
 
 use clap::Parser;
-use cube_shim::{config::Config, errors::chain};
+use cube_shim::config::Config;
 
 use args::{Cli, Command, CubeboxCommand};
 use error::CliError;
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         // Whoever read the output has had enough of it: that is how `| head` ends, and no failure.
         Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("cubecli: {}", chain(&e));
+            error::complain(&e);
             e.exit_code()
         }
     }

@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     args::RestoreArgs,
     containerd::{Container, Containerd, ContainerdError},
-    error::CliError,
+    error::{CliError, complain},
     progress::during,
     shim,
 };
@@ -46,7 +46,7 @@ pub(crate) fn run(config: &Config, args: &RestoreArgs, mut output: File) -> Resu
         containerd.create_container(container).await?;
         let running = tokio::select! {
             running = during("restoring the sandbox", run_task(&containerd, &id)) => running.map_err(CliError::from),
-            _ = interrupted.recv() => Err(CliError::Interrupted),
+            _ = interrupted.recv() => Err(CliError::Interrupted { signal: libc::SIGINT }),
         };
         if running.is_err() {
             undo(&containerd, &id).await;
@@ -68,7 +68,7 @@ async fn undo(containerd: &Containerd, id: &str) {
         let _ = containerd.delete_task(id).await;
     }
     if let Err(e) = containerd.delete_container(id).await {
-        eprintln!("cubecli: {}", cube_shim::errors::chain(&e));
+        complain(&e);
     }
 }
 

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use cube_shim::{
-    errors::chain,
     log::locate::{Log, Name},
     state::{ContainerState, RunDir, State},
 };
 
-use crate::error::CliError;
+use crate::error::{CliError, complain};
 
 /// A sandbox that has a run directory.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ pub(crate) fn all(run_dir: &Path) -> Result<Vec<Sandbox>, CliError> {
         match dir.load() {
             Ok(Some(state)) => sandboxes.push(Sandbox { dir, state }),
             Ok(None) => {}
-            Err(e) => eprintln!("cubecli: {}", chain(&e)),
+            Err(e) => complain(&e),
         }
     }
     Ok(sandboxes)
