@@ -4,6 +4,7 @@ pub mod block;
 pub mod counters;
 pub mod demo;
 pub mod disks;
+pub mod ending;
 pub mod exactness;
 pub mod exits;
 pub mod faults;

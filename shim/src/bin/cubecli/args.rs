@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::Signal;
 
 use crate::time::Since;
 
@@ -62,6 +63,19 @@ containerd gets a container without an image: its files are in the snapshot. It 
 snapshot's original never was. Its output is in its log, as `cubecli logs ID` shows it; `ctr task` and
 others take it from there.";
 
+const KILL: &str = "\
+Send a signal to a container, SIGKILL unless told otherwise
+
+containerd is asked first. If it does not answer or does not know the task, its shim is asked; and if that is
+gone or silent, SIGKILL ends the whole sandbox by what is on disk.";
+
+const RM: &str = "\
+Remove a container, or a whole sandbox with the ID of its main container
+
+containerd is asked first. What it does not know, or while it does not answer, is removed with the shim, and
+without one from what is on disk, as containerd would have it done. The log stays, and so does the image. With
+--force, what runs is ended by SIGKILL first.";
+
 const EXPORT: &str = "\
 Write a snapshot into an archive, for another host
 
@@ -119,6 +133,12 @@ pub(crate) enum CubeboxCommand {
     Pause(PauseArgs),
     /// Let a paused sandbox go on, from memory or from disk
     Resume(ResumeArgs),
+    /// Send a signal to a container, SIGKILL unless told otherwise
+    #[command(long_about = KILL)]
+    Kill(KillArgs),
+    /// Remove a container, or a whole sandbox
+    #[command(long_about = RM)]
+    Rm(RmArgs),
     /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
     #[command(long_about = SNAPSHOT)]
     Snapshot(SnapshotArgs),
@@ -205,6 +225,57 @@ pub(crate) struct ResumeArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
+pub(crate) struct KillArgs {
+    /// Container ID, or a prefix of it that no other container has
+    pub(crate) id: String,
+    /// Signal, by its name or number
+    #[arg(long, short, default_value = "SIGKILL", value_parser = signal)]
+    pub(crate) signal: u32,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct RmArgs {
+    /// Container ID, or a prefix of it that no other container has
+    pub(crate) id: String,
+    /// End what runs, by SIGKILL
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ContainerdArgs {
+    /// Socket of containerd
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(crate) address: PathBuf,
+}
+
+/// A signal by its name, with or without SIG, or its number.
+fn signal(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| (1..=64).contains(number));
+    let name = text.to_ascii_uppercase();
+    let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let named = name.parse::<Signal>().ok().map(|signal| signal as u32);
+    number.or(named).ok_or_else(|| "not a signal: give a name, such as SIGTERM, or a number up to 64".into())
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub(crate) struct SnapshotArgs {
     /// ID of a sandbox or of a container in it, or a prefix that no other one has
     pub(crate) id: String,
@@ -253,14 +324,8 @@ pub(crate) struct RestoreArgs {
     /// imported, the one that it was imported for]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
-    /// Socket of containerd
-    #[arg(
-        long,
-        value_name = "PATH",
-        env = "CONTAINERD_ADDRESS",
-        default_value = "/run/containerd/containerd.sock"
-    )]
-    pub(crate) address: PathBuf,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
 }
 
 #[derive(Debug, Args)]
@@ -331,4 +396,26 @@ pub(crate) struct LogsArgs {
     /// containerd namespace of the container [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_has_a_name_or_a_number() {
+        for (text, number) in
+            [("SIGTERM", 15), ("term", 15), ("9", 9), ("KILL", 9), ("64", 64), ("sigusr1", 10)]
+        {
+            assert_eq!(signal(text), Ok(number), "{text}");
+        }
+        for text in ["", "0", "65", "SIG", "-9", "nothing"] {
+            signal(text).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
 }

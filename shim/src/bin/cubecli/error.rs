@@ -3,6 +3,8 @@
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use cube_shim::{
+    bootstrap::BootstrapError,
+    cgroup::CgroupError,
     config::ConfigError,
     errors::chain,
     log::{
@@ -74,7 +76,25 @@ pub(crate) enum CliError {
     #[error("sandbox {sandbox} is not ready after {limit:?}: {waits_for}")]
     NotReady { sandbox: Name, limit: Duration, waits_for: String },
     #[error("sandbox {sandbox}: {text}")]
-    Refused { sandbox: Name, text: String },
+    Refused { sandbox: Name, code: ttrpc::Code, text: String },
+    #[error(transparent)]
+    CleanUp(#[from] BootstrapError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(
+        "container {container} has not stopped: `cubecli cubebox kill` ends it, and `cubecli cubebox rm --force` ends and removes it"
+    )]
+    NotStopped { container: Name },
+    #[error(
+        "the shim of sandbox {sandbox} does not answer, and without it nothing but SIGKILL can be sent, which ends the whole sandbox"
+    )]
+    OnlyKill { sandbox: Name },
+    #[error(
+        "the shim of sandbox {sandbox} does not answer, and without it container {container} cannot be ended alone: `cubecli cubebox kill {}` ends the whole sandbox", .sandbox.id
+    )]
+    OnlyWhole { sandbox: Name, container: String },
+    #[error("container {container} did not end within {limit:?} of SIGKILL")]
+    LivesOn { container: Name, limit: Duration },
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     #[error("cannot {action} {path}")]

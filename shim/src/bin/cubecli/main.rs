@@ -3,6 +3,7 @@
 mod archive;
 mod args;
 mod containerd;
+mod end;
 mod error;
 mod gc;
 mod info;
@@ -56,6 +57,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Pause(args) } => pause::pause(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Resume(args) } => pause::resume(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Kill(args) } => end::kill(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Rm(args) } => end::rm(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Rollback(args) } => rollback::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
             snapshot::take(&config, &args, output)

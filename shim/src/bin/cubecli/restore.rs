@@ -40,7 +40,7 @@ pub(crate) fn run(config: &Config, args: &RestoreArgs, mut output: File) -> Resu
     let spec = spec(&manifest, &id)?;
     let namespace = args.namespace.as_deref().unwrap_or(&manifest.origin.namespace);
     shim::block_on(async {
-        let containerd = Containerd::connect(&args.address, namespace).await?;
+        let containerd = Containerd::connect(&args.containerd.address, namespace).await?;
         let container = Container { id: &id, runtime: RUNTIME, spec: &spec };
         let mut interrupted = signal(SignalKind::interrupt()).map_err(CliError::Signal)?;
         containerd.create_container(container).await?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use protobuf::{MessageField, well_known_types::any::Any};
 use serde_json::Value;
 use tonic::{
-    Request, Status,
+    Code, Request, Response, Status,
     client::Grpc,
     codegen::http::uri::PathAndQuery,
     metadata::{Ascii, MetadataValue, errors::InvalidMetadataValue},
@@ -25,6 +25,9 @@ mod api {
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 const CONTAINERS: &str = "containerd.services.containers.v1.Containers";
+/// containerd.v1.types.Status
+const STOPPED: u32 = 3;
+
 const TASKS: &str = "containerd.services.tasks.v1.Tasks";
 
 /// What containerd does not do.
@@ -42,6 +45,44 @@ pub(crate) enum ContainerdError {
     Namespace(String, #[source] InvalidMetadataValue),
     #[error("containerd cannot {action} {id:?}: {}", .status.message())]
     Refused { action: &'static str, id: String, status: Box<Status> },
+    #[error("containerd has no OCI spec of the container {id:?}")]
+    Spec {
+        id: String,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl ContainerdError {
+    /// For a call that took too long.
+    pub(crate) fn slow(action: &'static str, id: &str) -> ContainerdError {
+        let status = Box::new(Status::deadline_exceeded("it took too long"));
+        ContainerdError::Refused { action, id: id.into(), status }
+    }
+
+    /// Whether containerd has no such container, task or process.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, ContainerdError::Refused { status, .. } if status.code() == Code::NotFound)
+    }
+
+    /// Whether containerd itself is not there, or does not answer.
+    pub(crate) fn is_silence(&self) -> bool {
+        match self {
+            ContainerdError::Unreachable { .. } => true,
+            ContainerdError::Refused { status, .. } => {
+                matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What containerd knows of a task.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Task {
+    /// Of its VMM.
+    pub(crate) pid: u32,
+    pub(crate) is_stopped: bool,
 }
 
 /// A container to be made.
@@ -83,42 +124,59 @@ impl Containerd {
         };
         let request =
             api::CreateContainerRequest { container: MessageField::some(container), ..Default::default() };
-        self.call(CONTAINERS, "Create", request, "make the container", id).await
+        self.tell(CONTAINERS, "Create", request, "make the container", id).await
     }
 
     pub(crate) async fn delete_container(&self, id: &str) -> Result<(), ContainerdError> {
         let request = api::DeleteContainerRequest { id: id.into(), ..Default::default() };
-        self.call(CONTAINERS, "Delete", request, "remove the container", id).await
+        self.tell(CONTAINERS, "Delete", request, "remove the container", id).await
+    }
+
+    /// The OCI spec of a container, which may be anything.
+    pub(crate) async fn spec(&self, id: &str) -> Result<Value, ContainerdError> {
+        let request = api::GetContainerRequest { id: id.into(), ..Default::default() };
+        let answer: api::GetContainerResponse =
+            self.call(CONTAINERS, "Get", request, "find the container", id).await?;
+        let spec = answer.container.spec.value.as_slice();
+        serde_json::from_slice(spec).map_err(|source| ContainerdError::Spec { id: id.into(), source })
     }
 
     /// Makes the task of a container. It does not run yet.
     pub(crate) async fn create_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = api::CreateTaskRequest { container_id: id.into(), ..Default::default() };
-        self.call(TASKS, "Create", request, "make a task of the container", id).await
+        self.tell(TASKS, "Create", request, "make a task of the container", id).await
     }
 
     pub(crate) async fn start_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = api::StartRequest { container_id: id.into(), ..Default::default() };
-        self.call(TASKS, "Start", request, "start the task", id).await
+        self.tell(TASKS, "Start", request, "start the task", id).await
+    }
+
+    /// What containerd knows of a task.
+    pub(crate) async fn task(&self, id: &str) -> Result<Task, ContainerdError> {
+        let request = api::GetRequest { container_id: id.into(), ..Default::default() };
+        let answer: api::GetResponse = self.call(TASKS, "Get", request, "find the task", id).await?;
+        Ok(Task { pid: answer.process.pid, is_stopped: answer.process.status == STOPPED })
     }
 
     pub(crate) async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
         let request = api::KillRequest { container_id: id.into(), signal, ..Default::default() };
-        self.call(TASKS, "Kill", request, "kill the task", id).await
+        self.tell(TASKS, "Kill", request, "kill the task", id).await
     }
 
     /// Returns when the task has exited, however long that takes.
     pub(crate) async fn wait_for_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = api::WaitRequest { container_id: id.into(), ..Default::default() };
-        self.call(TASKS, "Wait", request, "wait for the task", id).await
+        self.tell(TASKS, "Wait", request, "wait for the task", id).await
     }
 
     pub(crate) async fn delete_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = api::DeleteTaskRequest { container_id: id.into(), ..Default::default() };
-        self.call(TASKS, "Delete", request, "remove the task", id).await
+        self.tell(TASKS, "Delete", request, "remove the task", id).await
     }
 
-    async fn call<M: protobuf::Message>(
+    /// A call whose answer says nothing more.
+    async fn tell<M: protobuf::Message>(
         &self,
         service: &str,
         method: &str,
@@ -126,6 +184,17 @@ impl Containerd {
         action: &'static str,
         id: &str,
     ) -> Result<(), ContainerdError> {
+        self.call::<M, api::Nothing>(service, method, message, action, id).await.map(drop)
+    }
+
+    async fn call<M: protobuf::Message, A: protobuf::Message>(
+        &self,
+        service: &str,
+        method: &str,
+        message: M,
+        action: &'static str,
+        id: &str,
+    ) -> Result<A, ContainerdError> {
         let refused = |status| ContainerdError::Refused { action, id: id.into(), status: Box::new(status) };
         let path = PathAndQuery::try_from(format!("/{service}/{method}"))
             .map_err(|e| refused(Status::internal(e.to_string())))?;
@@ -133,7 +202,7 @@ impl Containerd {
         request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await.map_err(|e| refused(Status::unavailable(e.to_string())))?;
-        let codec = Messages::<M, api::Nothing>::default();
-        grpc.unary(request, path, codec).await.map(drop).map_err(refused)
+        let codec = Messages::<M, A>::default();
+        grpc.unary(request, path, codec).await.map(Response::into_inner).map_err(refused)
     }
 }
