@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{ending, exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, store, survival},
 };
 
 fn main() -> ExitCode {
@@ -41,6 +41,8 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        copy::a_tree_goes_into_a_container_and_out_again,
+        copy::a_hostile_container_writes_nowhere_else,
         ending::kill_and_rm_go_through_containerd,
         ending::another_containerd_with_the_same_id_is_left_alone,
         ending::kill_and_rm_need_no_containerd,

@@ -63,6 +63,17 @@ containerd gets a container without an image: its files are in the snapshot. It 
 snapshot's original never was. Its output is in its log, as `cubecli logs ID` shows it; `ctr task` and
 others take it from there.";
 
+const CP: &str = "\
+Copy files out of a running container, or into it
+
+`cp ID:PATH LOCAL` and `cp LOCAL ID:PATH` copy a file, or a directory with all in it, into a directory that exists,
+else under the name given; of `DIR/.`, what is in it. `-` is standard output or input, as a tar stream. Modes, owners
+(by number) and symbolic links are kept; out of a container, hard links are, too, and neither set-user-ID bits nor
+devices, FIFOs and sockets. Nothing is written outside of LOCAL, whatever the container sends.
+
+The container's own tar is run as its root, and into it its own test, as the other tools do it: a container without
+them has no cp.";
+
 const KILL: &str = "\
 Send a signal to a container, SIGKILL unless told otherwise
 
@@ -133,6 +144,9 @@ pub(crate) enum CubeboxCommand {
     Pause(PauseArgs),
     /// Let a paused sandbox go on, from memory or from disk
     Resume(ResumeArgs),
+    /// Copy files out of a running container, or into it
+    #[command(long_about = CP)]
+    Cp(CpArgs),
     /// Send a signal to a container, SIGKILL unless told otherwise
     #[command(long_about = KILL)]
     Kill(KillArgs),
@@ -221,6 +235,20 @@ pub(crate) struct ResumeArgs {
     /// containerd namespace of the sandbox [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct CpArgs {
+    /// What to copy: ID:PATH, or a local path
+    pub(crate) src: String,
+    /// Where to: a local path, or ID:PATH
+    pub(crate) dst: String,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
 }
 
 #[derive(Debug, Args)]

@@ -10,7 +10,7 @@ use ttrpc::Code;
 
 use crate::{
     args::{KillArgs, RmArgs},
-    containerd::{Containerd, ContainerdError, Task},
+    containerd::{Containerd, ContainerdError, Task, limited},
     error::{CliError, complain},
     progress::during,
     sandboxes::{self, Sandbox},
@@ -18,9 +18,6 @@ use crate::{
 };
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
-
-/// Time for containerd to say whether it is there, and knows a task.
-const CONTAINERD_LIMIT: Duration = Duration::from_secs(5);
 
 /// Time for a signal, and for a state.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
@@ -228,25 +225,12 @@ impl End<'_> {
     /// containerd and what it knows of the task of `id`, if it answers and knows the one of this sandbox.
     async fn containerd(&self, id: &str) -> Option<(Containerd, Task)> {
         let containerd = self.connect().await?;
-        let task = timeout(CONTAINERD_LIMIT, containerd.task(id)).await.ok()?.ok()?;
+        let task = limited(CALL_LIMIT, "find the task", id, containerd.task(id)).await.ok()?;
         Some((containerd, task))
     }
 
-    /// containerd, if it answers and is the one whose sandbox this is: another one on this host may have the same
-    /// IDs. That it is told by its socket, or by the pid that it has of the task.
     async fn connect(&self) -> Option<Containerd> {
-        let state = &self.sandbox.state;
-        let connecting = Containerd::connect(self.address, &state.namespace);
-        let containerd = timeout(CONTAINERD_LIMIT, connecting).await.ok()?.ok()?;
-        let ttrpc = format!("{}.ttrpc", self.address.display());
-        let by_address = RunDir::of(&self.config.run_dir, &ttrpc, &state.namespace, &state.sandbox_id);
-        let is_address = by_address.key() == self.sandbox.dir.key();
-        // Also tells whether somebody serves the socket.
-        let is_ours = match timeout(CONTAINERD_LIMIT, containerd.task(&state.sandbox_id)).await.ok()? {
-            Ok(task) => is_address || state.vmm_pid != 0 && task.pid == state.vmm_pid,
-            Err(e) => is_address && !e.is_silence(),
-        };
-        is_ours.then_some(containerd)
+        Containerd::of(self.config, &self.sandbox, self.address).await.ok()
     }
 
     /// The shim, unless nobody listens.
@@ -277,16 +261,6 @@ async fn is_gone(dir: &RunDir) {
     while tokio::net::UnixStream::connect(dir.path().join("shim.sock")).await.is_ok() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-}
-
-/// A call to containerd with a deadline.
-async fn limited<T>(
-    limit: Duration,
-    action: &'static str,
-    id: &str,
-    call: impl Future<Output = Result<T, ContainerdError>>,
-) -> Result<T, ContainerdError> {
-    timeout(limit, call).await.unwrap_or_else(|_| Err(ContainerdError::slow(action, id)))
 }
 
 fn unless_not_found(error: ContainerdError) -> Result<(), ContainerdError> {

@@ -93,6 +93,35 @@ pub(crate) enum CliError {
         "the shim of sandbox {sandbox} does not answer, and without it container {container} cannot be ended alone: `cubecli cubebox kill {}` ends the whole sandbox", .sandbox.id
     )]
     OnlyWhole { sandbox: Name, container: String },
+    #[error(
+        "one of SRC and DST is ID:PATH and the other one a local path, `./NAME` if it has a colon, or `-`"
+    )]
+    CopySides,
+    #[error(
+        "the container {container} has no program {program:?}, which `cp` runs in it: `ctr snapshots mount` shows the files of its image, and a volume brings in others"
+    )]
+    NoProgram { container: Name, program: &'static str },
+    #[error("{program} in the container {container} ended with status {status}: {}", .said.trim_end())]
+    InContainer { container: Name, program: &'static str, status: u32, said: String },
+    #[error("{path:?} in what the container sent {why}")]
+    Entry { path: String, why: &'static str },
+    #[error("cannot {action} {path:?}, which the container sent")]
+    Unpack {
+        action: &'static str,
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot read what the container sent")]
+    Received(#[source] io::Error),
+    #[error("cannot send {path}")]
+    Send {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{0} files were left out, see above")]
+    LeftOut(usize),
     #[error("container {container} did not end within {limit:?} of SIGKILL")]
     LivesOn { container: Name, limit: Duration },
     #[error(transparent)]
@@ -132,7 +161,9 @@ pub(crate) fn complain(error: &dyn std::error::Error) {
 impl CliError {
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            CliError::Locate(LocateError::Invalid { .. }) | CliError::NoNamespace(_) => 2,
+            CliError::Locate(LocateError::Invalid { .. })
+            | CliError::NoNamespace(_)
+            | CliError::CopySides => 2,
             CliError::Locate(LocateError::NotFound { .. })
             | CliError::NoProcess(_)
             | CliError::NoSandbox { .. }

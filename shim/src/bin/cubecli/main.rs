@@ -3,6 +3,7 @@
 mod archive;
 mod args;
 mod containerd;
+mod cp;
 mod end;
 mod error;
 mod gc;
@@ -57,6 +58,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Pause(args) } => pause::pause(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Resume(args) } => pause::resume(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Cp(args) } => cp::run(&config, &args, output),
         Command::Cubebox { command: CubeboxCommand::Kill(args) } => end::kill(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Rm(args) } => end::rm(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Rollback(args) } => rollback::run(&config, &args),

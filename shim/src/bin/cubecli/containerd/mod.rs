@@ -2,10 +2,15 @@
 
 mod codec;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use cube_shim::{config::Config, log::locate::Name, state::RunDir};
 use protobuf::{MessageField, well_known_types::any::Any};
 use serde_json::Value;
+use tokio::time::timeout;
 use tonic::{
     Code, Request, Response, Status,
     client::Grpc,
@@ -15,6 +20,7 @@ use tonic::{
 };
 
 use self::codec::Messages;
+use crate::sandboxes::Sandbox;
 
 #[allow(warnings, clippy::all, clippy::restriction)]
 mod api {
@@ -25,6 +31,11 @@ mod api {
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 const CONTAINERS: &str = "containerd.services.containers.v1.Containers";
+const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+
+/// Time for containerd to say whether it is there, and knows a task.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
 /// containerd.v1.types.Status
 const STOPPED: u32 = 3;
 
@@ -45,6 +56,10 @@ pub(crate) enum ContainerdError {
     Namespace(String, #[source] InvalidMetadataValue),
     #[error("containerd cannot {action} {id:?}: {}", .status.message())]
     Refused { action: &'static str, id: String, status: Box<Status> },
+    #[error(
+        "the sandbox {sandbox} is not one of the containerd at {address}: name the socket of its own with --address or CONTAINERD_ADDRESS"
+    )]
+    Other { address: PathBuf, sandbox: Name },
     #[error("containerd has no OCI spec of the container {id:?}")]
     Spec {
         id: String,
@@ -55,7 +70,7 @@ pub(crate) enum ContainerdError {
 
 impl ContainerdError {
     /// For a call that took too long.
-    pub(crate) fn slow(action: &'static str, id: &str) -> ContainerdError {
+    fn slow(action: &'static str, id: &str) -> ContainerdError {
         let status = Box::new(Status::deadline_exceeded("it took too long"));
         ContainerdError::Refused { action, id: id.into(), status }
     }
@@ -94,6 +109,27 @@ pub(crate) struct Container<'a> {
     pub(crate) spec: &'a Value,
 }
 
+/// A process to be added to a task.
+pub(crate) struct Exec {
+    pub(crate) id: String,
+    /// `process` of an OCI spec.
+    pub(crate) spec: Value,
+    /// FIFOs.
+    pub(crate) stdin: Option<PathBuf>,
+    pub(crate) stdout: Option<PathBuf>,
+    pub(crate) stderr: Option<PathBuf>,
+}
+
+/// A call to containerd with a deadline.
+pub(crate) async fn limited<T>(
+    limit: Duration,
+    action: &'static str,
+    id: &str,
+    call: impl Future<Output = Result<T, ContainerdError>>,
+) -> Result<T, ContainerdError> {
+    timeout(limit, call).await.unwrap_or_else(|_| Err(ContainerdError::slow(action, id)))
+}
+
 /// containerd, in one of its namespaces. Clones share a connection.
 #[derive(Clone)]
 pub(crate) struct Containerd {
@@ -109,6 +145,28 @@ impl Containerd {
         let namespace =
             namespace.parse().map_err(|source| ContainerdError::Namespace(namespace.into(), source))?;
         Ok(Containerd { channel, namespace })
+    }
+
+    /// The one whose `sandbox` is: another one on this host may have the same IDs. That it is told by its socket, or
+    /// by the pid that it has of the task.
+    pub(crate) async fn of(
+        config: &Config,
+        sandbox: &Sandbox,
+        address: &Path,
+    ) -> Result<Containerd, ContainerdError> {
+        let (state, id) = (&sandbox.state, &sandbox.state.sandbox_id);
+        let connecting = Containerd::connect(address, &state.namespace);
+        let containerd = limited(ANSWER_LIMIT, "find the sandbox", id, connecting).await?;
+        let ttrpc = format!("{}.ttrpc", address.display());
+        let is_address = RunDir::of(&config.run_dir, &ttrpc, &state.namespace, id).key() == sandbox.dir.key();
+        // Also tells whether somebody serves the socket.
+        let is_ours = match limited(ANSWER_LIMIT, "find the sandbox", id, containerd.task(id)).await {
+            Ok(task) => is_address || state.vmm_pid != 0 && task.pid == state.vmm_pid,
+            Err(e) if e.is_silence() => return Err(e),
+            Err(_) => is_address,
+        };
+        let other = || ContainerdError::Other { address: address.into(), sandbox: sandbox.name() };
+        is_ours.then_some(containerd).ok_or_else(other)
     }
 
     /// Makes a container without an image.
@@ -162,6 +220,62 @@ impl Containerd {
     pub(crate) async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
         let request = api::KillRequest { container_id: id.into(), signal, ..Default::default() };
         self.tell(TASKS, "Kill", request, "kill the task", id).await
+    }
+
+    /// Adds a process to the task `id`.
+    pub(crate) async fn exec(&self, id: &str, exec: &Exec) -> Result<(), ContainerdError> {
+        let spec =
+            Any { type_url: PROCESS_TYPE.into(), value: exec.spec.to_string().into(), ..Default::default() };
+        let path =
+            |path: &Option<PathBuf>| path.as_ref().map_or_else(String::new, |p| p.display().to_string());
+        let request = api::ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.id.clone(),
+            stdin: path(&exec.stdin),
+            stdout: path(&exec.stdout),
+            stderr: path(&exec.stderr),
+            spec: MessageField::some(spec),
+            ..Default::default()
+        };
+        self.tell(TASKS, "Exec", request, "run a process in the container", id).await
+    }
+
+    pub(crate) async fn start_exec(&self, id: &str, exec: &str) -> Result<(), ContainerdError> {
+        let request =
+            api::StartRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        self.tell(TASKS, "Start", request, "start a process in the container", id).await
+    }
+
+    /// No more is written to the stdin of an exec.
+    pub(crate) async fn close_stdin(&self, id: &str, exec: &str) -> Result<(), ContainerdError> {
+        let request = api::CloseIORequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            stdin: true,
+            ..Default::default()
+        };
+        self.tell(TASKS, "CloseIO", request, "end the input of a process in the container", id).await
+    }
+
+    pub(crate) async fn kill_exec(&self, id: &str, exec: &str, signal: u32) -> Result<(), ContainerdError> {
+        let (container_id, exec_id) = (id.into(), exec.into());
+        let request = api::KillRequest { container_id, exec_id, signal, ..Default::default() };
+        self.tell(TASKS, "Kill", request, "kill a process in the container", id).await
+    }
+
+    /// The exit status of an exec, when it has exited.
+    pub(crate) async fn wait_for_exec(&self, id: &str, exec: &str) -> Result<u32, ContainerdError> {
+        let request =
+            api::WaitRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        let action = "wait for a process in the container";
+        let answer: api::WaitResponse = self.call(TASKS, "Wait", request, action, id).await?;
+        Ok(answer.exit_status)
+    }
+
+    pub(crate) async fn delete_exec(&self, id: &str, exec: &str) -> Result<(), ContainerdError> {
+        let request =
+            api::DeleteProcessRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        self.tell(TASKS, "DeleteProcess", request, "remove a process of the container", id).await
     }
 
     /// Returns when the task has exited, however long that takes.
