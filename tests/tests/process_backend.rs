@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,
         lifecycle::a_created_task_can_be_killed,
+        lifecycle::a_config_json_of_16_megabytes_works,
         output::output_lands_in_the_log_and_on_stdout,
         output::output_arrives_while_the_process_runs,
         output::stdin_is_piped_in_and_its_end_is_seen,

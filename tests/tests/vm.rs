@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     runner::main(cases![Backend::Qemu =>
         lifecycle::a_running_sandbox_has_what_the_leftover_check_looks_for,
         lifecycle::a_task_can_be_listed_measured_killed_and_deleted,
+        lifecycle::a_config_json_of_16_megabytes_works,
         lifecycle::another_process_runs_in_a_container,
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,

@@ -7,7 +7,10 @@ use containerd_shim_protos::{
     api::{self, Status},
     protobuf::{MessageField, well_known_types::any::Any},
 };
-use cube_protocol::guest::QuiesceResponse;
+use cube_protocol::{
+    guest::{CreateOptions, PutSpecRequest, QuiesceResponse},
+    spec::{PART, WHOLE_MAX},
+};
 use futures::future::join_all;
 use tokio::{
     task::spawn_blocking,
@@ -218,6 +221,37 @@ pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error
         }
         sleep(LOOK).await;
     }
+}
+
+/// Brings the `config.json` of `container` into the guest, in parts if it has to be, and gives what its Create
+/// says of it.
+pub(super) async fn bring_spec(
+    agent: &Agent,
+    container: &str,
+    spec: Vec<u8>,
+) -> Result<CreateOptions, AgentError> {
+    if spec.len() <= WHOLE_MAX {
+        return Ok(CreateOptions { spec, ..Default::default() });
+    }
+    let total_bytes = spec.len() as u64;
+    for (index, part) in spec.chunks(PART).enumerate() {
+        let call = PutSpecRequest {
+            container_id: container.into(),
+            total_bytes,
+            offset: (index * PART) as u64,
+            part: part.into(),
+            ..Default::default()
+        };
+        agent
+            .call(
+                "PutSpec",
+                CALL_LIMIT,
+                call,
+                |c, ctx, call| async move { c.guest.put_spec(ctx, &call).await },
+            )
+            .await?;
+    }
+    Ok(CreateOptions { spec_bytes: total_bytes, ..Default::default() })
 }
 
 /// Makes a container with an init process that does not run yet; gives its pid in the guest.

@@ -5,10 +5,11 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
+use cube_protocol::spec::BYTES_MAX;
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 use ttrpc::Code;
@@ -26,6 +27,14 @@ pub enum SpecError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// The file is longer than any may be.
+    #[error("{path} has {bytes} bytes, {max} are possible", max = cube_protocol::spec::BYTES_MAX)]
+    Long {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
     },
     /// The file is not JSON.
     #[error("{path} is not a valid OCI spec")]
@@ -91,7 +100,14 @@ pub struct Pod {
 /// Reads `config.json` of `bundle`.
 pub fn load(bundle: &Path) -> Result<Value, SpecError> {
     let path = bundle.join("config.json");
-    let text = fs::read(&path).map_err(|source| SpecError::Read { path: path.clone(), source })?;
+    let failed = |source| SpecError::Read { path: path.clone(), source };
+    let file = File::open(&path).map_err(failed)?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    if bytes > BYTES_MAX as u64 {
+        return Err(SpecError::Long { path, bytes });
+    }
+    let mut text = Vec::new();
+    file.take(BYTES_MAX as u64).read_to_end(&mut text).map_err(failed)?;
     let spec: Value = serde_json::from_slice(&text).map_err(|source| SpecError::Json { path, source })?;
     if spec.is_object() {
         Ok(spec)
