@@ -92,7 +92,7 @@ impl Room {
     fn is_free(&self, needed: u64) -> Result<(), SnapshotError> {
         // A file system that does not know its size refuses when it is full.
         let Ok(stat) = statvfs(&self.store) else { return Ok(()) };
-        let free = u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size());
+        let free = stat.blocks_available().saturating_mul(stat.fragment_size());
         if stat.blocks() > 0 && needed > free {
             return Err(SnapshotError::Space { dir: self.store.clone(), needed, free });
         }
