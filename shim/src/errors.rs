@@ -243,6 +243,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         SnapshotError::Name(_) | SnapshotError::Outside { .. } | SnapshotError::Archive { .. } => {
             Code::INVALID_ARGUMENT
         }
+        SnapshotError::Limit { .. } | SnapshotError::Space { .. } => Code::RESOURCE_EXHAUSTED,
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
         SnapshotError::NotFound { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }
@@ -251,6 +252,9 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         | SnapshotError::Foreign { .. }
         | SnapshotError::Length { .. }
         | SnapshotError::Damaged { .. }
+        | SnapshotError::Many { .. }
+        | SnapshotError::NoDigest { .. }
+        | SnapshotError::Spec { .. }
         | SnapshotError::InUse { .. } => Code::FAILED_PRECONDITION,
         SnapshotError::Io { .. } | SnapshotError::Input(_) | SnapshotError::Output(_) => Code::UNKNOWN,
     }

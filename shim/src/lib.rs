@@ -22,4 +22,5 @@ pub mod snapshot;
 pub mod state;
 pub mod stdio;
 pub mod task;
+pub mod text;
 pub mod vmm;

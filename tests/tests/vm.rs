@@ -7,7 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, terminal,
+        ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival,
+        terminal,
     },
 };
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_kernel_that_panics_is_an_exit_with_137,
+        ending::a_task_without_a_container_is_removed,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,

@@ -117,7 +117,7 @@ fn compare(dir: &Path, files: &[&FileDigest], told: Told<'_>) -> Result<(), Snap
     for file in files {
         let path = dir.join(&file.path);
         let digested = File::open(&path).and_then(|file| digest(&file, &mut |bytes| meter.add(bytes)));
-        let (_, found) = digested.map_err(failed("cannot read", &path))?;
+        let found = digested.map_err(failed("cannot read", &path))?.sha256;
         if found != file.sha256 {
             return Err(SnapshotError::Damaged { path, found, expected: file.sha256.clone() });
         }
