@@ -244,7 +244,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
             Code::INVALID_ARGUMENT
         }
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
-        SnapshotError::NotFound { .. } => Code::NOT_FOUND,
+        SnapshotError::NotFound { .. } | SnapshotError::NotOwned { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }
         | SnapshotError::Format { .. }
         | SnapshotError::Protocol { .. }

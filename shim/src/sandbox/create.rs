@@ -30,6 +30,7 @@ use crate::{
     rootfs::{Share, block::BlockRequest},
     state::State,
     stdio::{Flows, LogConfig, ProcessIo},
+    tenant::Tenant,
     vmm::{Disk, VmSpec, Vmm},
 };
 
@@ -48,6 +49,8 @@ pub(super) struct Creation {
     pub(super) config: Arc<Config>,
     pub(super) host: Arc<dyn Host>,
     pub(super) plan: Plan,
+    /// Whose the container is.
+    pub(super) tenant: Tenant,
     pub(super) log: Option<LogConfig>,
     /// As saved before this job began.
     pub(super) state: State,
@@ -237,7 +240,8 @@ impl Creation {
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
         let mut steps = Steps::begin();
         let run_dir = &self.identity.run_dir;
-        let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
+        let policy = self.tenant.is_pod().then_some(&self.config.policy);
+        let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm, policy);
         // The members of a pod come later, with whatever rootfs the snapshotter gives them.
         let share = rootfs.share || spec::sandbox_id(&self.plan.spec).is_some();
         let vm = VmSpec {

@@ -109,9 +109,10 @@ impl Creation {
         let store = Store::at(&self.config.snapshot.dir);
         let (host, config, cgroup) = (self.host.clone(), self.config.clone(), self.state.cgroup.clone());
         let (name, run_dir) = (name.to_owned(), self.identity.run_dir.clone());
+        let tenant = self.tenant.clone();
         let mut opened = spawn_blocking(move || -> Result<_, Error> {
             let mut go_on = go_on;
-            let held = store.hold(store.resolve(&name)?, &mut go_on)?;
+            let held = store.hold_for(&tenant, store.resolve(&name)?, &mut go_on)?;
             host.create_cgroup(&cgroup)?;
             let disks = host.restore_disks(&config, &run_dir, &held.manifest.disks_in(&held.dir))?;
             Ok((held, disks))

@@ -40,6 +40,11 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
     {
         rows.push(file(name, path));
     }
+    let allowed = match &config.policy.pod_annotations[..] {
+        [] => "none".into(),
+        some => some.join(", "),
+    };
+    rows.push(row("policy.pod_annotations", allowed));
     rows.push(file("run_dir", &config.run_dir));
     rows.push(file("rootfs.cache_dir", &config.rootfs.cache_dir));
     rows.push(match config.log.dir.as_os_str() == locate::BUNDLE {

@@ -3,12 +3,12 @@
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use containerd_shim_protos::{events::task as message, protobuf::MessageField};
-use cube_protocol::annotations::TEMPLATE_ID;
+use cube_protocol::annotations::{SNAPSHOT_RESTORE, TEMPLATE_ID};
 use tokio::sync::oneshot;
 
 use super::{Container, Motion, Owner, SandboxState, init_of, not_found};
 use crate::{
-    annotations::AnnotationError,
+    annotations::{self, AnnotationError},
     errors::Error,
     events::TaskEvent,
     sandbox::{
@@ -22,6 +22,7 @@ use crate::{
     snapshot::Template,
     state::{ContainerState, now_ns},
     stdio::LogConfig,
+    tenant::Tenant,
 };
 
 impl Owner {
@@ -38,7 +39,8 @@ impl Owner {
 
     /// Checks whether the container may be created now, and notes it in memory and on disk: nothing
     /// is made before the state file knows of it.
-    pub(super) fn admit(&mut self, plan: Plan) -> Result<(Creation, oneshot::Receiver<()>), Error> {
+    pub(super) fn admit(&mut self, mut plan: Plan) -> Result<(Creation, oneshot::Receiver<()>), Error> {
+        let tenant = self.permit(&mut plan)?;
         let id = &plan.request.id;
         if self.containers.contains_key(id) {
             return Err(Error::AlreadyExists { what: "container", id: id.clone() });
@@ -74,6 +76,7 @@ impl Owner {
             oom: None,
             ready: Ready::new(plan.annotations.ready.clone()),
             motion: Motion::default(),
+            tenant: tenant.clone(),
             template: plan
                 .annotations
                 .template
@@ -89,6 +92,7 @@ impl Owner {
             config: self.config.clone(),
             host: self.host.clone(),
             plan,
+            tenant,
             log,
             state: self.disk.clone(),
             joins,
@@ -96,6 +100,20 @@ impl Owner {
             events: self.events.clone(),
         };
         Ok((creation, aborted))
+    }
+
+    /// Whose the container is, if that may ask for what the plan says.
+    fn permit(&self, plan: &mut Plan) -> Result<Tenant, Error> {
+        let tenant = Tenant::of(&self.identity.namespace, &plan.spec);
+        if tenant.is_pod() {
+            let policy = &self.config.policy;
+            let names = spec::annotations(&plan.spec)?.into_iter().map(|(name, _)| name);
+            // A checkpoint that is restored names a snapshot just as the annotation does.
+            let restore = plan.restore.as_ref().map(|_| SNAPSHOT_RESTORE);
+            annotations::permit(names.chain(restore), policy)?;
+            plan.annotations.clamp(policy);
+        }
+        Ok(tenant)
     }
 
     /// A template is what becomes of one container, and has its log.

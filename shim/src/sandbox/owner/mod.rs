@@ -48,6 +48,7 @@ use crate::{
     sandbox::Exit,
     snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
+    tenant::Tenant,
     vmm::Disk,
 };
 
@@ -69,6 +70,7 @@ struct Container {
     ready: Ready,
     /// Whether it runs, apart from its sandbox.
     motion: Motion,
+    tenant: Tenant,
     /// If it is built for one.
     template: Option<Template>,
     /// Ends its creation; dropped afterwards.

@@ -145,6 +145,8 @@ fn manifest(input: impl Read, path: &str, name: Option<&str>) -> Result<Manifest
     if let Some(name) = name {
         manifest.name = name.into();
     }
+    // Who owns it here is not for an archive to say.
+    manifest.owner = None;
     check::usable(&manifest.name, &manifest)?;
     Ok(manifest)
 }
