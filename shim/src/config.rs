@@ -2,13 +2,14 @@
 //!
 //! `docs/configuration.md` describes every key for operators; a key that is not known is an error.
 
+mod limits;
 mod policy;
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-pub use policy::Policy;
+pub use self::{limits::Limits, policy::Policy};
 
 /// Where the configuration is read from when nothing else names a file.
 pub const DEFAULT_PATH: &str = "/etc/cube/config.toml";
@@ -38,6 +39,8 @@ pub struct Config {
     pub snapshot: Snapshot,
     /// What the authors of pods may ask for.
     pub policy: Policy,
+    /// What a sandbox may take of its host.
+    pub limits: Limits,
 }
 
 /// The `vmm` key.
@@ -146,6 +149,7 @@ impl Default for Config {
             rootfs: Rootfs::default(),
             snapshot: Snapshot::default(),
             policy: Policy::default(),
+            limits: Limits::default(),
         }
     }
 }
@@ -265,7 +269,7 @@ impl Config {
             if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
         let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
-        let Config { vm, log, rootfs, policy, .. } = self;
+        let Config { vm, log, rootfs, policy, limits, .. } = self;
         // A log below log.dir would be taken for that of a container of the namespace "template".
         let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
         let rule = "an absolute path outside of log.dir";
@@ -284,7 +288,13 @@ impl Config {
         range("policy.max_vcpus", vcpus.into(), (1..=255).contains(&vcpus), "from 1 to 255")?;
         let (memory, disk) = (policy.max_memory_mib, policy.max_rootfs_mib);
         range("policy.max_memory_mib", memory, memory >= 64, "at least 64")?;
-        range("policy.max_rootfs_mib", disk, disk >= 16, "at least 16")
+        range("policy.max_rootfs_mib", disk, disk >= 16, "at least 16")?;
+        let overhead = limits.memory_overhead_mib;
+        range("limits.memory_overhead_mib", overhead, overhead >= 64, "at least 64")?;
+        match limits.wrong_io() {
+            None => Ok(()),
+            Some(line) => must("limits.io_max", format!("{line:?} in a list"), false, limits::IO_RULE),
+        }
     }
 }
 
@@ -318,6 +328,8 @@ mod tests {
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
+            ("[limits]\nmemory_overhead_mib = 0", "at least 64"),
+            ("[limits]\nio_max = ['/dev/sda wbps=1']", "8:0 rbps="),
             ("[policy]\nmax_vcpus = 0", "from 1 to 255"),
             ("[policy]\nmax_memory_mib = 63", "at least 64"),
             ("[policy]\nmax_rootfs_mib = 15", "at least 16"),

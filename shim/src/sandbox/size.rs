@@ -47,6 +47,15 @@ pub fn of(spec: &Value, annotations: &Annotations, defaults: &config::Vm, policy
     }
 }
 
+/// The most that a pod whose container has `spec` may have.
+pub fn most(spec: &Value, policy: &Policy) -> VmSize {
+    let limits = Limits::of_pod(spec).or(Limits::of_container(spec));
+    VmSize {
+        vcpus: limits.vcpus().unwrap_or(policy.max_vcpus),
+        memory_mib: limits.memory_mib().unwrap_or(policy.max_memory_mib),
+    }
+}
+
 fn clamp<T: Ord + Copy + Display>(name: &str, asked: Option<T>, limit: Option<T>, max: T) -> Option<T> {
     let (asked, most) = (asked?, limit.unwrap_or(max).min(max));
     if asked > most {

@@ -12,7 +12,7 @@ use crate::{
     errors::Error,
     events::TaskEvent,
     sandbox::{
-        Plan, Reply, VmStatus,
+        Placed, Plan, Reply, VmStatus,
         create::{Booted, Created, Creation},
         job::Report,
         process::{Phase, Process, Stdio},
@@ -52,7 +52,9 @@ impl Owner {
             _ => return Err(self.wrong_state("it must be running or new to take a container")),
         };
         if joins.is_none() {
-            self.disk.cgroup = self.host.cgroup(self.identity.run_dir.key())?;
+            let path = spec::cgroups_path(&plan.spec)?;
+            let Placed { cgroup, shim_home } = self.host.cgroup(self.identity.run_dir.key(), path)?;
+            (self.disk.cgroup, self.disk.shim_home) = (cgroup, shim_home);
         }
         let log = self.log_config(&plan);
         let bundle = plan.request.bundle.clone();
@@ -93,6 +95,7 @@ impl Owner {
             host: self.host.clone(),
             plan,
             tenant,
+            most: None,
             log,
             state: self.disk.clone(),
             joins,
@@ -162,7 +165,7 @@ impl Owner {
                 return Err(e);
             }
         };
-        if let Some(Booted { guest, pid, backend, reason, hello, link, disks }) = booted {
+        if let Some(Booted { guest, pid, backend, reason, hello, link, disks, limited }) = booted {
             self.disks = disks;
             self.disk.vmm_pid = pid;
             self.disk.past_timelines.extend(restored.as_ref().and_then(|restored| restored.past));
@@ -171,7 +174,7 @@ impl Owner {
                 container.guest_id = Some(alias.1.clone());
             }
             self.disk.backend = backend.clone();
-            self.vm = Some(VmStatus::new(backend, reason, pid, &hello));
+            self.vm = Some(VmStatus::new(backend, reason, pid, &hello, limited));
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
             self.state = SandboxState::Running;
             self.save();

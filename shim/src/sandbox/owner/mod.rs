@@ -166,6 +166,7 @@ impl Owner {
             namespace: identity.namespace.clone(),
             sandbox_id: identity.id.clone(),
             cgroup: PathBuf::new(),
+            shim_home: None,
             backend: String::new(),
             vmm_pid: 0,
             timeline: 0,

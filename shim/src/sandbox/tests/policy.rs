@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::{
+    cgroup::Limits,
     config::Policy,
     sandbox::SnapshotRequest,
     snapshot::{Manifest, Store},
@@ -144,6 +145,44 @@ async fn a_checkpoint_opens_no_other_door_to_a_pod() {
     let lab = with_snapshot(allowing(&["cube.snapshot.restore"]), of_pod("team-b")).await;
     let error = within(lab.sandbox.create(from_checkpoint(&lab))).await.unwrap_err();
     assert!(error.to_string().contains("belongs to default/team-a"), "{error}");
+}
+
+#[tokio::test]
+async fn a_vm_that_is_larger_than_a_pod_may_have_is_not_restored_in_it() {
+    let config = json!({"cpus": {"boot_vcpus": 1}, "memory": {"size": 512 << 20}});
+    let restore = [("cube.snapshot.restore", "one")];
+    for (spec, allowed) in [(pod("team-a", &restore), false), (ctr(&restore), true)] {
+        let lab = Lab::with_policy(Guest::new(), true, allowing(&["cube.snapshot.restore"])).await;
+        lab.guest().quiesced.store(true, Ordering::Relaxed);
+        let draft = Store::at(&lab.dir.path().join("snapshots")).begin("one").unwrap();
+        fs::write(draft.vm_dir().join("config.json"), config.to_string()).unwrap();
+        let manifest = Manifest { owner: of_pod("team-a"), ..super::restore::manifest(&[("old", false)]) };
+        draft.finish(manifest, &[]).unwrap();
+        let created = lab.try_create(spec).await;
+        match allowed {
+            true => {
+                created.unwrap();
+                assert_eq!(*lab.host.size.lock().unwrap(), (1, 512));
+            }
+            false => {
+                let error = created.unwrap_err();
+                assert!(error.to_string().contains("512 MiB, and this pod may have 4 and 160"), "{error}");
+                assert!(lab.made_nothing());
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sandbox_has_limits_on_the_host_before_its_vm_begins() {
+    let lab = Lab::new().await;
+    lab.try_create(ctr(&[("cube.sandbox.memory_mib", "640"), ("cube.sandbox.vcpus", "3")])).await.unwrap();
+    let limits = lab.host.limits.lock().unwrap().clone();
+    // The fake host says 100 MiB beside the VM.
+    assert_eq!(limits, [Limits::of(3, 640, 100, &[])]);
+    let status = within(lab.sandbox.status()).await.unwrap();
+    let limited = status.vm.unwrap().limited.unwrap();
+    assert_eq!(limited.memory_bytes, Some(limits[0].memory_bytes));
 }
 
 #[tokio::test]
