@@ -10,8 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
 pub(crate) use copy::{copy, copy_told, seek};
+pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
 
 /// Makes `dir` with its parents, mode 0700, unless it is there.
 pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {

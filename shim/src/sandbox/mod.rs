@@ -38,7 +38,7 @@ use tokio::{
     time::timeout,
 };
 
-pub use host::{Host, LinuxHost, Rootfs, RootfsRequest, Selected};
+pub use host::{Host, LinuxHost, Placed, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
 pub use ready::{Readiness, SandboxReadiness};
 pub use status::{ProcessStatus, ReadyStatus, SandboxStatus, VmStatus};

@@ -21,6 +21,7 @@ use crate::errors::{Error, chain};
 mod lab;
 mod member;
 mod pause;
+mod policy;
 mod ready;
 mod restore;
 mod rollback;

@@ -48,6 +48,7 @@ use crate::{
     sandbox::Exit,
     snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
+    tenant::Tenant,
     vmm::Disk,
 };
 
@@ -69,6 +70,7 @@ struct Container {
     ready: Ready,
     /// Whether it runs, apart from its sandbox.
     motion: Motion,
+    tenant: Tenant,
     /// If it is built for one.
     template: Option<Template>,
     /// Ends its creation; dropped afterwards.
@@ -164,6 +166,7 @@ impl Owner {
             namespace: identity.namespace.clone(),
             sandbox_id: identity.id.clone(),
             cgroup: PathBuf::new(),
+            shim_home: None,
             backend: String::new(),
             vmm_pid: 0,
             timeline: 0,

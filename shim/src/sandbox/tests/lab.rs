@@ -8,7 +8,7 @@ use tokio::{task::JoinHandle, time::timeout};
 use ttrpc::asynchronous::Server;
 
 use crate::{
-    config::{self, Config},
+    config::{self, Config, Policy},
     errors::Error,
     events::{Publisher, tests as containerd},
     sandbox::{
@@ -39,6 +39,10 @@ impl Lab {
     }
 
     pub(super) async fn with(guest: Guest, boots: bool) -> Lab {
+        Lab::with_policy(guest, boots, Policy::default()).await
+    }
+
+    pub(super) async fn with_policy(guest: Guest, boots: bool, policy: Policy) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
         let socket = dir.path().join("events");
@@ -53,7 +57,7 @@ impl Lab {
             template_dir: dir.path().join("templates"),
             ..Default::default()
         };
-        let config = Config { snapshot, log, ..Default::default() };
+        let config = Config { snapshot, log, policy, ..Default::default() };
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }
