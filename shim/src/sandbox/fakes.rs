@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -43,6 +43,10 @@ pub(super) struct FakeVmm {
     pub(super) sticks: Arc<AtomicBool>,
     /// Whether a snapshot fails.
     pub(super) sticks_in_snapshots: Arc<AtomicBool>,
+    /// How often it does not answer when it is to stop or to start its CPUs.
+    pub(super) busy: Arc<AtomicU32>,
+    /// The same, beginning with a snapshot that fails.
+    pub(super) busy_then: Arc<AtomicU32>,
     /// What one does that is booted from a snapshot.
     pub(super) restores: Arc<Mutex<Boot>>,
     /// What it was made from.
@@ -70,6 +74,17 @@ impl FakeVmm {
 
     pub(super) fn is_alive(&self) -> bool {
         self.alive.borrow().1
+    }
+
+    fn answer(&self) -> Result<(), VmmError> {
+        if !self.is_alive() {
+            return Err(VmmError::Ended { during: "a test", description: "killed by a test".into() });
+        }
+        let less = |busy: u32| busy.checked_sub(1);
+        match self.busy.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
+            Ok(_) => Err(VmmError::Timeout { what: "vm.resume", limit: Duration::ZERO }),
+            Err(_) => Ok(()),
+        }
     }
 }
 
@@ -104,6 +119,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
+        self.answer()?;
         if self.sticks.load(Ordering::Relaxed) {
             return Err(VmmError::Timeout { what: "pausing", limit: Duration::ZERO });
         }
@@ -112,6 +128,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
+        self.answer()?;
         self.paused.send_replace(false);
         Ok(())
     }
@@ -119,6 +136,7 @@ impl Vmm for FakeVmm {
     async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
         assert!(self.is_paused(), "memory changes while it is written");
         if self.sticks_in_snapshots.load(Ordering::Relaxed) {
+            self.busy.fetch_max(self.busy_then.load(Ordering::Relaxed), Ordering::Relaxed);
             let source = VmmError::Timeout { what: "writing", limit: Duration::ZERO };
             return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
         }
@@ -164,6 +182,8 @@ impl FakeHost {
                 paused: watch::Sender::new(false),
                 sticks: Arc::default(),
                 sticks_in_snapshots: Arc::default(),
+                busy: Arc::default(),
+                busy_then: Arc::default(),
                 restores: Arc::default(),
                 spec: None,
                 boots,

@@ -260,6 +260,30 @@ async fn a_guest_that_refuses_sigkill_is_killed() {
 }
 
 #[tokio::test]
+async fn the_second_of_two_deletes_waits_for_the_first_and_gets_its_answer() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.run("c2").await;
+    for process in [exec("c1", "e1"), init("c2"), init("c1")] {
+        if !process.is_init() {
+            let (process, stdio) = (process.clone(), Stdio::default());
+            lab.sandbox.exec(ExecRequest { process, spec: Default::default(), stdio }).await.unwrap();
+            lab.sandbox.start(exec("c1", "e1")).await.unwrap();
+        }
+        lab.guest().exit(&process.container, &process.exec, 7);
+        lab.wait(process.clone()).await;
+        let delete = || within(lab.sandbox.delete(process.clone()));
+        let (first, second, third) = tokio::join!(delete(), delete(), delete());
+        let first = first.unwrap();
+        assert_eq!(first.exit.status, 7);
+        assert_eq!((second.unwrap(), third.unwrap()), (first, first));
+        assert_eq!(delete().await.unwrap_err().code(), Code::NOT_FOUND);
+    }
+    let deletes = lab.events().await.into_iter().filter(|topic| topic == "delete").count();
+    assert_eq!(deletes, 2, "one for each container");
+}
+
+#[tokio::test]
 async fn a_delete_that_the_guest_fails_is_repeated() {
     let lab = Lab::new().await;
     lab.run("c1").await;
