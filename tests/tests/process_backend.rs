@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{exits, isolation, lifecycle, output, pods, store, survival, taken},
 };
 
 fn main() -> ExitCode {
@@ -41,6 +41,8 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        taken::a_log_that_somebody_takes_away_goes_on_and_says_what_is_lost,
+        taken::two_clients_that_delete_one_task_leave_nothing_behind,
         store::a_restore_that_fails_leaves_no_container,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
         pods::a_member_is_paused_and_resumed_alone,

@@ -7,7 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, terminal,
+        exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, taken,
+        terminal,
     },
 };
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        taken::a_task_whose_container_is_removed_while_it_boots_goes_as_well,
         survival::a_kernel_that_panics_is_an_exit_with_137,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,

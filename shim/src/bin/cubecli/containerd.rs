@@ -1,7 +1,5 @@
 //! Containers and tasks, through containerd's gRPC API.
 
-mod codec;
-
 use std::path::{Path, PathBuf};
 
 use protobuf::{MessageField, well_known_types::any::Any};
@@ -14,7 +12,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use self::codec::Messages;
+use cube_shim::containerd::Messages;
 
 #[allow(warnings, clippy::all, clippy::restriction)]
 mod api {
