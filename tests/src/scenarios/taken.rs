@@ -66,7 +66,7 @@ pub fn a_log_that_somebody_takes_away_goes_on_and_says_what_is_lost(backend: Bac
     let dir = lab.log_dir("c");
     let data = dir.join("stdout");
     let mut writer = Writer::new(&lab);
-    let mut follower = start(&mut lab.cubecli_command(&["logs", "--follow", "--all", "c"]));
+    let follower = start(&mut lab.cubecli_command(&["logs", "--follow", "--all", "c"]));
     follower.stdout.wait_for("ready\n", lab.limit());
 
     writer.logs("one");

@@ -5,6 +5,7 @@ use std::{fs::File, path::PathBuf, thread, time::Duration};
 use containerd_shim_protos::api::Status;
 use cube_shim::{
     config::Config,
+    errors::chain,
     log::{
         follow::{Wake, Watch},
         locate::{self, Log},
@@ -60,7 +61,7 @@ pub(crate) fn run(config: &Config, args: &LogsArgs, output: File) -> Result<(), 
     let mut printer = Printer::new(output, format);
     printer.print(&mut sources)?;
     match watch {
-        Some(watch) => Follower { config, log, watch, sources, printer }.run(),
+        Some(watch) => Follower { config, log, watch, sources, printer, warned: false }.run(),
         None => Ok(()),
     }
 }
@@ -125,6 +126,8 @@ struct Follower<'a> {
     watch: Watch,
     sources: Vec<Source>,
     printer: Printer,
+    /// Whether it was told what is in the place of the log.
+    warned: bool,
 }
 
 impl Follower<'_> {
@@ -165,7 +168,17 @@ impl Follower<'_> {
     /// Looks for the log where it was before its directory was removed or renamed: its writer makes another as
     /// soon as it has something to write. If it is there, it is followed from now on.
     fn find_again(&mut self) -> Result<Found, CliError> {
-        let Some(dir) = self.log.open_again()? else { return Ok(Found::None) };
+        let dir = match self.log.open_again() {
+            Ok(Some(dir)) => dir,
+            Ok(None) => return Ok(Found::None),
+            // A link, say: its writer waits for that to go, and so do we.
+            Err(e) => {
+                if !std::mem::replace(&mut self.warned, true) {
+                    eprintln!("cubecli: {}", chain(&e));
+                }
+                return Ok(Found::None);
+            }
+        };
         let watch = Watch::new(&dir);
         for source in &self.sources {
             match source.goes_on_in(&dir)? {

@@ -39,6 +39,10 @@ impl Lab {
     }
 
     pub(super) async fn with(guest: Guest, boots: bool) -> Lab {
+        Lab::configured(guest, boots, |_| ()).await
+    }
+
+    pub(super) async fn configured(guest: Guest, boots: bool, configure: impl FnOnce(&mut Config)) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
         let socket = dir.path().join("events");
@@ -53,7 +57,8 @@ impl Lab {
             template_dir: dir.path().join("templates"),
             ..Default::default()
         };
-        let config = Config { snapshot, log, ..Default::default() };
+        let mut config = Config { snapshot, log, ..Default::default() };
+        configure(&mut config);
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }
