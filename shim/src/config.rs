@@ -116,6 +116,10 @@ pub struct Log {
     pub segments: u32,
     /// How long the log of a deleted container is kept, in hours.
     pub retention_hours: u64,
+    /// Bytes beyond which logs of deleted containers are removed before that, the oldest first.
+    pub total_limit: u64,
+    /// Whether containers of pods have logs, beside those that kubelet keeps.
+    pub pods: bool,
 }
 
 /// The `[rootfs]` table.
@@ -201,6 +205,8 @@ impl Default for Log {
             segment_bytes: 16 << 20,
             segments: 4,
             retention_hours: 24,
+            total_limit: 1 << 30,
+            pods: true,
         }
     }
 }

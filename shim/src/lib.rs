@@ -8,6 +8,7 @@ pub mod annotations;
 pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
+pub mod containerd;
 pub mod control;
 pub mod device;
 pub mod errors;

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, store, survival, taken},
 };
 
 fn main() -> ExitCode {
@@ -49,6 +49,8 @@ fn main() -> ExitCode {
         ending::kill_and_rm_need_no_containerd,
         ending::kill_and_rm_need_neither_containerd_nor_shim,
         ending::a_shim_that_does_not_answer_holds_up_no_kill,
+        taken::a_log_that_somebody_takes_away_goes_on_and_says_what_is_lost,
+        taken::two_clients_that_delete_one_task_leave_nothing_behind,
         store::a_restore_that_fails_leaves_no_container,
         store::an_import_that_is_interrupted_leaves_nothing,
         store::what_an_archive_says_is_printable,

@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival,
-        terminal,
+        taken, terminal,
     },
 };
 
@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        taken::a_task_whose_container_is_removed_while_it_boots_goes_as_well,
         survival::a_kernel_that_panics_is_an_exit_with_137,
         ending::a_task_without_a_container_is_removed,
         memory::running_out_of_memory_is_an_event_and_137,

@@ -8,7 +8,7 @@ use std::{
         fd::{AsFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixListener,
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -27,10 +27,11 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
     cgroup::{self, Hierarchy},
+    containerd::Known,
     control::SandboxService,
     events::Publisher,
     logging,
-    sandbox::{Identity, LinuxHost, Sandbox},
+    sandbox::{Containers, Identity, LinuxHost, Sandbox},
     state::RunDir,
     task::TaskService,
 };
@@ -89,6 +90,8 @@ fn raise_open_files() {
 }
 
 struct Daemon {
+    /// containerd's gRPC socket; empty if it is not known.
+    address: PathBuf,
     identity: Identity,
     config: crate::config::Config,
     events: String,
@@ -106,7 +109,7 @@ fn prepare(flags: &Flags) -> Result<(UnixListener, Daemon), BootstrapError> {
     env::set_current_dir("/").map_err(io_error("cannot change to", "/"))?;
     let run_dir = RunDir::of(&config.run_dir, &events, &flags.namespace, &flags.id);
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), run_dir };
-    Ok((listener, Daemon { identity, config, events, host }))
+    Ok((listener, Daemon { address: PathBuf::from(&flags.address), identity, config, events, host }))
 }
 
 /// Moves this process to the cgroup that the runtime options name, if they do.
@@ -142,12 +145,15 @@ impl Daemon {
         survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);
+        let known = Known { address: self.address, namespace: self.identity.namespace.clone() };
+        let known = Some(known).filter(|known| !known.address.as_os_str().is_empty());
+        let containers = known.map(|known| Arc::new(known) as Arc<dyn Containers>);
         let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
             Sandbox::spawn(self.identity, self.config, Arc::new(self.host), publisher.clone());
         let mut server = Server::new()
             .add_listener(listener)
-            .register_service(TaskService::services(sandbox.clone()))
+            .register_service(TaskService::services(sandbox.clone(), containers))
             .register_service(SandboxService::services(sandbox));
         server.start().await?;
         say_ready()?;

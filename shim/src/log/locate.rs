@@ -48,6 +48,18 @@ pub struct Log {
     pub dir: Dir,
 }
 
+impl Log {
+    /// Opens what its path names now; `None` if that does not exist.
+    pub fn open_again(&self) -> Result<Option<Dir>, ReadError> {
+        let Some(root) = root_of(self.dir.path(), &self.name) else { return Ok(None) };
+        match open(&root, &self.name) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
 /// Why no log was found.
 #[derive(Debug, thiserror::Error)]
 pub enum LocateError {

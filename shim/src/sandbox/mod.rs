@@ -5,6 +5,7 @@
 //! message. So every question has an answer at once, whatever the guest does. [`Sandbox`] is the
 //! handle that the Task service uses.
 
+mod abandoned;
 mod clone;
 mod create;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use tokio::{
     time::timeout,
 };
 
+pub use abandoned::{Containers, watch};
 pub use host::{Host, LinuxHost, Placed, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
 pub use ready::{Readiness, SandboxReadiness};

@@ -31,6 +31,7 @@ pub mod snapshots;
 pub mod store;
 pub mod survival;
 pub mod suspend;
+pub mod taken;
 pub mod templates;
 pub mod terminal;
 

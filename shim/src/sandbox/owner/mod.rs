@@ -136,6 +136,8 @@ pub(super) struct Owner {
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Deletes that came during a pause.
     waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
+    /// Deletes of what is being deleted already, and their answers.
+    joined_deletes: Vec<(ProcessId, Deleted, Reply<Deleted>)>,
     /// Ends of stdin that came during a rollback.
     waiting_closes: Vec<ProcessId>,
     /// What the guest told during a rollback: it counts if that fails.
@@ -196,6 +198,7 @@ impl Owner {
             waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
+            joined_deletes: Vec::new(),
             waiting_closes: Vec::new(),
             held_events: Vec::new(),
             waiting_ready: Vec::new(),
@@ -317,6 +320,7 @@ impl Owner {
                 self.deleted(&process, deleted);
                 cube_fault::point("delete.before_reply");
                 drop(reply.send(Ok(deleted)));
+                self.answer_joined_deletes();
             }
             Report::Stats { id, result, reply } => {
                 let container = self.containers.get_mut(&id);

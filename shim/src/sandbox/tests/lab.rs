@@ -39,10 +39,14 @@ impl Lab {
     }
 
     pub(super) async fn with(guest: Guest, boots: bool) -> Lab {
-        Lab::with_policy(guest, boots, Policy::default()).await
+        Lab::configured(guest, boots, |_| ()).await
     }
 
     pub(super) async fn with_policy(guest: Guest, boots: bool, policy: Policy) -> Lab {
+        Lab::configured(guest, boots, |config| config.policy = policy).await
+    }
+
+    pub(super) async fn configured(guest: Guest, boots: bool, configure: impl FnOnce(&mut Config)) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
         let socket = dir.path().join("events");
@@ -57,7 +61,8 @@ impl Lab {
             template_dir: dir.path().join("templates"),
             ..Default::default()
         };
-        let config = Config { snapshot, log, policy, ..Default::default() };
+        let mut config = Config { snapshot, log, ..Default::default() };
+        configure(&mut config);
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }

@@ -1,13 +1,11 @@
 //! Containers and tasks, through containerd's gRPC API.
 
-mod codec;
-
 use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use cube_shim::{config::Config, log::locate::Name, state::RunDir};
+use cube_shim::{config::Config, containerd::Messages, log::locate::Name, state::RunDir};
 use protobuf::{MessageField, well_known_types::any::Any};
 use serde_json::Value;
 use tokio::time::timeout;
@@ -19,7 +17,6 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use self::codec::Messages;
 use crate::sandboxes::Sandbox;
 
 #[allow(warnings, clippy::all, clippy::restriction)]
