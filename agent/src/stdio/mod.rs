@@ -41,6 +41,7 @@ use cube_protocol::{
     guest::StreamInfo,
     stream::{self, ErrorCode},
 };
+use futures::future::{join_all, select_all};
 use tokio::io::{
     AsyncRead, AsyncWrite, Interest,
     unix::{AsyncFd, AsyncFdRegisterError},
@@ -55,7 +56,8 @@ use self::{
 };
 use crate::guest::active_clock::ActiveClock;
 
-/// How long a process that outlives the one that has exited may go on writing to its output.
+/// How long a process that outlives the one that has exited may go on writing to its output. What it waits
+/// for the host to take something does not count.
 const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Names a process: its container, and its exec id or "" for the init process.
@@ -236,15 +238,29 @@ impl Hub {
     }
 
     /// The process has exited. Streams that another process still holds end after 2 s, TRUNCATED,
-    /// with all that was written by then. Does nothing for a process that is not known.
+    /// with all that was written by then. Time in which it waits, for the host takes nothing, does not count.
+    /// Does nothing for a process that is not known.
     pub fn exited(self: &Arc<Self>, process: &ProcessId) {
         let outputs: Vec<_> = match locked(&self.processes).get(process) {
             Some(streams) => streams.outputs().cloned().collect(),
             None => return,
         };
+        if outputs.is_empty() {
+            return;
+        }
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move {
-            clock.sleep(LEFTOVER_TIMEOUT).await;
+            let mut left = LEFTOVER_TIMEOUT;
+            while !left.is_zero() {
+                join_all(outputs.iter().map(|output| output.holds_up(false))).await;
+                let began = clock.now();
+                let held_up = outputs.iter().map(|output| Box::pin(output.holds_up(true)));
+                tokio::select! {
+                    () = clock.sleep(left) => break,
+                    _ = select_all(held_up) => {}
+                }
+                left = left.saturating_sub(clock.now().saturating_sub(began));
+            }
             for output in outputs {
                 output.expire();
             }

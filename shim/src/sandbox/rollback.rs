@@ -246,15 +246,19 @@ async fn sort(
     for Known { id, started, exited, guest_pid, io } in processes {
         let inside = guest.inside(id.container.clone());
         if exited || !lives(guest, &inside, &id.exec, started, guest_pid).await? {
-            ended.extend(io);
+            ended.extend(io.map(|io| (id, io)));
             continue;
         }
         let begin = restore::begin(rest, &inside, &id.exec);
         go_on.push((id, io, begin));
     }
-    join_all(ended.into_iter().map(|io| async {
+    join_all(ended.into_iter().map(|(id, io)| async move {
         io.process_exited();
-        io.finish(CLOSE_LIMIT).await
+        let left = io.finish(CLOSE_LIMIT).await.discarded_bytes;
+        if left > 0 {
+            let ProcessId { container, exec } = id;
+            warn!(container, exec, bytes = left, "a rollback discarded output that its reader had not taken");
+        }
     }))
     .await;
     let rewound = go_on.into_iter().map(|(id, io, begin)| async move {

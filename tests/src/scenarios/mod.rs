@@ -22,6 +22,7 @@ pub mod pods;
 pub mod ready;
 pub mod rest;
 pub mod restore;
+pub mod rests;
 pub mod rollback;
 pub mod rotation;
 pub mod scale;

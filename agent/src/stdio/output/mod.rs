@@ -14,7 +14,7 @@ use std::{
 use cube_protocol::stream::ErrorCode;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::Notify,
+    sync::{Notify, watch},
 };
 
 use self::sending::Sending;
@@ -45,6 +45,8 @@ pub(super) struct Output {
     /// The pump, its only waiter, may find room now. `notify_one` leaves a permit, and the pump
     /// looks for room after every wait, so a release between its look and its wait is not missed.
     room: Notify,
+    /// Whether the pump waits for room, and with it whoever writes, for the host does not take what there is.
+    held_up: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -104,7 +106,8 @@ impl Output {
             losses: Losses::default(),
             sessions: Sessions::new(),
         };
-        Arc::new(Output { epoch, policy, pool, clock, state: Mutex::new(state), room: Notify::new() })
+        let (state, held_up) = (Mutex::new(state), watch::Sender::new(false));
+        Arc::new(Output { epoch, policy, pool, clock, state, room: Notify::new(), held_up })
     }
 
     /// Begins to drain `source`, until its last writer is gone, whatever becomes of the stream.
@@ -130,6 +133,13 @@ impl Output {
         let at = state.ring.end() + unread;
         state.finish(if unread == 0 { Phase::Ended { truncated: true } } else { Phase::Cut { at } });
         self.room.notify_one();
+    }
+
+    /// Resolves when the host holds nobody up who writes here (`false`), or somebody. Cancel safe.
+    pub(super) async fn holds_up(&self, anybody: bool) {
+        let mut held_up = self.held_up.subscribe();
+        // The sender lives as long as `self`.
+        let _ = held_up.wait_for(|held_up| *held_up == anybody).await;
     }
 
     /// Drops what is held and ends the connections. The pump goes on discarding as long as there is
@@ -185,11 +195,16 @@ impl Output {
             let freed = self.pool.freed();
             match source.async_io(Interest::READABLE, |fd| self.pump_once(fd)).await {
                 Ok(Pumped::Bytes(len)) => turn += len,
-                Ok(Pumped::Full) => self.room.notified().await,
-                Ok(Pumped::Starved) => tokio::select! {
-                    () = freed => {}
-                    () = self.room.notified() => {}
-                },
+                Ok(Pumped::Full) => self.held_up(self.room.notified()).await,
+                Ok(Pumped::Starved) => {
+                    let room = async {
+                        tokio::select! {
+                            () = freed => {}
+                            () = self.room.notified() => {}
+                        }
+                    };
+                    self.held_up(room).await;
+                }
                 Ok(Pumped::End) => break,
                 Err(error) if error.kind() == io::ErrorKind::OutOfMemory => {
                     tracing::warn!(%error, "no memory for output, which waits");
@@ -207,6 +222,13 @@ impl Output {
             }
         }
         self.state().source = None;
+    }
+
+    /// Waits for `room`, and has others know.
+    async fn held_up(&self, room: impl Future<Output = ()>) {
+        self.held_up.send_replace(true);
+        room.await;
+        self.held_up.send_replace(false);
     }
 
     /// Moves what fits into the ring. The lock is held across the system call, which does not wait:
