@@ -41,7 +41,6 @@ use cube_protocol::{
     guest::StreamInfo,
     stream::{self, ErrorCode},
 };
-use futures::future::{join_all, select_all};
 use tokio::io::{
     AsyncRead, AsyncWrite, Interest,
     unix::{AsyncFd, AsyncFdRegisterError},
@@ -49,7 +48,7 @@ use tokio::io::{
 
 use self::{
     input::Input,
-    output::Output,
+    output::{Leftover, Output},
     pool::Pool,
     process::{Endpoint, Process, Terminal},
     session::Refusal,
@@ -59,6 +58,9 @@ use crate::guest::active_clock::ActiveClock;
 /// How long a process that outlives the one that has exited may go on writing to its output. What it waits
 /// for the host to take something does not count.
 const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often it is looked at meanwhile: nothing tells whether somebody waits for room in a pipe.
+const LEFTOVER_LOOK: Duration = Duration::from_millis(100);
 
 /// Names a process: its container, and its exec id or "" for the init process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -245,21 +247,19 @@ impl Hub {
             Some(streams) => streams.outputs().cloned().collect(),
             None => return,
         };
-        if outputs.is_empty() {
-            return;
-        }
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move {
             let mut left = LEFTOVER_TIMEOUT;
             while !left.is_zero() {
-                join_all(outputs.iter().map(|output| output.holds_up(false))).await;
                 let began = clock.now();
-                let held_up = outputs.iter().map(|output| Box::pin(output.holds_up(true)));
-                tokio::select! {
-                    () = clock.sleep(left) => break,
-                    _ = select_all(held_up) => {}
+                clock.sleep(left.min(LEFTOVER_LOOK)).await;
+                let who: Vec<_> = outputs.iter().map(|output| output.leftover()).collect();
+                if who.iter().all(|who| *who == Leftover::Nobody) {
+                    return;
                 }
-                left = left.saturating_sub(clock.now().saturating_sub(began));
+                if !who.contains(&Leftover::HeldUp) {
+                    left = left.saturating_sub(clock.now().saturating_sub(began));
+                }
             }
             for output in outputs {
                 output.expire();

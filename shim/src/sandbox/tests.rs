@@ -14,6 +14,7 @@ use super::{
 };
 use crate::errors::{Error, chain};
 
+mod held;
 mod lab;
 mod member;
 mod pause;

@@ -110,7 +110,7 @@ impl Outlet {
         counters: &Counters,
         mut waiting: impl FnMut(Waiting),
     ) -> io::Result<Result<usize, Closed>> {
-        let (mut since, mut waited) = (Instant::now(), None);
+        let (mut since, mut waited, mut exited) = (Instant::now(), None, phases.have_exited());
         loop {
             let state = match self.offer(bytes).await? {
                 Offer::Taken(n) => {
@@ -122,14 +122,20 @@ impl Outlet {
                 Offer::Full if matches!(self, Outlet::File { .. }) => Waiting::Disk,
                 Offer::Full => Waiting::Reader,
             };
-            counters.wait_on(self.awaited(state));
+            // Who has come back may not have been noticed yet: there is another look at the exit.
+            counters.wait_on(if exited {
+                self.awaited(state)
+            } else {
+                self.awaited(state).at_least_a_moment()
+            });
             waiting(state);
             if waited.replace(state).is_some_and(|before| before != state) {
                 since = Instant::now();
             }
-            let (mut exit, mut also) = (phases.clone(), phases.clone());
+            let (mut exit, mut also, mut over) = (phases.clone(), phases.clone(), phases.clone());
             tokio::select! {
                 ready = self.ready(state) => ready?,
+                () = over.exited(), if !exited => exited = true,
                 () = phases.overdue(since, READER_PATIENCE), if state == Waiting::Reader => {
                     return Ok(Err(Closed::Slow));
                 }

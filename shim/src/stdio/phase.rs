@@ -103,6 +103,11 @@ impl Phases {
         self.reached(|phase| phase != Phase::Running).await;
     }
 
+    /// Whether the process has exited.
+    pub(super) fn have_exited(&self) -> bool {
+        *self.phase.borrow() != Phase::Running
+    }
+
     /// Resolves when Delete is under way.
     pub(super) async fn finishing(&mut self) {
         self.reached(|phase| matches!(phase, Phase::Finishing(_) | Phase::Abandoned)).await;

@@ -73,6 +73,13 @@ pub(super) enum Awaited {
     Nothing,
 }
 
+impl Awaited {
+    /// The same, but for a moment if it is nothing.
+    pub(super) fn at_least_a_moment(self) -> Awaited {
+        if self == Awaited::Nothing { Awaited::Moment } else { self }
+    }
+}
+
 /// The counters behind [`StreamStatus`].
 #[derive(Debug, Default)]
 pub(super) struct Counters {

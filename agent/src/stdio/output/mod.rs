@@ -14,7 +14,7 @@ use std::{
 use cube_protocol::stream::ErrorCode;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{Notify, watch},
+    sync::Notify,
 };
 
 use self::sending::Sending;
@@ -45,8 +45,6 @@ pub(super) struct Output {
     /// The pump, its only waiter, may find room now. `notify_one` leaves a permit, and the pump
     /// looks for room after every wait, so a release between its look and its wait is not missed.
     room: Notify,
-    /// Whether the pump waits for room, and with it whoever writes, for the host does not take what there is.
-    held_up: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -55,6 +53,8 @@ struct State {
     phase: Phase,
     /// What the pump reads from; `None` before it begins and after it ends.
     source: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Whether the pump waits for room in the ring.
+    waits: bool,
     /// Everything below is safe with the host.
     acked: u64,
     losses: Losses,
@@ -71,6 +71,17 @@ enum Phase {
     Cut { at: u64 },
     /// The ring's end is the stream's. What is still read is discarded.
     Ended { truncated: bool },
+}
+
+/// What is left of an output once its process has exited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leftover {
+    /// Nobody who writes, or nothing more that would be taken.
+    Nobody,
+    /// Somebody may write.
+    Writer,
+    /// Somebody who may have to wait, for the host takes nothing.
+    HeldUp,
 }
 
 /// What the pump did in one step.
@@ -102,12 +113,12 @@ impl Output {
             ring: Ring::new(Arc::clone(&pool)),
             phase: Phase::Open,
             source: None,
+            waits: false,
             acked: 0,
             losses: Losses::default(),
             sessions: Sessions::new(),
         };
-        let (state, held_up) = (Mutex::new(state), watch::Sender::new(false));
-        Arc::new(Output { epoch, policy, pool, clock, state, room: Notify::new(), held_up })
+        Arc::new(Output { epoch, policy, pool, clock, state: Mutex::new(state), room: Notify::new() })
     }
 
     /// Begins to drain `source`, until its last writer is gone, whatever becomes of the stream.
@@ -135,11 +146,20 @@ impl Output {
         self.room.notify_one();
     }
 
-    /// Resolves when the host holds nobody up who writes here (`false`), or somebody. Cancel safe.
-    pub(super) async fn holds_up(&self, anybody: bool) {
-        let mut held_up = self.held_up.subscribe();
-        // The sender lives as long as `self`.
-        let _ = held_up.wait_for(|held_up| *held_up == anybody).await;
+    /// Who is left, after the process has exited.
+    pub(super) fn leftover(&self) -> Leftover {
+        let state = self.state();
+        let Phase::Open = state.phase else { return Leftover::Nobody };
+        let Some(source) = &state.source else { return Leftover::Writer };
+        match pipe::pending(&**source) {
+            Ok(Pending { writers_gone: true, .. }) => Leftover::Nobody,
+            Ok(_) if state.waits && pipe::may_be_full(&**source) => Leftover::HeldUp,
+            Ok(_) => Leftover::Writer,
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell whether a process still writes");
+                Leftover::Writer
+            }
+        }
     }
 
     /// Drops what is held and ends the connections. The pump goes on discarding as long as there is
@@ -195,16 +215,11 @@ impl Output {
             let freed = self.pool.freed();
             match source.async_io(Interest::READABLE, |fd| self.pump_once(fd)).await {
                 Ok(Pumped::Bytes(len)) => turn += len,
-                Ok(Pumped::Full) => self.held_up(self.room.notified()).await,
-                Ok(Pumped::Starved) => {
-                    let room = async {
-                        tokio::select! {
-                            () = freed => {}
-                            () = self.room.notified() => {}
-                        }
-                    };
-                    self.held_up(room).await;
-                }
+                Ok(Pumped::Full) => self.room.notified().await,
+                Ok(Pumped::Starved) => tokio::select! {
+                    () = freed => {}
+                    () = self.room.notified() => {}
+                },
                 Ok(Pumped::End) => break,
                 Err(error) if error.kind() == io::ErrorKind::OutOfMemory => {
                     tracing::warn!(%error, "no memory for output, which waits");
@@ -224,13 +239,6 @@ impl Output {
         self.state().source = None;
     }
 
-    /// Waits for `room`, and has others know.
-    async fn held_up(&self, room: impl Future<Output = ()>) {
-        self.held_up.send_replace(true);
-        room.await;
-        self.held_up.send_replace(false);
-    }
-
     /// Moves what fits into the ring. The lock is held across the system call, which does not wait:
     /// it reads straight into the ring.
     fn pump_once(&self, source: &OwnedFd) -> io::Result<Pumped> {
@@ -247,6 +255,7 @@ impl Output {
                     return Ok(Pumped::End);
                 }
                 Filled::Bytes(len) => {
+                    state.waits = false;
                     state.filled();
                     return Ok(Pumped::Bytes(len));
                 }
@@ -254,6 +263,7 @@ impl Output {
                 Filled::Starved => Pumped::Starved,
             };
             if self.policy == Policy::Block || self.clock.is_held() {
+                state.waits = true;
                 return Ok(full);
             }
             // Nothing may be dropped for bytes that do not come.
