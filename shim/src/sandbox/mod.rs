@@ -15,6 +15,7 @@ mod job;
 mod machine;
 mod owner;
 mod pause;
+mod positions;
 mod process;
 mod ready;
 mod relaunch;

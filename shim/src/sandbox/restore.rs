@@ -15,7 +15,7 @@ use std::{
 };
 
 use cube_protocol::{
-    guest::{QuiesceResponse, StreamInfo, ThawRequest},
+    guest::{QuiesceResponse, ThawRequest},
     stream::Stream,
 };
 use tokio::{sync::oneshot, task::spawn_blocking};
@@ -27,6 +27,7 @@ use super::{
     job::{self, Guest, stdio_config},
     machine::Machine,
     pause,
+    positions::{Output, Positions},
     size::{self, VmSize},
     steps::Steps,
 };
@@ -35,7 +36,7 @@ use crate::{
     errors::{Error, chain},
     snapshot::{Held, Manifest, Store},
     state::{PastTimeline, now_ns},
-    stdio::{Begin, Flows, ProcessIo, StdioConfig},
+    stdio::{Flows, ProcessIo, StdioConfig},
     vmm::{self, Disk, VmSpec},
 };
 
@@ -223,26 +224,22 @@ impl Creation {
         let stdio = &self.plan.request.stdio;
         let namespace = &self.identity.namespace;
         let config = stdio_config(namespace, &process, inside.to_owned(), stdio, self.log.clone());
-        let begin = begin(rest, inside, "");
+        let positions = Positions::of(rest);
+        let begin = positions.begin(inside, "");
         let mut io = ProcessIo::prepare(StdioConfig { begin, ..config.clone() }).await?;
         io.start(guest.dial.clone(), &guest.flows);
         let wanted = io.wanted();
         let mut strays = Vec::new();
-        for stream in &rest.streams {
-            let Some(kind) = output(stream) else { continue };
-            let ours = stream.container_id == inside && stream.exec_id.is_empty();
-            let taken = if kind == Stream::STDERR { wanted.stderr } else { wanted.stdout };
+        for output in positions.outputs() {
+            let Output { container: guest_container_id, exec: exec_id, stream } = output.clone();
+            let ours = guest_container_id == inside && exec_id.is_empty();
+            let taken = if stream == Stream::STDERR { wanted.stderr } else { wanted.stdout };
             if ours && taken {
                 continue;
             }
-            let config = StdioConfig {
-                guest_container_id: stream.container_id.clone(),
-                exec_id: stream.exec_id.clone(),
-                begin: self::begin(rest, &stream.container_id, &stream.exec_id),
-                log: None,
-                ..config.clone()
-            };
-            let mut stray = ProcessIo::discard(config, &[kind]);
+            let begin = positions.begin(&guest_container_id, &exec_id);
+            let config = StdioConfig { guest_container_id, exec_id, begin, log: None, ..config.clone() };
+            let mut stray = ProcessIo::discard(config, &[stream]);
             stray.start(guest.dial.clone(), &guest.flows);
             strays.push(stray);
         }
@@ -296,27 +293,4 @@ pub(super) fn new_timeline() -> Result<u64, Error> {
 
 fn no_randomness(error: getrandom::Error) -> String {
     format!("the host has no random bytes: {error}")
-}
-
-pub(super) fn output(stream: &StreamInfo) -> Option<Stream> {
-    match stream.stream.as_str() {
-        "stdout" => Some(Stream::STDOUT),
-        "stderr" => Some(Stream::STDERR),
-        "terminal" => Some(Stream::TERMINAL),
-        _ => None,
-    }
-}
-
-/// Where the streams of a process are.
-pub(super) fn begin(rest: &QuiesceResponse, container: &str, exec: &str) -> Begin {
-    let mut begin = Begin::default();
-    for stream in rest.streams.iter().filter(|s| s.container_id == container && s.exec_id == exec) {
-        match stream.stream.as_str() {
-            "stdin" => begin.stdin = stream.acked_offset,
-            "stderr" => begin.stderr = stream.acked_offset,
-            _ => begin.stdout = stream.acked_offset,
-        }
-        begin.attempt = begin.attempt.max(stream.attempt);
-    }
-    begin
 }

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::errors::{Error, chain};
 
+mod held;
 mod lab;
 mod member;
 mod pause;

@@ -485,6 +485,12 @@ fn gone(id: &ProcessId) -> Error {
     Error::NotFound { what, id: name.into(), state: "has exited already" }
 }
 
+/// Of a container whose first process has exited, and waits for who reads its output.
+fn over(id: &str, needed: &'static str) -> Error {
+    let state = "over, with output that its reader has not taken";
+    Error::State { what: "container", id: id.into(), state, needed }
+}
+
 fn wrong_phase(id: &ProcessId, phase: Phase, needed: &'static str) -> Error {
     let (what, name) = name_of(id);
     Error::State { what, id: name.into(), state: phase.name(), needed }

@@ -4,7 +4,7 @@ use cube_protocol::version;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Owner, SandboxState, Waiting};
+use super::{Owner, SandboxState, Waiting, over};
 use crate::{
     events::TaskEvent,
     sandbox::{
@@ -21,6 +21,9 @@ use crate::{
 
 impl Owner {
     pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<Listed>) {
+        if let Some(id) = self.over() {
+            return drop(reply.send(Err(over(id, "there is nothing to go on from"))));
+        }
         match (self.state, &self.guest) {
             (SandboxState::Running | SandboxState::Paused, Some(_)) => match self.template() {
                 Some(template) => self.snapshot_build(template.id.clone(), request, reply),
@@ -91,6 +94,11 @@ impl Owner {
             }
             drop(reply.send(completed));
         });
+    }
+
+    /// A container whose first process has exited, which containerd is not told yet.
+    fn over(&self) -> Option<&str> {
+        self.containers.iter().find(|(_, container)| container.init.is_held()).map(|(id, _)| id.as_str())
     }
 
     fn snapshot_name(&self) -> String {
