@@ -24,7 +24,7 @@ use super::{
 use crate::errors::chain;
 
 /// Name of the stamp.
-const STAMP: &str = "verified.json";
+pub(super) const STAMP: &str = "verified.json";
 
 /// A version of a file that has the digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
