@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{exits, isolation, lifecycle, output, pods, removal, store, survival},
 };
 
 fn main() -> ExitCode {
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        removal::rootfs_and_volumes_of_the_host_outlive_their_containers_where_directories_are_links,
         store::a_restore_that_fails_leaves_no_container,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
         pods::a_member_is_paused_and_resumed_alone,
