@@ -224,7 +224,7 @@ pub enum ConfigError {
     },
     /// A directory that is nowhere.
     #[error(
-        "{key} is {value} in the configuration file {path}, which leads nowhere: a link or `..` in it has no target"
+        "{key} is {value} in the configuration file {path}, which leads nowhere: a link or .. in it has no target"
     )]
     Directory {
         /// The file.
