@@ -2,7 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "all of this is tests")]
 
-use std::{fs, path::Path, process::ExitCode, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
 
 use cube_protocol::{
     frame::{Header, Kind},
@@ -25,6 +30,7 @@ use serde_json::json;
 fn main() -> ExitCode {
     runner::main(cases![Backend::Process =>
         a_spec_that_is_not_json_is_refused_with_the_place,
+        a_spec_that_is_too_long_is_refused_with_its_size_and_the_limit,
         a_spec_that_is_missing_is_refused_with_its_path,
         a_rootfs_that_does_not_exist_is_refused_with_its_path,
         an_id_that_is_a_path_is_refused,
@@ -33,6 +39,7 @@ fn main() -> ExitCode {
         a_limit_that_nothing_here_enforces_is_refused,
         an_unknown_annotation_is_refused_by_name,
         an_annotation_with_a_nonsense_value_is_refused,
+        a_pod_that_asks_for_more_than_it_may_is_refused_by_name,
         a_stdio_uri_that_is_not_supported_is_refused,
         a_configuration_that_is_wrong_is_refused_with_the_key,
         a_shim_without_its_agent_says_which_file_is_missing,
@@ -62,6 +69,16 @@ fn a_spec_that_is_not_json_is_refused_with_the_place(backend: Backend) {
     direct.start_shim();
     fs::write(direct.bundle.join("config.json"), "{\"ociVersion\": \"1.0.2\",\n  oops }").unwrap();
     create_fails(&lab, direct, &rootfs, &["config.json", "line 2"]);
+}
+
+fn a_spec_that_is_too_long_is_refused_with_its_size_and_the_limit(backend: Backend) {
+    let lab = Lab::new(backend);
+    let mut direct = Direct::new(&lab, "c", &["true"]);
+    let rootfs = direct.unpack_image();
+    direct.start_shim();
+    let file = File::options().write(true).open(direct.bundle.join("config.json")).unwrap();
+    file.set_len(40_000_000).unwrap();
+    create_fails(&lab, direct, &rootfs, &["config.json", "40000000 bytes", "33554432"]);
 }
 
 fn a_spec_that_is_missing_is_refused_with_its_path(backend: Backend) {
@@ -175,6 +192,18 @@ fn an_annotation_with_a_nonsense_value_is_refused(backend: Backend) {
         let annotation = format!("{name}={value}");
         lab.run_with(&["--annotation", &annotation], "c", &["true"]).fails_with(&[name, value]);
     }
+    lab.nothing_is_left();
+}
+
+fn a_pod_that_asks_for_more_than_it_may_is_refused_by_name(backend: Backend) {
+    let lab = Lab::new(backend);
+    for (name, value) in [("cube.sandbox.memory_mib", "1024"), ("cube.snapshot.restore", "of-somebody-else")]
+    {
+        let annotation = format!("{name}={value}");
+        let pod = ["--annotation", "io.kubernetes.cri.sandbox-namespace=team-a", "--annotation", &annotation];
+        lab.run_with(&pod, "c", &["true"]).fails_with(&[name, "policy.pod_annotations"]);
+    }
+    lab.run_with(&["--annotation", "cube.sandbox.memory_mib=1024"], "c", &["true"]).succeeds();
     lab.nothing_is_left();
 }
 

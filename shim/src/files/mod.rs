@@ -2,6 +2,7 @@
 
 mod copy;
 mod dir;
+mod lock;
 mod place;
 mod remove;
 #[cfg(test)]
@@ -14,7 +15,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use copy::{copy, seek};
+pub(crate) use copy::{copy, copy_told, seek};
+pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
 pub(crate) use place::{canonical, is_at, is_same};
 pub(crate) use remove::{is_mount_point, remove, remove_mount_points, unmount};
 

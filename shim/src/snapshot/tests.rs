@@ -32,6 +32,7 @@ pub(super) fn manifest(name: &str) -> Manifest {
         protocol: version::CURRENT.to_string(),
         vmm: WrittenBy::default(),
         origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
+        owner: None,
         template: None,
         containers: Vec::new(),
         last_event: 3,
@@ -335,4 +336,20 @@ fn a_path_of_the_store_is_that_of_a_snapshot_whichever_links_it_has() {
     for path in [place.path("one"), link.join("one"), link.join("../snapshots/./one/")] {
         assert_eq!(place.store.resolve(path.to_str().unwrap()).unwrap(), "one", "{}", path.display());
     }
+}
+
+#[test]
+fn who_owns_an_import_is_not_for_the_archive_to_say() {
+    let place = place();
+    let draft = place.store.begin("one").unwrap();
+    let pod = Tenant { namespace: "k8s.io".into(), pod_namespace: Some("team-a".into()) };
+    draft.finish(Manifest { owner: Some(pod.clone()), ..manifest("one") }, &[]).unwrap();
+    assert!(place.store.hold_for(&pod, "one", &mut untold).is_ok());
+    let mut archive = Vec::new();
+    place.store.export("one", &mut archive, &mut untold).unwrap();
+    let import = Import { name: Some("two"), namespace: "other", limit: u64::MAX };
+    let imported = place.store.import(&archive[..], import, &mut untold).unwrap();
+    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "other".into(), pod_namespace: None }));
+    let refused = place.store.hold_for(&pod, "two", &mut untold).unwrap_err();
+    assert!(matches!(refused, SnapshotError::NotOwned { .. }), "{refused}");
 }

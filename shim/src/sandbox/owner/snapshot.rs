@@ -16,6 +16,7 @@ use crate::{
     },
     snapshot::{Container, Listed, Manifest, Origin, Store, WrittenBy},
     state::now_ns,
+    tenant::Tenant,
 };
 
 impl Owner {
@@ -105,6 +106,12 @@ impl Owner {
         self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running)
     }
 
+    /// Whose the sandbox is: that of its main container, or of any one if that is gone.
+    fn tenant(&self) -> Option<Tenant> {
+        let main = self.containers.get(&self.identity.id).or_else(|| self.containers.values().next());
+        main.map(|container| container.tenant.clone())
+    }
+
     fn manifest(&self, guest: &Guest, name: String) -> Manifest {
         let vm = self.vm.as_ref();
         Manifest {
@@ -122,6 +129,7 @@ impl Owner {
                 timeline: self.disk.timeline,
                 backend: self.disk.backend.clone(),
             },
+            owner: self.tenant(),
             template: self.template().cloned(),
             containers: self
                 .running()
