@@ -10,12 +10,16 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 pub use self::{limits::Limits, policy::Policy};
+use crate::files;
 
 /// Where the configuration is read from when nothing else names a file.
 pub const DEFAULT_PATH: &str = "/etc/cube/config.toml";
 
 /// Environment variable that names another configuration file.
 pub const PATH_VARIABLE: &str = "CUBE_CONFIG";
+
+/// The value of `log.dir` that puts logs into the containers' bundles.
+const BUNDLE: &str = "bundle";
 
 /// The whole file. Every key has a default, so an empty or absent file is valid.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -236,6 +240,20 @@ pub enum ConfigError {
         /// What and where.
         source: Box<toml::de::Error>,
     },
+    /// A directory that is nowhere.
+    #[error(
+        "{key} is {value} in the configuration file {path}, which leads nowhere: a link or .. in it has no target"
+    )]
+    Directory {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its table.
+        key: &'static str,
+        /// The value found.
+        value: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A value is outside of its range.
     #[error("{key} is {value} in the configuration file {path}: it must be {rule}")]
     Range {
@@ -266,10 +284,44 @@ impl Config {
 
     /// Parses and checks `text`, the contents of `path`.
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
-        let config: Config = toml::from_str(text)
+        let mut config: Config = toml::from_str(text)
             .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        config.resolve(path)?;
         config.check(path)?;
         Ok(config)
+    }
+
+    /// Gives every directory the path that has neither links nor `..`: once and for all, so that it is the same text
+    /// in state files, in command lines and in the kernel's tables.
+    fn resolve(&mut self, path: &Path) -> Result<(), ConfigError> {
+        let in_bundle = self.log.dir.as_os_str() == BUNDLE;
+        let dirs = [
+            ("run_dir", Some(&mut self.run_dir)),
+            ("rootfs.cache_dir", Some(&mut self.rootfs.cache_dir)),
+            ("snapshot.dir", Some(&mut self.snapshot.dir)),
+            ("log.template_dir", Some(&mut self.log.template_dir)),
+            ("log.dir", Some(&mut self.log.dir).filter(|_| !in_bundle)),
+        ];
+        for (key, dir) in dirs.into_iter().filter_map(|(key, dir)| Some((key, dir?))) {
+            if !dir.is_absolute() {
+                let (path, value, rule) = (path.into(), format!("{dir:?}"), "an absolute path");
+                return Err(ConfigError::Range { path, key, value, rule });
+            }
+            match files::canonical(dir) {
+                Ok(found) => *dir = found,
+                // Who may not look there may not change anything there, either.
+                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {}
+                Err(source) => {
+                    return Err(ConfigError::Directory {
+                        path: path.into(),
+                        key,
+                        value: dir.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
@@ -328,6 +380,33 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_has_one_path_however_it_was_named() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("real")).unwrap();
+        symlink("real", root.join("link")).unwrap();
+        let config = |dir: &str| {
+            let dir = format!("{}/{dir}", root.display());
+            parse(&format!(
+                "run_dir = '{dir}/run'\n[rootfs]\ncache_dir = '{dir}/cache'\n[snapshot]\ndir = '{dir}/s'\n\
+                 [log]\ndir = '{dir}/log'\ntemplate_dir = '{dir}/templates/'\n"
+            ))
+        };
+        let expected = config("real").unwrap();
+        assert_eq!(expected.run_dir, root.join("real/run"));
+        for dir in ["link", "link/../real", "real/../link/.", "real//"] {
+            assert_eq!(config(dir).unwrap(), expected, "{dir}");
+        }
+        symlink("nowhere", root.join("dangling")).unwrap();
+        for dir in ["dangling", "nowhere/../real"] {
+            let error = config(dir).unwrap_err().to_string();
+            assert!(error.contains("run_dir") && error.contains("leads nowhere"), "{error}");
+        }
+        assert_eq!(parse("[log]\ndir = 'bundle'").unwrap().log.dir, Path::new("bundle"));
+    }
+
+    #[test]
     fn a_value_out_of_range_is_refused_with_the_rule() {
         for (text, rule) in [
             ("[log]\nsegments = 0", "at least 2"),
@@ -335,6 +414,10 @@ mod tests {
             ("[rootfs]\ncache_limit = 0", "at least 1"),
             ("[snapshot]\nimport_limit = 0", "at least 1"),
             ("[log]\ntemplate_dir = 'templates'", "an absolute path"),
+            ("run_dir = 'run'", "an absolute path"),
+            ("[rootfs]\ncache_dir = 'cache'", "an absolute path"),
+            ("[snapshot]\ndir = './snapshots'", "an absolute path"),
+            ("[log]\ndir = 'log'", "an absolute path"),
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, store, survival, taken},
+    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, removal, store, survival, taken},
 };
 
 fn main() -> ExitCode {
@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        removal::rootfs_and_volumes_of_the_host_outlive_their_containers_where_directories_are_links,
         copy::a_tree_goes_into_a_container_and_out_again,
         copy::a_hostile_container_writes_nowhere_else,
         ending::kill_and_rm_go_through_containerd,

@@ -296,6 +296,20 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_is_no_shims_has_nothing_removed() {
+        let root = tempfile::tempdir().unwrap();
+        dead_sandbox(root.path(), &["c1"]);
+        let precious = root.path().join("precious");
+        fs::create_dir_all(&precious).unwrap();
+        for socket in ["shim.sock", "other.sock", "../precious/shim.sock"] {
+            let address = format!("unix://{}/{socket}", precious.display());
+            fs::write(root.path().join("c1").join(ADDRESS_FILE), address).unwrap();
+            let _ = clean(&flags(root.path(), "c1"), &Counter::default());
+            assert!(precious.exists(), "{socket}");
+        }
+    }
+
+    #[test]
     fn a_directory_without_a_state_and_without_a_shim_is_removed() {
         let root = tempfile::tempdir().unwrap();
         let run_dir = dead_sandbox(root.path(), &["c1"]);

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::SystemTime,
 };
 
@@ -277,6 +277,65 @@ fn the_manifest_says_what_the_vmm_says_of_itself() {
     let by = WrittenBy { name: "vmm".into(), version: "v7.1".into() };
     fs::write(draft.vm_dir().join(crate::vmm::WRITTEN_BY), serde_json::to_vec(&by).unwrap()).unwrap();
     assert_eq!(draft.finish(manifest("one"), &[]).unwrap().manifest.vmm, by);
+}
+
+#[test]
+fn removing_snapshots_and_their_parts_costs_nobody_a_file() {
+    use crate::files::testing::costs_nobody_a_file;
+    let begin = |root: &Path| drop(Store::at(root).begin("one").unwrap());
+    let collect = |root: &Path| Store::at(root).collect(false).map(drop);
+    let part = |below: &'static str| {
+        move |root: &Path| {
+            begin(root);
+            root.join(below)
+        }
+    };
+    costs_nobody_a_file(part(".one.new"), collect);
+    costs_nobody_a_file(part(".one.new/vm"), collect);
+    costs_nobody_a_file(part(".one.new"), |root| match Store::at(root).begin("one") {
+        Ok(draft) => draft.discard(),
+        Err(e) => Err(e),
+    });
+    costs_nobody_a_file(
+        |root| {
+            Store::at(root).begin("one").unwrap().finish(manifest("one"), &[]).unwrap();
+            root.join("one")
+        },
+        |root| Store::at(root).remove("one"),
+    );
+}
+
+#[test]
+fn what_looks_like_a_part_of_a_snapshot_and_is_somebodys_stays() {
+    let place = place();
+    place.make("one");
+    for (path, is_dir) in
+        [(".bashrc.new", false), (".mail.old", true), (".-.new", true), (".config.new/app", true)]
+    {
+        let path = place.path(path);
+        match is_dir {
+            true => fs::create_dir_all(path.join("precious")).unwrap(),
+            false => fs::write(&path, "x").unwrap(),
+        }
+    }
+    assert!(place.store.collect(false).unwrap().is_empty());
+    place.store.begin("mail").unwrap();
+    let refused = place.store.begin("config").unwrap_err();
+    assert!(crate::errors::chain(&refused).contains(".config.new"), "{refused}");
+    for path in [".bashrc.new", ".mail.old/precious", ".-.new/precious", ".config.new/app/precious"] {
+        assert!(place.path(path).exists(), "{path}");
+    }
+}
+
+#[test]
+fn a_path_of_the_store_is_that_of_a_snapshot_whichever_links_it_has() {
+    let place = place();
+    place.make("one");
+    let link = place.dir.path().join("link");
+    std::os::unix::fs::symlink(place.path(""), &link).unwrap();
+    for path in [place.path("one"), link.join("one"), link.join("../snapshots/./one/")] {
+        assert_eq!(place.store.resolve(path.to_str().unwrap()).unwrap(), "one", "{}", path.display());
+    }
 }
 
 #[test]

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Name of the stamp.
-const STAMP: &str = "verified.json";
+pub(super) const STAMP: &str = "verified.json";
 
 /// A version of a file that has the digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

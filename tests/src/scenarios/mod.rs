@@ -22,6 +22,7 @@ pub mod pause;
 pub mod pauses;
 pub mod pods;
 pub mod ready;
+pub mod removal;
 pub mod rest;
 pub mod restore;
 pub mod rests;

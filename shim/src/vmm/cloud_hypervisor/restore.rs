@@ -22,7 +22,7 @@ use super::{
     snapshot::{CONFIG, MEMORY, STATE},
     version::may_restore,
 };
-use crate::snapshot::WrittenBy;
+use crate::{files, snapshot::WrittenBy};
 
 /// Name of the directory in the run directory.
 const DIR: &str = "restore";
@@ -79,10 +79,7 @@ pub(super) fn request(url: &str) -> Value {
 }
 
 fn write(dir: &Path, snapshot: &Path, config: &Map<String, Value>) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    files::remove(dir)?;
     DirBuilder::new().mode(0o700).create(dir)?;
     fs::write(dir.join(CONFIG), serde_json::to_vec(config)?)?;
     for file in [STATE, MEMORY] {
@@ -219,6 +216,20 @@ mod tests {
 
     /// What Cloud Hypervisor 54 wrote for a VM with two disks, the second of them hot-plugged.
     const ORIGINAL: &str = include_str!("testdata/config.json");
+
+    #[test]
+    fn making_the_directory_anew_costs_nobody_a_file() {
+        files::testing::costs_nobody_a_file(
+            |root| {
+                write(&root.join(DIR), Path::new("/no/such"), &Map::new()).unwrap();
+                root.join(DIR)
+            },
+            |root| {
+                write(&root.join(DIR), Path::new("/no/such"), &Map::new())?;
+                files::remove(&root.join(DIR))
+            },
+        );
+    }
 
     struct Lab {
         dir: tempfile::TempDir,
