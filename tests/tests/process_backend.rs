@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         specs::sysctls_of_the_network_are_set_and_a_guest_has_a_name,
         specs::an_update_may_repeat_the_rules_for_devices,
         specs::every_process_of_a_container_is_listed,
+        specs::a_mount_below_an_rslave_volume_appears_and_can_be_unmounted_after_the_end,
         survival::a_shim_that_is_killed_leaves_nothing_but_the_log,
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,

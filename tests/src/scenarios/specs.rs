@@ -3,11 +3,15 @@
 use std::{fs, io::Read, path::PathBuf};
 
 use containerd_shim_protos::{api::UpdateTaskRequest, protobuf::well_known_types::any::Any};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::stat::{Mode, SFlag, makedev, mknod},
+};
 use serde_json::{Value, json};
 
-use super::lab_with_waiting_container;
+use super::{WAIT, lab_with_waiting_container};
 use crate::{
+    command::poll,
     direct::{Direct, bind_mount, spec},
     lab::Lab,
     needs::Backend,
@@ -136,5 +140,41 @@ pub fn every_process_of_a_container_is_listed(backend: Backend) {
         assert!(row.starts_with(&pid.to_string()) && row.to_lowercase().contains("pid:"), "{listed}");
     }
     lab.remove("c");
+    lab.nothing_is_left();
+}
+
+/// Mounts of this host, unmounted with the test, the last one first.
+struct Mounted(Vec<PathBuf>);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+/// It appears in the guest, and can be unmounted when the sandbox has ended, whatever the guest had looked at.
+pub fn a_mount_below_an_rslave_volume_appears_and_can_be_unmounted_after_the_end(backend: Backend) {
+    let lab = Lab::new(backend);
+    let volume = lab.dir().join("volume");
+    let sub = volume.join("sub");
+    fs::create_dir_all(&sub).unwrap();
+    let none = None::<&str>;
+    mount(Some(&volume), &volume, none, MsFlags::MS_BIND, none).unwrap();
+    let mut mounted = Mounted(vec![volume.clone()]);
+    mount(none, &volume, none, MsFlags::MS_SHARED, none).unwrap();
+    let flag = format!("type=bind,src={},dst=/v,options=rbind:rw:rslave", volume.display());
+    lab.detached_with(&["--mount", &flag], "c", &WAIT);
+
+    mount(Some("tmpfs"), &sub, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mounted.0.push(sub.clone());
+    fs::write(sub.join("later"), "made later\n").unwrap();
+    assert_eq!(lab.exec("c", &["cat", "/v/sub/later"]).succeeds().out(), "made later\n");
+    lab.remove("c");
+    assert!(poll(lab.limit(), || umount2(&sub, MntFlags::UMOUNT_NOFOLLOW).is_ok()), "{sub:?} is busy");
+    mounted.0.pop();
+    assert!(!sub.join("later").exists());
+    drop(mounted);
     lab.nothing_is_left();
 }
