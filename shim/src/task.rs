@@ -22,7 +22,10 @@ use crate::{
     errors::{Error, chain},
     events::timestamp,
     options,
-    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest, Status, Stdio},
+    sandbox::{
+        self, Containers, CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest,
+        Status, Stdio,
+    },
 };
 
 /// The service name that `create_task` of containerd-shim-protos uses, and the one before it.
@@ -44,12 +47,14 @@ const SIGNAL_MAX: u32 = 64;
 /// Serves the Task API for one sandbox.
 pub struct TaskService {
     sandbox: Sandbox,
+    containers: Option<Arc<dyn Containers>>,
 }
 
 impl TaskService {
     /// The ttrpc services, by name, to be registered with a server.
-    pub fn services(sandbox: Sandbox) -> HashMap<String, Service> {
-        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { sandbox });
+    /// `containers` are those that containerd knows, if it can be asked.
+    pub fn services(sandbox: Sandbox, containers: Option<Arc<dyn Containers>>) -> HashMap<String, Service> {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { sandbox, containers });
         let mut services = create_task(service.clone());
         if let Some(v2) = create_task(service).remove(V3) {
             services.insert(V2.into(), v2);
@@ -136,7 +141,12 @@ impl Task for TaskService {
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         info!(id = request.id, bundle = request.bundle, terminal = request.terminal, "create");
+        let id = request.id.clone();
         let pid = self.try_create(request).await.map_err(never_unimplemented)?;
+        if let Some(containers) = self.containers.clone() {
+            let sandbox = self.sandbox.clone();
+            tokio::spawn(async move { sandbox::watch(sandbox, id, &*containers).await });
+        }
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 

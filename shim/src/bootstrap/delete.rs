@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -23,6 +24,7 @@ use ttrpc::{
 
 use super::{ADDRESS_FILE, BootstrapError, Flags, drain, io_error, load_config, ttrpc_address};
 use crate::{
+    config::Config,
     events::timestamp,
     sandbox::{Exit, Host, LinuxHost, spec},
     state::{RunDir, RunDirLock, StateError},
@@ -37,7 +39,7 @@ const CALL_LIMIT: Duration = Duration::from_millis(700);
 /// Gives what goes to stdout.
 pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
     flags.check()?;
-    let pid = clean(flags, &LinuxHost)?;
+    let pid = clean(flags, &LinuxHost::default())?;
     let exit = Exit::killed();
     let answer = api::DeleteResponse {
         pid,
@@ -66,16 +68,41 @@ fn clean(flags: &Flags, host: &dyn Host) -> Result<u32, BootstrapError> {
         return Ok(state.vmm_pid);
     }
     let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(state.vmm_pid) };
-    // Another `delete` may have been here while we waited for the lock.
-    if run_dir.load()?.is_some() {
-        // Without a readable configuration the defaults say how logs rotate.
-        let config = load_config(None).unwrap_or_default();
-        cube_fault::point("cleanup.begun");
-        runtime.block_on(drain::drain(&run_dir, &state, &config.log));
-        cube_fault::point("cleanup.drained");
-        host.destroy(&run_dir, &state.cgroup)?;
-    }
+    // Without a readable configuration the defaults say how logs rotate.
+    let config = load_config(None).unwrap_or_default();
+    runtime.block_on(destroy(&run_dir, &config, host))?;
     Ok(state.vmm_pid)
+}
+
+/// Removes the sandbox in `run_dir`, as [`run`] does, unless it has a shim. May be repeated.
+///
+/// # Errors
+///
+/// [`BootstrapError::Lives`] if there is one, and what cannot be removed.
+pub async fn clean_up(run_dir: &RunDir, config: &Config) -> Result<(), BootstrapError> {
+    let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(()) };
+    let socket = run_dir.path().join("shim.sock");
+    if !is_silent(&socket) {
+        return Err(BootstrapError::Lives(socket));
+    }
+    destroy(run_dir, config, &LinuxHost::default()).await
+}
+
+/// Whether nobody listens on `socket`. In doubt somebody does.
+fn is_silent(socket: &Path) -> bool {
+    let nobody = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+    std::os::unix::net::UnixStream::connect(socket).is_err_and(|e| nobody.contains(&e.kind()))
+}
+
+/// Removes the sandbox in `run_dir`, which is locked, unless another one has done so meanwhile.
+async fn destroy(run_dir: &RunDir, config: &Config, host: &dyn Host) -> Result<(), BootstrapError> {
+    if let Some(state) = run_dir.load()? {
+        cube_fault::point("cleanup.begun");
+        drain::drain(run_dir, &state, &config.log).await;
+        cube_fault::point("cleanup.drained");
+        host.destroy(run_dir, &state.cgroup)?;
+    }
+    Ok(())
 }
 
 /// The run directory: of the shim that the bundle names, else of the sandbox that the spec names.
@@ -146,19 +173,16 @@ async fn delete_member(run_dir: &RunDir, id: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        path::PathBuf,
-        sync::atomic::{AtomicU32, Ordering},
-    };
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use serde_json::Value;
 
     use super::*;
     use crate::{
-        config::Config,
+        cgroup::{Limited, Limits},
         errors::Error,
         rootfs::block::Staged,
-        sandbox::{Rootfs, RootfsRequest, Selected},
+        sandbox::{Placed, Rootfs, RootfsRequest, Selected},
         state::{ContainerState, FORMAT, State},
         vmm::{Disk, VmSpec},
     };
@@ -173,11 +197,15 @@ mod tests {
             Ok(run_dir.remove()?)
         }
 
-        fn cgroup(&self, _: &str) -> Result<PathBuf, Error> {
+        fn cgroup(&self, _: &str, _: Option<&str>) -> Result<Placed, Error> {
             unreachable!()
         }
 
         fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
+            unreachable!()
+        }
+
+        fn limit(&self, _: &Path, _: &Limits) -> Result<Limited, Error> {
             unreachable!()
         }
 
@@ -218,6 +246,7 @@ mod tests {
             namespace: "default".into(),
             sandbox_id: containers[0].into(),
             cgroup: "/no/such/cgroup".into(),
+            shim_home: None,
             backend: "fake".into(),
             vmm_pid: 4242,
             timeline: 1,

@@ -21,6 +21,7 @@ use std::{
 use containerd_shim_protos::protobuf;
 
 use crate::{
+    cgroup::CgroupError,
     config::{Config, ConfigError},
     errors::Error,
     options::OptionsError,
@@ -28,6 +29,7 @@ use crate::{
     state::StateError,
 };
 
+pub use delete::clean_up;
 pub use reply::Protocol;
 
 /// Name under which containerd's configuration knows this runtime.
@@ -106,12 +108,18 @@ pub enum BootstrapError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// What is to be cleaned up is somebody's.
+    #[error("the shim with the socket {0} lives: it has to remove its sandbox itself")]
+    Lives(PathBuf),
     /// The runtime options cannot be used.
     #[error(transparent)]
     Options(#[from] OptionsError),
     /// The spec cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The shim cannot be placed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The state on disk cannot be used.
     #[error(transparent)]
     State(#[from] StateError),

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -16,9 +16,10 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 pub(super) use self::guest::{Fault, Guest};
-use super::{Host, Rootfs, RootfsRequest, Selected};
+use super::{Host, Placed, Rootfs, RootfsRequest, Selected};
 use crate::{
     agent::dial::HybridVsock,
+    cgroup::{Limited, Limits},
     config::Config,
     errors::Error,
     rootfs::block::Staged,
@@ -39,10 +40,16 @@ pub(super) struct FakeVmm {
     /// Generation of the last that was booted, and whether it lives.
     alive: watch::Sender<(u64, bool)>,
     paused: watch::Sender<bool>,
+    /// Whether what it may take of the host is limited.
+    is_limited: Arc<AtomicBool>,
     /// Whether a pause fails.
     pub(super) sticks: Arc<AtomicBool>,
     /// Whether a snapshot fails.
     pub(super) sticks_in_snapshots: Arc<AtomicBool>,
+    /// How often it does not answer when it is to stop or to start its CPUs.
+    pub(super) busy: Arc<AtomicU32>,
+    /// The same, beginning with a snapshot that fails.
+    pub(super) busy_then: Arc<AtomicU32>,
     /// What one does that is booted from a snapshot.
     pub(super) restores: Arc<Mutex<Boot>>,
     /// What it was made from.
@@ -71,11 +78,23 @@ impl FakeVmm {
     pub(super) fn is_alive(&self) -> bool {
         self.alive.borrow().1
     }
+
+    fn answer(&self) -> Result<(), VmmError> {
+        if !self.is_alive() {
+            return Err(VmmError::Ended { during: "a test", description: "killed by a test".into() });
+        }
+        let less = |busy: u32| busy.checked_sub(1);
+        match self.busy.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
+            Ok(_) => Err(VmmError::Timeout { what: "vm.resume", limit: Duration::ZERO }),
+            Err(_) => Ok(()),
+        }
+    }
 }
 
 #[async_trait]
 impl Vmm for FakeVmm {
     async fn boot(&mut self) -> Result<(), VmmError> {
+        assert!(self.is_limited.load(Ordering::Relaxed), "a VM has its limits when it begins");
         let restores = self.spec.as_ref().is_some_and(|spec| spec.restore.is_some());
         let fate = *self.restores.lock().unwrap();
         if !self.boots || (restores && fate == Boot::Hangs) {
@@ -104,6 +123,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
+        self.answer()?;
         if self.sticks.load(Ordering::Relaxed) {
             return Err(VmmError::Timeout { what: "pausing", limit: Duration::ZERO });
         }
@@ -112,6 +132,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
+        self.answer()?;
         self.paused.send_replace(false);
         Ok(())
     }
@@ -119,6 +140,7 @@ impl Vmm for FakeVmm {
     async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
         assert!(self.is_paused(), "memory changes while it is written");
         if self.sticks_in_snapshots.load(Ordering::Relaxed) {
+            self.busy.fetch_max(self.busy_then.load(Ordering::Relaxed), Ordering::Relaxed);
             let source = VmmError::Timeout { what: "writing", limit: Duration::ZERO };
             return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
         }
@@ -149,6 +171,8 @@ pub(super) struct FakeHost {
     pub(super) guest: Arc<Guest>,
     pub(super) released: Mutex<Vec<String>>,
     pub(super) size: Mutex<(u32, u64)>,
+    /// What its cgroup was limited to.
+    pub(super) limits: Mutex<Vec<Limits>>,
     /// What each VM was made from.
     pub(super) chosen: Mutex<Vec<VmSpec>>,
     runtime: tokio::runtime::Handle,
@@ -162,8 +186,11 @@ impl FakeHost {
                 generation: 0,
                 alive: watch::Sender::new((0, true)),
                 paused: watch::Sender::new(false),
+                is_limited: Arc::default(),
                 sticks: Arc::default(),
                 sticks_in_snapshots: Arc::default(),
+                busy: Arc::default(),
+                busy_then: Arc::default(),
                 restores: Arc::default(),
                 spec: None,
                 boots,
@@ -171,6 +198,7 @@ impl FakeHost {
             guest: Arc::new(guest),
             released: Mutex::default(),
             size: Mutex::default(),
+            limits: Mutex::default(),
             chosen: Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         }
@@ -178,8 +206,14 @@ impl FakeHost {
 }
 
 impl Host for FakeHost {
-    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
-        Ok(Path::new("/cgroup").join(key))
+    fn cgroup(&self, key: &str, _: Option<&str>) -> Result<Placed, Error> {
+        Ok(Placed { cgroup: Path::new("/cgroup").join(key), shim_home: None })
+    }
+
+    fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error> {
+        self.vmm.is_limited.store(true, Ordering::Relaxed);
+        self.limits.lock().unwrap().push(limits.clone());
+        Ok(Limited { cgroup: cgroup.into(), memory_bytes: Some(limits.memory_bytes), ..Default::default() })
     }
 
     fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
@@ -217,7 +251,7 @@ impl Host for FakeHost {
         let vmm = Box::new(FakeVmm { generation, spec: Some(spec.clone()), ..self.vmm.clone() });
         chosen.push(spec);
         let (backend, reason) = ("fake".into(), "test".into());
-        Ok(Selected { vmm, backend, reason, shared_mount: Default::default() })
+        Ok(Selected { vmm, backend, reason, shared_mount: Default::default(), overhead_mib: Some(100) })
     }
 
     fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {

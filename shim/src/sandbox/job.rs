@@ -35,7 +35,7 @@ use crate::{
     errors::{Error, chain},
     snapshot::Listed,
     state::RunDir,
-    stdio::{Begin, Flows, LogConfig, ProcessIo, StdioConfig},
+    stdio::{Begin, FinishReport, Flows, LogConfig, ProcessIo, StdioConfig},
 };
 
 /// Deadlines of calls to the guest. An emulated guest takes its time to set a container up.
@@ -458,7 +458,15 @@ async fn finish(process: &ProcessId, io: ProcessIo, limit: Duration) {
     io.process_exited();
     let report = io.finish(limit).await;
     if !report.complete {
-        warn!(container = process.container, exec = process.exec, "output was discarded: {report:?}");
+        warn!(container = process.container, exec = process.exec, "{}", describe(&report));
+    }
+}
+
+/// What output was lost, in words.
+fn describe(report: &FinishReport) -> String {
+    match report.discarded_bytes {
+        0 => "the end of the output did not come in time: what the guest still had of it is lost".into(),
+        bytes => format!("{bytes} bytes of output were discarded: what takes them did not do so in time"),
     }
 }
 
@@ -515,5 +523,18 @@ async fn delete_in(guest: &Guest, process: &ProcessId) -> Result<(), AgentError>
             Err(e) => warn!("the guest cannot delete yet: {}", chain(&e)),
         }
         sleep(DELETE_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_output_is_told_in_words() {
+        let report = FinishReport { complete: false, discarded_bytes: 12 };
+        assert!(describe(&report).starts_with("12 bytes of output were discarded: "));
+        let texts = [report, FinishReport::default()].map(|report| describe(&report));
+        assert!(texts.iter().all(|text| !text.contains("FinishReport") && !text.contains("{")), "{texts:?}");
     }
 }

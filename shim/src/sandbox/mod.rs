@@ -5,6 +5,7 @@
 //! message. So every question has an answer at once, whatever the guest does. [`Sandbox`] is the
 //! handle that the Task service uses.
 
+mod abandoned;
 mod clone;
 mod create;
 #[cfg(test)]
@@ -14,6 +15,7 @@ mod job;
 mod machine;
 mod owner;
 mod pause;
+mod positions;
 mod process;
 mod ready;
 mod relaunch;
@@ -38,7 +40,8 @@ use tokio::{
     time::timeout,
 };
 
-pub use host::{Host, LinuxHost, Rootfs, RootfsRequest, Selected};
+pub use abandoned::{Containers, watch};
+pub use host::{Host, LinuxHost, Placed, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
 pub use ready::{Readiness, SandboxReadiness};
 pub use status::{ProcessStatus, ReadyStatus, SandboxStatus, VmStatus};

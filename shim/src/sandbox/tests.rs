@@ -18,9 +18,11 @@ use super::{
 };
 use crate::errors::{Error, chain};
 
+mod held;
 mod lab;
 mod member;
 mod pause;
+mod policy;
 mod ready;
 mod restore;
 mod rollback;
@@ -296,6 +298,66 @@ async fn a_guest_that_refuses_sigkill_is_killed() {
     assert_eq!(lab.kill(init("c1"), 15).await.unwrap_err().code(), Code::INTERNAL);
     lab.kill(init("c1"), 9).await.unwrap();
     assert_eq!(lab.wait(init("c1")).await, 137);
+}
+
+#[tokio::test]
+async fn the_second_of_two_deletes_waits_for_the_first_and_gets_its_answer() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.run("c2").await;
+    for process in [exec("c1", "e1"), init("c2"), init("c1")] {
+        if !process.is_init() {
+            let (process, stdio) = (process.clone(), Stdio::default());
+            lab.sandbox.exec(ExecRequest { process, spec: Default::default(), stdio }).await.unwrap();
+            lab.sandbox.start(exec("c1", "e1")).await.unwrap();
+        }
+        lab.guest().exit(&process.container, &process.exec, 7);
+        lab.wait(process.clone()).await;
+        let delete = || within(lab.sandbox.delete(process.clone()));
+        let (first, second, third) = tokio::join!(delete(), delete(), delete());
+        let first = first.unwrap();
+        assert_eq!(first.exit.status, 7);
+        assert_eq!((second.unwrap(), third.unwrap()), (first, first));
+        assert_eq!(delete().await.unwrap_err().code(), Code::NOT_FOUND);
+    }
+    let deletes = lab.events().await.into_iter().filter(|topic| topic == "delete").count();
+    assert_eq!(deletes, 2, "one for each container");
+}
+
+/// What containerd says of each container, in turn.
+struct Known(std::sync::Mutex<Vec<Option<bool>>>);
+
+#[async_trait::async_trait]
+impl super::Containers for Known {
+    async fn has(&self, _: &str) -> Option<bool> {
+        self.0.lock().unwrap().pop().expect("nobody asks after it was started, or is known to be gone")
+    }
+}
+
+#[tokio::test]
+async fn a_task_whose_container_was_removed_while_it_was_created_goes_and_so_does_the_shim() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let known = Known(vec![Some(false), None].into());
+    within(super::watch(lab.sandbox.clone(), "c1".into(), &known)).await;
+    within(lab.over).await.unwrap();
+    assert!(!lab.host.vmm.is_alive() && !lab.run_dir.path().exists());
+}
+
+#[tokio::test]
+async fn a_task_that_is_started_or_whose_container_is_there_stays() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let known = Known(vec![Some(true)].into());
+    let watch = super::watch(lab.sandbox.clone(), "c1".into(), &known);
+    let start = async {
+        while !known.0.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        lab.sandbox.start(init("c1")).await.unwrap();
+    };
+    within(async { tokio::join!(watch, start) }).await;
+    assert_eq!(lab.sandbox.state(init("c1")).await.unwrap().status, Status::Running);
 }
 
 #[tokio::test]

@@ -11,9 +11,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     FileDigest, Manifest, SnapshotError, Store,
@@ -21,7 +21,11 @@ use super::{
     failed,
     meter::{Meter, Told, data_bytes},
 };
-use crate::errors::chain;
+use crate::{
+    errors::chain,
+    files::{self, LOCK_LIMIT, Lock},
+    tenant::Tenant,
+};
 
 /// Name of the stamp.
 const STAMP: &str = "verified.json";
@@ -69,7 +73,34 @@ impl Store {
     ///
     /// Those of [`Store::open`], and [`SnapshotError::Damaged`].
     pub fn hold(&self, name: &str, told: Told<'_>) -> Result<Held, SnapshotError> {
-        let held = self.held(name)?;
+        self.checked(self.held(name)?, told)
+    }
+
+    /// As [`Store::hold`], for `tenant`.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotError::NotOwned`] for what is not its own, whether it exists or not. Nothing of that is read but
+    /// the manifest.
+    pub fn hold_for(&self, tenant: &Tenant, name: &str, told: Told<'_>) -> Result<Held, SnapshotError> {
+        if !tenant.is_pod() {
+            return self.hold(name, told);
+        }
+        let refused = |why: &str| {
+            warn!(snapshot = name, %tenant, "a pod was refused a snapshot: {why}");
+            SnapshotError::NotOwned { name: name.into(), tenant: tenant.clone() }
+        };
+        let held = self.held(name).map_err(|e| refused(&chain(&e)))?;
+        match held.manifest.owner.as_ref() {
+            owner if tenant.may_restore(owner) => self.checked(held, told),
+            Some(owner) => Err(refused(&format!("it belongs to {owner}"))),
+            None => Err(refused(
+                "it belongs to nobody: it was imported without an owner, or is of an older version",
+            )),
+        }
+    }
+
+    fn checked(&self, held: Held, told: Told<'_>) -> Result<Held, SnapshotError> {
         let stamp = read_stamp(&held.dir);
         let changed = |file: &&FileDigest| {
             let now = Version::of(&held.dir.join(&file.path), &file.sha256).ok();
@@ -102,8 +133,7 @@ impl Store {
             _ => failed("cannot open", &dir)(source),
         })?;
         // Waits for one that is being given its name, or removed: then it is gone when this has the lock.
-        let lock = Flock::lock(file, FlockArg::LockShared)
-            .map_err(|(_, errno)| failed("cannot lock", &dir)(errno.into()))?;
+        let lock = files::lock(file, Lock::Shared, LOCK_LIMIT).map_err(failed("cannot lock", &dir))?;
         let (manifest, dir) = self.open(name)?;
         Ok(Held { manifest, dir, _lock: lock })
     }
@@ -115,7 +145,7 @@ fn compare(dir: &Path, files: &[&FileDigest], told: Told<'_>) -> Result<(), Snap
     for file in files {
         let path = dir.join(&file.path);
         let digested = File::open(&path).and_then(|file| digest(&file, &mut |bytes| meter.add(bytes)));
-        let (_, found) = digested.map_err(failed("cannot read", &path))?;
+        let found = digested.map_err(failed("cannot read", &path))?.sha256;
         if found != file.sha256 {
             return Err(SnapshotError::Damaged { path, found, expected: file.sha256.clone() });
         }

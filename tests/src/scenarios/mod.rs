@@ -1,9 +1,11 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
 pub mod block;
+pub mod copy;
 pub mod counters;
 pub mod demo;
 pub mod disks;
+pub mod ending;
 pub mod exactness;
 pub mod exits;
 pub mod faults;
@@ -22,6 +24,7 @@ pub mod pods;
 pub mod ready;
 pub mod rest;
 pub mod restore;
+pub mod rests;
 pub mod rollback;
 pub mod rotation;
 pub mod scale;
@@ -30,6 +33,7 @@ pub mod specs;
 pub mod store;
 pub mod survival;
 pub mod suspend;
+pub mod taken;
 pub mod templates;
 pub mod terminal;
 

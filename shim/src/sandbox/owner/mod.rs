@@ -48,6 +48,7 @@ use crate::{
     sandbox::Exit,
     snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
+    tenant::Tenant,
     vmm::Disk,
 };
 
@@ -69,6 +70,7 @@ struct Container {
     ready: Ready,
     /// Whether it runs, apart from its sandbox.
     motion: Motion,
+    tenant: Tenant,
     /// If it is built for one.
     template: Option<Template>,
     /// Ends its creation; dropped afterwards.
@@ -134,6 +136,8 @@ pub(super) struct Owner {
     waiting_kills: Vec<(KillRequest, Reply<()>)>,
     /// Deletes that came during a pause.
     waiting_deletes: Vec<(ProcessId, Reply<Deleted>)>,
+    /// Deletes of what is being deleted already, and their answers.
+    joined_deletes: Vec<(ProcessId, Deleted, Reply<Deleted>)>,
     /// Ends of stdin that came during a rollback.
     waiting_closes: Vec<ProcessId>,
     /// What the guest told during a rollback: it counts if that fails.
@@ -164,6 +168,7 @@ impl Owner {
             namespace: identity.namespace.clone(),
             sandbox_id: identity.id.clone(),
             cgroup: PathBuf::new(),
+            shim_home: None,
             backend: String::new(),
             vmm_pid: 0,
             timeline: 0,
@@ -193,6 +198,7 @@ impl Owner {
             waiting_starts: Vec::new(),
             waiting_kills: Vec::new(),
             waiting_deletes: Vec::new(),
+            joined_deletes: Vec::new(),
             waiting_closes: Vec::new(),
             held_events: Vec::new(),
             waiting_ready: Vec::new(),
@@ -314,6 +320,7 @@ impl Owner {
                 self.deleted(&process, deleted);
                 cube_fault::point("delete.before_reply");
                 drop(reply.send(Ok(deleted)));
+                self.answer_joined_deletes();
             }
             Report::Stats { id, result, reply } => {
                 let container = self.containers.get_mut(&id);
@@ -476,6 +483,12 @@ fn not_found(what: &'static str, id: &str) -> Error {
 fn gone(id: &ProcessId) -> Error {
     let (what, name) = name_of(id);
     Error::NotFound { what, id: name.into(), state: "has exited already" }
+}
+
+/// Of a container whose first process has exited, and waits for who reads its output.
+fn over(id: &str, needed: &'static str) -> Error {
+    let state = "over, with output that its reader has not taken";
+    Error::State { what: "container", id: id.into(), state, needed }
 }
 
 fn wrong_phase(id: &ProcessId, phase: Phase, needed: &'static str) -> Error {
