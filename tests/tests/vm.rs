@@ -7,8 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival,
-        taken, terminal,
+        ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, specs,
+        survival, taken, terminal,
     },
 };
 
@@ -34,6 +34,13 @@ fn main() -> ExitCode {
         isolation::a_container_writes_to_its_own_layer_only,
         isolation::a_bind_mount_of_the_host_is_shared,
         isolation::a_container_cannot_open_a_vsock,
+        specs::a_device_of_the_host_is_refused_by_name,
+        specs::files_are_masked_and_a_privileged_container_runs_without_the_hosts_devices,
+        specs::a_node_below_a_volume_opens_no_device,
+        specs::sysctls_of_the_network_are_set_and_a_guest_has_a_name,
+        specs::an_update_may_repeat_the_rules_for_devices,
+        specs::every_process_of_a_container_is_listed,
+        specs::a_mount_below_an_rslave_volume_appears_and_can_be_unmounted_after_the_end,
         survival::a_shim_that_is_killed_leaves_nothing_but_the_log,
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,

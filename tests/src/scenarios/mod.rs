@@ -30,6 +30,7 @@ pub mod rollback;
 pub mod rotation;
 pub mod scale;
 pub mod snapshots;
+pub mod specs;
 pub mod store;
 pub mod survival;
 pub mod suspend;
