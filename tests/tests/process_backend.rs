@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
         copy::a_tree_goes_into_a_container_and_out_again,
+        copy::a_copy_that_is_interrupted_leaves_nothing,
         copy::a_hostile_container_writes_nowhere_else,
         ending::kill_and_rm_go_through_containerd,
         ending::another_containerd_with_the_same_id_is_left_alone,
