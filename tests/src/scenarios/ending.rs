@@ -61,9 +61,10 @@ pub fn kill_and_rm_go_through_containerd(backend: Backend) {
     assert_eq!((removed.out().as_str(), removed.err().as_str()), ("", ""));
     assert_eq!((lab.task("c"), containers(&lab).as_str()), (None, ""));
     lab.nothing_is_left();
-    lab.detached("c", &UP);
-    lab.cubecli(&["cubebox", "rm", "--force", "c"]).succeeds();
-    assert_eq!((lab.task("c"), containers(&lab).as_str()), (None, ""));
+    // Another ID: the snapshot of the first waits for containerd's garbage collection.
+    lab.detached("d", &UP);
+    lab.cubecli(&["cubebox", "rm", "--force", "d"]).succeeds();
+    assert_eq!((lab.task("d"), containers(&lab).as_str()), (None, ""));
     lab.nothing_is_left();
 }
 

@@ -198,9 +198,12 @@ impl End<'_> {
         }
         if let Some(shim) = self.shim().await? {
             let request = api::ShutdownRequest::new();
-            // It may end before its answer is out.
-            let _ =
-                shim.task(CALL_LIMIT, |c, context| async move { c.shutdown(context, &request).await }).await;
+            // It ends before its answer is out, or after.
+            let call = shim.task(CALL_LIMIT, |c, context| async move { c.shutdown(context, &request).await });
+            tokio::select! {
+                _ = call => {}
+                () = is_gone(dir) => {}
+            }
             if timeout(DELETE_LIMIT, is_gone(dir)).await.is_err() {
                 return Err(shim.silent());
             }
