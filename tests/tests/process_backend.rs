@@ -51,6 +51,7 @@ fn main() -> ExitCode {
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
         removal::rootfs_and_volumes_of_the_host_outlive_their_containers_where_directories_are_links,
         copy::a_tree_goes_into_a_container_and_out_again,
+        copy::a_copy_that_is_interrupted_leaves_nothing,
         copy::a_hostile_container_writes_nowhere_else,
         ending::kill_and_rm_go_through_containerd,
         ending::another_containerd_with_the_same_id_is_left_alone,

@@ -125,6 +125,22 @@ fn an_archive_without_compression_and_a_directory_can_be_imported_too() {
     assert_eq!(place.names(), ["one", "three", "two"]);
 }
 
+/// Which did not say how much data a file has.
+#[test]
+fn an_archive_of_an_older_version_is_taken() {
+    let place = with_snapshot(LARGE);
+    let mut tar = place.tar();
+    let mut known = 0;
+    while let Some(at) = tar.windows(7).position(|window| window == br#""data":"#) {
+        tar[at..at + 7].copy_from_slice(br#""date":"#);
+        known += 1;
+    }
+    assert_eq!(known, 5);
+    let imported = place.import(&tar[..]).unwrap();
+    assert!(imported.manifest.files.iter().all(|file| file.data.is_none()));
+    place.store.verify("two", &mut untold).unwrap();
+}
+
 #[test]
 fn what_is_no_archive_is_said_to_be_none_and_not_quoted() {
     let place = with_snapshot(1 << 20);
