@@ -6,6 +6,7 @@ use std::{
 };
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use cube_shim::vmm::kvm;
 use nix::sys::signal::kill;
 use protobuf::Message;
 use serde_json::Value;
@@ -62,8 +63,9 @@ pub fn a_sandbox_is_limited_as_far_as_its_host_can_or_says_that_it_is_not(backen
     lab.detached("c", &WAIT);
     let (limits, controllers) = (status(&lab)["limits"].clone(), controllers());
     let sandbox = PathBuf::from(limits["cgroup"].as_str().unwrap());
-    let overhead =
-        300 + if backend == Backend::Qemu && Backend::CloudHypervisor.missing().is_some() { 1024 } else { 0 };
+    // QEMU without KVM keeps translated code.
+    let translates = backend == Backend::Qemu && kvm::probe().is_err();
+    let overhead = if translates { 300 + 1024 } else { 300 };
     for (name, key, file, value) in [
         ("memory", "memory_bytes", "memory.max", (256 + 4 + overhead) << 20),
         ("cpu", "cpu_percent", "cpu.max", 200),
