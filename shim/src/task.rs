@@ -9,7 +9,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{self, Empty, Status as TaskStatus},
-    protobuf::MessageField,
+    protobuf::{Message as _, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
 use tracing::{debug, info};
@@ -22,12 +22,18 @@ use crate::{
     errors::{Error, chain},
     events::timestamp,
     options,
-    sandbox::{CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest, Status, Stdio},
+    sandbox::{
+        self, Containers, CreateRequest, ExecRequest, KillRequest, ProcessId, Sandbox, SnapshotRequest,
+        Status, Stdio,
+    },
 };
 
 /// The service name that `create_task` of containerd-shim-protos uses, and the one before it.
 const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
+
+/// Name of [`api::ProcessInfo`] for containerd's clients.
+const PROCESS_INFO: &str = "containerd.v1.types.ProcessInfo";
 
 /// Longest id that containerd accepts.
 const ID_MAX: usize = 76;
@@ -41,12 +47,14 @@ const SIGNAL_MAX: u32 = 64;
 /// Serves the Task API for one sandbox.
 pub struct TaskService {
     sandbox: Sandbox,
+    containers: Option<Arc<dyn Containers>>,
 }
 
 impl TaskService {
     /// The ttrpc services, by name, to be registered with a server.
-    pub fn services(sandbox: Sandbox) -> HashMap<String, Service> {
-        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { sandbox });
+    /// `containers` are those that containerd knows, if it can be asked.
+    pub fn services(sandbox: Sandbox, containers: Option<Arc<dyn Containers>>) -> HashMap<String, Service> {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { sandbox, containers });
         let mut services = create_task(service.clone());
         if let Some(v2) = create_task(service).remove(V3) {
             services.insert(V2.into(), v2);
@@ -74,6 +82,16 @@ fn process(container: String, exec: String) -> Result<ProcessId, Error> {
 
 fn init(container: String) -> Result<ProcessId, Error> {
     process(container, String::new())
+}
+
+/// A process of the guest. Its pid means nothing on the host, where the VMM is what runs it; it is in the info,
+/// in a message that every client of containerd knows.
+fn process_info(reported: u32, in_guest: u32) -> api::ProcessInfo {
+    let inner = api::ProcessInfo { pid: in_guest, ..Default::default() };
+    // Encoding into memory fails only for a message beyond 2 GiB.
+    let value = inner.write_to_bytes().unwrap_or_default();
+    let info = Any { type_url: PROCESS_INFO.into(), value, ..Default::default() };
+    api::ProcessInfo { pid: reported, info: MessageField::some(info), ..Default::default() }
 }
 
 /// containerd takes Unimplemented from Create for a shim of version 2, and tries again in vain.
@@ -123,7 +141,12 @@ impl Task for TaskService {
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         info!(id = request.id, bundle = request.bundle, terminal = request.terminal, "create");
+        let id = request.id.clone();
         let pid = self.try_create(request).await.map_err(never_unimplemented)?;
+        if let Some(containers) = self.containers.clone() {
+            let sandbox = self.sandbox.clone();
+            tokio::spawn(async move { sandbox::watch(sandbox, id, &*containers).await });
+        }
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -210,10 +233,9 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
-        let pid = self.sandbox.pid(init(request.id)?.container).await?;
-        // Pids of the guest mean nothing on the host; the VMM is what runs the container here.
-        let process = api::ProcessInfo { pid, ..Default::default() };
-        Ok(api::PidsResponse { processes: vec![process], ..Default::default() })
+        let pids = self.sandbox.pids(init(request.id)?.container).await?;
+        let processes = pids.guest.into_iter().map(|pid| process_info(pids.reported, pid)).collect();
+        Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {

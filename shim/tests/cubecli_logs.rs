@@ -266,6 +266,33 @@ fn following_ends_when_the_id_is_used_again() {
 }
 
 #[test]
+fn following_goes_on_with_a_log_that_its_writer_has_made_again() {
+    let host = Host::new();
+    let dir = host.log_dir("c");
+    let limits = Limits { segment_bytes: 1 << 20, segments: 2 };
+    let created = Arc::new(LogDir::create(&dir).unwrap());
+    let mut writer = LogWriter::create(created, "stdout", limits, 0).unwrap();
+    let mut write = |text: &str| writer.append(&mut &mut [IoSlice::new(text.as_bytes())][..]).unwrap();
+    let sandbox = host.sandbox("c", dir.clone());
+    write("before\n");
+    let mut follower = host.start(&["logs", "--follow", "c"]);
+    follower.wait_for(7);
+    fs::remove_dir_all(&dir).unwrap();
+    write("after\n");
+    follower.wait_for(13);
+    fs::remove_file(dir.join("stdout")).unwrap();
+    write("again\n");
+    follower.wait_for(19);
+    sandbox.remove().unwrap();
+    let (status, printed) = follower.finish();
+    assert!(status.success());
+    assert_eq!(String::from_utf8(printed).unwrap(), "before\nafter\nagain\n");
+    let output = host.run(&["logs", "--all", "c"]);
+    assert_eq!(output.stdout, b"again\n");
+    assert_eq!(output.stderr, b"[6 bytes lost]\n");
+}
+
+#[test]
 fn following_a_deleted_container_prints_what_there_is_and_ends() {
     let host = Host::new();
     host.log("c", "stdout").write(NOON, b"all there is\n");

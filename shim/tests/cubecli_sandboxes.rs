@@ -165,6 +165,28 @@ fn gc_removes_logs_beyond_their_retention_and_says_so() {
 }
 
 #[test]
+fn gc_removes_the_oldest_logs_beyond_their_total_and_counts_those_of_the_living_not() {
+    let host = Host::new();
+    host.configure("total_limit = 2500000");
+    for (id, hours) in [("a", 1), ("b", 2), ("c", 3), ("living", 25)] {
+        let dir = host.log_dir(id);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("stdout"), vec![1; 1_000_000]).unwrap();
+        let time = SystemTime::now() - Duration::from_secs(hours * 3600);
+        for path in [dir.join("stdout"), dir] {
+            fs::File::open(path).unwrap().set_modified(time).unwrap();
+        }
+    }
+    let sandbox = host.sandbox("living", host.log_dir("living"));
+    let _shim = shim(&sandbox.socket().unwrap(), Status::RUNNING);
+    let text = host.text(&["cubebox", "gc"]);
+    let oldest = host.log_dir("c");
+    let expected = format!("removed {} (unchanged for 3h, 1 MiB beyond log.total_limit)\n", oldest.display());
+    assert_eq!(text, expected);
+    assert!(!oldest.exists() && ["a", "b", "living"].iter().all(|id| host.log_dir(id).exists()));
+}
+
+#[test]
 fn gc_removes_what_a_sandbox_without_shim_and_processes_has_left() {
     let host = Host::new();
     let (gone, living) = (host.sandbox("gone", host.log_dir("gone")), host.sandbox("up", host.log_dir("up")));

@@ -30,7 +30,7 @@ impl Sandbox for Fake {
 }
 
 fn example() -> StatusResponse {
-    let log = Log { segments: 4, bytes: 64 << 20, rotated_away: 7, ..Default::default() };
+    let log = Log { segments: 4, bytes: 64 << 20, rotated_away: 7, lost: 8, ..Default::default() };
     let stdout = Stream {
         name: "stdout".into(),
         connected: true,
@@ -127,7 +127,7 @@ fn a_status_is_an_object_with_every_number_in_full_for_programs() {
         "name": "stdout", "connected": true, "received": 123_456_789, "acknowledged": 123_456_780, "written": 5000,
         "lost": 12, "dropped": 5, "discarded": 3, "reconnects": 2, "refused": 1, "lag": 9, "guest_lag": 17,
         "complete": false, "truncated": false,
-        "log": {"segments": 4, "bytes": 64 << 20, "rotated_away": 7, "waits_for": null},
+        "log": {"segments": 4, "bytes": 64 << 20, "rotated_away": 7, "lost": 8, "waits_for": null},
     });
     assert_eq!(status["processes"][0]["streams"][0], expected);
 }

@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -13,8 +12,8 @@ use crate::{
     config::Config,
     errors::chain,
     log::{
-        locate::{self, Name},
-        retention::{self, Expired},
+        locate::Name,
+        retention::{self, Kept},
     },
     state::{RunDir, State, StateError},
 };
@@ -47,24 +46,18 @@ fn is_stateless(dir: &RunDir) -> bool {
     age.is_some_and(|age| age >= STATELESS_AGE) && matches!(dir.load(), Ok(None))
 }
 
-/// Removes the logs of deleted containers, and of templates, whose time is over. Every shim does it, so that
-/// no timer is needed where containers come and go.
+/// Removes the logs of deleted containers, and of templates, whose time is over, and the oldest of those that
+/// are too many. Every shim does it, so that no timer is needed where containers come and go.
 pub(super) fn remove_logs(config: &Config) {
-    let (root, templates) = locate::templates(&config.log.template_dir);
-    remove_logs_in(config, root, Some(templates));
-    if config.log.dir.as_os_str() != locate::BUNDLE {
-        remove_logs_in(config, &config.log.dir, None);
-    }
-}
-
-fn remove_logs_in(config: &Config, root: &Path, namespace: Option<&str>) {
-    let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
-    let expired = retention::expired(root, namespace, retention, |_| false).unwrap_or_else(|e| {
-        // The first container of a host makes the directory.
-        debug!("cannot look for expired logs: {}", chain(&e));
-        Vec::new()
+    let all = retention::roots(&config.log).into_iter().map(|(root, namespace)| {
+        retention::kept(root, namespace).unwrap_or_else(|e| {
+            // The first container of a host makes the directory.
+            debug!("cannot look for expired logs: {}", chain(&e));
+            Vec::new()
+        })
     });
-    if expired.is_empty() {
+    let mut logs: Vec<Kept> = all.flatten().collect();
+    if retention::due(logs.clone(), &config.log).is_empty() {
         return;
     }
     // Read after the logs were listed: the state of a container is there before its log. Without all
@@ -75,15 +68,16 @@ fn remove_logs_in(config: &Config, root: &Path, namespace: Option<&str>) {
         Ok(states) => states,
         Err(e) => return warn!("expired logs stay: {}", chain(&e)),
     };
-    let lives = |log: &Expired| {
+    let lives = |log: &Kept| {
         let Name { namespace, id } = &log.name;
         states.iter().flatten().any(|state| {
             state.namespace == *namespace && state.containers.contains_key(id) || state.logs_to(&log.path)
         })
     };
-    for log in expired.iter().filter(|log| !lives(log)) {
-        match retention::remove(root, &log.name) {
-            Ok(()) => info!(path = %log.path.display(), "expired log removed"),
+    logs.retain(|log| !lives(log));
+    for (log, reason) in retention::due(logs, &config.log) {
+        match retention::remove(&log.root, &log.name) {
+            Ok(()) => info!(path = %log.path.display(), ?reason, "log of a deleted container removed"),
             // Another shim may be at it as well.
             Err(e) => debug!("cannot remove an expired log: {}", chain(&e)),
         }

@@ -8,14 +8,17 @@ use std::{
         fd::{AsFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixListener,
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    sys::socket::{Backlog, listen},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{Backlog, listen},
+    },
     unistd::{dup2_stdout, setsid},
 };
 use tracing::{info, warn};
@@ -24,10 +27,11 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
     cgroup::{self, Hierarchy},
+    containerd::Known,
     control::SandboxService,
     events::Publisher,
     logging,
-    sandbox::{Identity, LinuxHost, Sandbox},
+    sandbox::{Containers, Identity, LinuxHost, Sandbox},
     state::RunDir,
     task::TaskService,
 };
@@ -75,7 +79,19 @@ pub(super) fn run(flags: &Flags) -> Result<(), BootstrapError> {
     runtime.block_on(daemon.serve(listener))
 }
 
+/// Each stream of each process is a connection, a FIFO and a log with its index: 1024 open files, which is what
+/// a process has by default, are used up by some hundred execs.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        warn!("cannot raise the limit of open files: {errno}");
+    }
+}
+
 struct Daemon {
+    /// containerd's gRPC socket; empty if it is not known.
+    address: PathBuf,
     identity: Identity,
     config: crate::config::Config,
     events: String,
@@ -93,7 +109,7 @@ fn prepare(flags: &Flags) -> Result<(UnixListener, Daemon), BootstrapError> {
     env::set_current_dir("/").map_err(io_error("cannot change to", "/"))?;
     let run_dir = RunDir::of(&config.run_dir, &events, &flags.namespace, &flags.id);
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), run_dir };
-    Ok((listener, Daemon { identity, config, events, host }))
+    Ok((listener, Daemon { address: PathBuf::from(&flags.address), identity, config, events, host }))
 }
 
 /// Moves this process to the cgroup that the runtime options name, if they do.
@@ -125,15 +141,19 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
 
 impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
+        raise_open_files();
         survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);
+        let known = Known { address: self.address, namespace: self.identity.namespace.clone() };
+        let known = Some(known).filter(|known| !known.address.as_os_str().is_empty());
+        let containers = known.map(|known| Arc::new(known) as Arc<dyn Containers>);
         let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
             Sandbox::spawn(self.identity, self.config, Arc::new(self.host), publisher.clone());
         let mut server = Server::new()
             .add_listener(listener)
-            .register_service(TaskService::services(sandbox.clone()))
+            .register_service(TaskService::services(sandbox.clone(), containers))
             .register_service(SandboxService::services(sandbox));
         server.start().await?;
         say_ready()?;

@@ -153,11 +153,13 @@ fn log(LogStatus { usage, waits_for }: LogStatus) -> api::Log {
         None => "",
         Some(Obstacle::Reader) => "reader",
         Some(Obstacle::Disk) => "disk",
+        Some(Obstacle::Directory) => "directory",
     };
     api::Log {
         segments: u32::try_from(usage.segments).unwrap_or(u32::MAX),
         bytes: usage.bytes,
         rotated_away: usage.rotated_away,
+        lost: usage.lost,
         waits_for: waits_for.into(),
         ..Default::default()
     }

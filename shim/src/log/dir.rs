@@ -7,16 +7,22 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{Flock, FlockArg, OFlag, open, openat, renameat},
-    sys::stat::{Mode, SFlag, fstat, mkdirat},
+    fcntl::{AtFlags, Flock, FlockArg, OFlag, RenameFlags, open, openat, renameat, renameat2},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat},
     unistd::{UnlinkatFlags, unlinkat},
 };
+
+use crate::files::{self, LOCK_LIMIT, Lock};
 
 /// Streams that a log directory may hold. Any file named after one makes the directory a log.
 const STREAMS: [&str; 2] = ["stdout", "stderr"];
@@ -24,10 +30,18 @@ const STREAMS: [&str; 2] = ["stdout", "stderr"];
 /// An open log directory.
 #[derive(Debug)]
 pub struct LogDir {
-    fd: OwnedFd,
     path: PathBuf,
+    /// Another one once it was made again.
+    held: Mutex<Arc<Held>>,
+    /// How often it was made again.
+    renewals: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Held {
+    fd: OwnedFd,
     /// Keeps others away for as long as the directory is open; the kernel frees it with the process.
-    _claim: Option<Flock<OwnedFd>>,
+    claim: Option<Flock<OwnedFd>>,
 }
 
 /// A log directory or a file in it could not be used.
@@ -66,8 +80,8 @@ impl LogDir {
         let open = || open_parent(above).map_err(error("cannot open the parent of the log directory"));
         // Between the look at the old directory and the claim on the new one nobody else may do the same.
         // Held for a few system calls, so that it is not long in coming.
-        let _turn = Flock::lock(open()?, FlockArg::LockExclusive)
-            .map_err(|(_, e)| error("cannot lock the parent of the log directory")(e.into()))?;
+        let _turn = files::lock(open()?, Lock::Exclusive, LOCK_LIMIT)
+            .map_err(error("cannot lock the parent of the log directory"))?;
         let parent = open()?;
         match LogDir::open_alone(path) {
             Err(e) if e.source.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -100,11 +114,56 @@ impl LogDir {
         LogDir::open(path)?.claim()
     }
 
+    /// Looks whether its path still leads to this directory. If somebody has removed or renamed it, makes it
+    /// again with the checks of the first time. What was made in its place is taken if no log is in it.
+    ///
+    /// One that was set aside for another container of that name, whose log is there now, stays the one.
+    pub(super) fn renew(&self) -> Result<(), LogError> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let cannot = |e: Errno| self.error("cannot examine the log directory", "", e.into());
+        match LogDir::open(&self.path) {
+            Ok(found) => {
+                let (own, found) = (fstat(&held.fd).map_err(cannot)?, found.held());
+                let other = fstat(&found.fd).map_err(cannot)?;
+                if is_same(&own, &other) {
+                    return Ok(());
+                }
+                let names = names(&found.fd).map_err(|e| self.error("cannot list", "", e))?;
+                if names.iter().any(|name| is_log_file(name)) {
+                    let other = "somebody has put another log in the place of";
+                    let is_there = own.st_nlink > 0;
+                    return if is_there { Ok(()) } else { Err(self.error(other, "", Errno::EEXIST.into())) };
+                }
+            }
+            Err(e) if e.source.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+        let make = if held.claim.is_some() { LogDir::create_alone } else { LogDir::create };
+        *held = make(&self.path)?.held();
+        self.renewals.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How often it was made again.
+    pub(super) fn renewals(&self) -> u64 {
+        self.renewals.load(Ordering::Relaxed)
+    }
+
+    fn new(path: &Path, fd: OwnedFd, claim: Option<Flock<OwnedFd>>) -> LogDir {
+        let held = Mutex::new(Arc::new(Held { fd, claim }));
+        LogDir { path: path.into(), held, renewals: AtomicU64::new(0) }
+    }
+
+    fn held(&self) -> Arc<Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn claim(self) -> Result<LogDir, LogError> {
         let action = "another sandbox writes its log to";
-        let claim = self.fd.try_clone().map_err(|e| self.error("cannot lock", "", e))?;
-        match Flock::lock(claim, FlockArg::LockExclusiveNonblock) {
-            Ok(claim) => Ok(LogDir { _claim: Some(claim), ..self }),
+        let held = self.held();
+        let copy = || held.fd.try_clone().map_err(|e| self.error("cannot lock", "", e));
+        match Flock::lock(copy()?, FlockArg::LockExclusiveNonblock) {
+            Ok(claim) => Ok(LogDir::new(&self.path, copy()?, Some(claim))),
             Err((_, Errno::EWOULDBLOCK)) => {
                 Err(self.error(action, "", io::Error::from_raw_os_error(libc::EBUSY)))
             }
@@ -115,7 +174,7 @@ impl LogDir {
     fn open_in(parent: &OwnedFd, path: &Path, name: &Path) -> Result<LogDir, LogError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(parent, name, flags, Mode::empty()) {
-            Ok(fd) => Ok(LogDir { fd, path: path.into(), _claim: None }),
+            Ok(fd) => Ok(LogDir::new(path, fd, None)),
             Err(e) => {
                 Err(LogError { action: "cannot open the log directory", path: path.into(), source: e.into() })
             }
@@ -141,9 +200,8 @@ impl LogDir {
     fn open_regular(&self, name: &str, flags: OFlag, action: &'static str) -> Result<File, LogError> {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let open = || -> io::Result<File> {
-            let fd = openat(&self.fd, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
-            if kind != SFlag::S_IFREG {
+            let fd = openat(&self.held().fd, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            if kind(&fstat(&fd)?) != SFlag::S_IFREG {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
             }
             Ok(fd.into())
@@ -152,13 +210,50 @@ impl LogDir {
     }
 
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), LogError> {
-        renameat(&self.fd, from, &self.fd, to)
+        let held = self.held();
+        renameat(&held.fd, from, &held.fd, to)
             .map_err(|e| self.error("cannot rename the log file", from, e.into()))
+    }
+
+    /// Whether `name` is what is open as `file`.
+    pub(super) fn has(&self, name: &str, file: &File) -> Result<bool, LogError> {
+        let Some(found) = self.stat(name)? else { return Ok(false) };
+        let own = fstat(file).map_err(|e| self.error("cannot examine the log file", name, e.into()))?;
+        Ok(is_same(&own, &found))
+    }
+
+    /// Gives a file that is none of ours another name, one that retention knows and no reader; an empty one
+    /// is removed. What is no file stays, to be refused by whoever wants to open it.
+    pub(super) fn set_aside(&self, name: &str) -> Result<(), LogError> {
+        let Some(found) = self.stat(name)? else { return Ok(()) };
+        match kind(&found) == SFlag::S_IFREG {
+            false => return Ok(()),
+            true if found.st_size == 0 => return self.remove(name),
+            true => {}
+        }
+        let held = self.held();
+        let mut time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        loop {
+            let aside = format!("{name}.found-{time}");
+            match renameat2(&held.fd, name, &held.fd, aside.as_str(), RenameFlags::RENAME_NOREPLACE) {
+                Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+                Err(Errno::EEXIST) => time += 1,
+                Err(e) => return Err(self.error("cannot rename what is in the place of", name, e.into())),
+            }
+        }
+    }
+
+    fn stat(&self, name: &str) -> Result<Option<FileStat>, LogError> {
+        match fstatat(&self.held().fd, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(found) => Ok(Some(found)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(e) => Err(self.error("cannot examine the log file", name, e.into())),
+        }
     }
 
     /// Removes `name`; that it does not exist is no error.
     pub(super) fn remove(&self, name: &str) -> Result<(), LogError> {
-        match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(&self.held().fd, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(e) => Err(self.error("cannot remove the log file", name, e.into())),
         }
@@ -166,22 +261,26 @@ impl LogDir {
 
     /// Names of the entries that are valid UTF-8; every name of ours is.
     pub(super) fn names(&self) -> Result<Vec<String>, LogError> {
-        names(&self.fd).map_err(|e| self.error("cannot list the log directory", "", e))
+        names(&self.held().fd).map_err(|e| self.error("cannot list the log directory", "", e))
     }
 
     /// Makes renames and new files durable.
     pub(super) fn sync(&self) -> Result<(), LogError> {
-        nix::unistd::fsync(&self.fd).map_err(|e| self.error("cannot sync the log directory", "", e.into()))
+        nix::unistd::fsync(&self.held().fd)
+            .map_err(|e| self.error("cannot sync the log directory", "", e.into()))
     }
 
     pub(super) fn error(&self, action: &'static str, name: &str, source: io::Error) -> LogError {
         LogError { action, path: self.path_of(name), source }
     }
+}
 
-    #[cfg(test)]
-    pub(crate) fn from_fd(fd: OwnedFd, path: &Path) -> LogDir {
-        LogDir { fd, path: path.into(), _claim: None }
-    }
+fn is_same(one: &FileStat, other: &FileStat) -> bool {
+    (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+}
+
+fn kind(of: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(of.st_mode) & SFlag::S_IFMT
 }
 
 fn split(path: &Path) -> io::Result<(&Path, &Path)> {
@@ -217,13 +316,7 @@ fn set_aside(parent: &OwnedFd, name: &Path) -> io::Result<()> {
         let mut aside = name.as_os_str().to_owned();
         aside.push(format!(".{time}"));
         // Without RENAME_NOREPLACE an empty directory of that name would be replaced.
-        match nix::fcntl::renameat2(
-            parent,
-            name,
-            parent,
-            Path::new(&aside),
-            nix::fcntl::RenameFlags::RENAME_NOREPLACE,
-        ) {
+        match renameat2(parent, name, parent, Path::new(&aside), RenameFlags::RENAME_NOREPLACE) {
             Ok(()) | Err(Errno::ENOENT) => return Ok(()),
             Err(Errno::EEXIST) => time += 1,
             Err(e) => return Err(e.into()),

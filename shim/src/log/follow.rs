@@ -26,7 +26,7 @@ pub enum Wake {
     Changed,
     /// Nothing has happened for a while.
     Quiet,
-    /// The directory was removed or renamed: nothing more is written to this log.
+    /// The directory was removed or renamed: what is written to this log from now on is elsewhere.
     Gone,
     /// The reader of the output has closed its end.
     ReaderGone,
@@ -49,13 +49,16 @@ impl Watch {
 
     /// Waits for a change in `dir`, or until the reader of `output` is gone.
     pub fn wait(&mut self, dir: &Dir, output: BorrowedFd<'_>) -> io::Result<Wake> {
-        if self.gone || dir.is_removed() {
+        if !self.gone && dir.is_removed() {
+            self.gone = true;
             return Ok(Wake::Gone);
         }
         // With no events asked for, poll(2) tells of errors alone: nobody reads the pipe, a hangup.
         let mut fds = vec![PollFd::new(output, PollFlags::empty())];
         let mut period = PERIOD_WITHOUT_INOTIFY;
-        if let Some(inotify) = &self.inotify {
+        if let Some(inotify) = &self.inotify
+            && !self.gone
+        {
             fds.push(PollFd::new(inotify.as_fd(), PollFlags::POLLIN));
             period = PERIOD;
         }
@@ -71,6 +74,7 @@ impl Watch {
         let changed = seen(1).contains(PollFlags::POLLIN);
         drop(fds);
         match &self.inotify {
+            _ if self.gone => Ok(Wake::Gone),
             Some(_) if changed => self.read_events(),
             _ => Ok(Wake::Quiet),
         }

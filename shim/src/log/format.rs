@@ -55,8 +55,8 @@ pub struct SegmentHeader {
 pub enum RecordKind {
     /// A write begins here.
     Write = 1,
-    /// Output was dropped in the guest: the stream goes on at this record's `stream_offset`. What is
-    /// missing is the difference to where the stream was.
+    /// Output was dropped in the guest, or somebody has taken away the files that it was in: the stream goes
+    /// on at this record's `stream_offset`. What is missing is the difference to where the stream was.
     Gap = 2,
 }
 

@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::reader::{Dir, ReadError, Stream};
+use crate::text::printable;
 
 /// The value of `log.dir` that puts logs into the containers' bundles.
 pub const BUNDLE: &str = "bundle";
@@ -33,7 +34,8 @@ pub struct Name {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.id)
+        // The names of directories may be anything.
+        write!(f, "{}/{}", printable(&self.namespace), printable(&self.id))
     }
 }
 
@@ -44,6 +46,18 @@ pub struct Log {
     pub name: Name,
     /// The open directory.
     pub dir: Dir,
+}
+
+impl Log {
+    /// Opens what its path names now; `None` if that does not exist.
+    pub fn open_again(&self) -> Result<Option<Dir>, ReadError> {
+        let Some(root) = root_of(self.dir.path(), &self.name) else { return Ok(None) };
+        match open(&root, &self.name) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
 }
 
 /// Why no log was found.

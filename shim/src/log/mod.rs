@@ -7,6 +7,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod locate;
+mod place;
 pub mod reader;
 mod recover;
 pub mod retained;

@@ -14,6 +14,7 @@ use std::{
 use super::{
     dir::{LogDir, LogError},
     format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
+    place::Place,
     segment::{Segment, closed_name, closed_number, index_name},
     writer::{Identity, Limits, LogWriter, makes_room},
 };
@@ -22,11 +23,11 @@ use super::{
 const RECORD_SPAN: u64 = 4096;
 
 /// The valid part of an index.
-struct Index {
+pub(super) struct Index {
     header: Option<SegmentHeader>,
     last: Option<Record>,
     /// Bytes of header and valid records.
-    len: u64,
+    pub(super) len: u64,
 }
 
 impl Index {
@@ -56,6 +57,7 @@ impl LogWriter {
             next_number: 1,
             current: None,
             goes_back: false,
+            place: Place::default(),
         };
         writer.reopen_closed()?;
         // On a disk that is full, what is closed makes room for the index of what is not.
@@ -84,7 +86,7 @@ impl LogWriter {
             self.adopt(&index, data_len);
             self.next_number = number.saturating_add(1);
             self.retained.push(number, Arc::new(data), data_len);
-            self.retained.close(data_len.saturating_add(index.len));
+            self.retained.close(number, data_len.saturating_add(index.len));
         }
         Ok(())
     }
@@ -153,15 +155,15 @@ fn mend(segment: &mut Segment, wrong_header: bool) -> io::Result<()> {
 }
 
 /// Numbers that occur in the names of closed segments.
-struct Numbers {
-    data: BTreeSet<u64>,
-    index: BTreeSet<u64>,
+pub(super) struct Numbers {
+    pub(super) data: BTreeSet<u64>,
+    pub(super) index: BTreeSet<u64>,
     current_data: bool,
     current_index: bool,
 }
 
 impl Numbers {
-    fn list(dir: &LogDir, stream: &str) -> Result<Numbers, LogError> {
+    pub(super) fn list(dir: &LogDir, stream: &str) -> Result<Numbers, LogError> {
         let mut found = Numbers {
             data: BTreeSet::new(),
             index: BTreeSet::new(),
@@ -206,7 +208,8 @@ fn complete_rotation(dir: &LogDir, stream: &str) -> Result<(), LogError> {
     Ok(())
 }
 
-fn read_index(file: &File, data_len: u64) -> io::Result<Index> {
+/// The part of the index that belongs to `data_len` bytes of data.
+pub(super) fn read_index(file: &File, data_len: u64) -> io::Result<Index> {
     let mut index = Index { header: None, last: None, len: 0 };
     let mut reader = BufReader::new(file);
     reader.seek(SeekFrom::Start(0))?;

@@ -26,6 +26,10 @@ pub struct Retained {
 #[derive(Debug, Default)]
 struct State {
     segments: VecDeque<Extent>,
+    /// The last segment is in memory, and must be read before there is another.
+    in_memory: bool,
+    /// Bytes that somebody has taken away from the log, or that it could not take.
+    lost: u64,
     /// `None` while nobody reads.
     reader: Option<Reader>,
     /// The writer need not wait for anything any more.
@@ -33,9 +37,10 @@ struct State {
 }
 
 impl State {
-    /// Whether an attached reader has not read all of the oldest segment.
+    /// Whether an attached reader has not read all of what has to go next.
     fn reader_blocks(&self) -> bool {
-        let end = self.segments.front().map_or(0, Extent::end);
+        let oldest = if self.in_memory { self.segments.back() } else { self.segments.front() };
+        let end = oldest.map_or(0, Extent::end);
         self.reader.is_some_and(|reader| reader.position < end)
     }
 
@@ -69,7 +74,11 @@ struct Extent {
     len: u64,
     /// Bytes of data and index, once it is closed.
     size: u64,
-    data: Arc<File>,
+    /// `None` if it was in memory, and nobody has wanted it.
+    data: Option<Arc<File>>,
+    in_memory: bool,
+    /// Bytes of it that are counted as lost.
+    lost: u64,
 }
 
 impl Extent {
@@ -87,6 +96,8 @@ pub struct Usage {
     pub bytes: u64,
     /// Bytes of data in those that were removed since the log was opened.
     pub rotated_away: u64,
+    /// Bytes that the log has not because somebody took its files away, or let it have none.
+    pub lost: u64,
 }
 
 impl Usage {
@@ -101,7 +112,7 @@ impl Usage {
 pub enum Found {
     /// So many bytes were read.
     Bytes(usize),
-    /// Everything below this position has been rotated away.
+    /// Everything below this position has been rotated away, or was taken away.
     Dropped(u64),
     /// Nothing is there yet.
     End,
@@ -129,7 +140,7 @@ impl Retained {
         buffer: &mut [u8],
         read: impl FnOnce(&File, &mut [u8], u64) -> io::Result<usize>,
     ) -> io::Result<Found> {
-        let (data, at, len) = {
+        let (data, at, end) = {
             let state = self.lock();
             let Some(oldest) = state.segments.front() else { return Ok(Found::End) };
             if position < oldest.start {
@@ -138,14 +149,13 @@ impl Retained {
             let Some(extent) = state.segments.iter().find(|extent| position < extent.end()) else {
                 return Ok(Found::End);
             };
-            (extent.data.clone(), position - extent.start, extent.end() - position)
+            let Some(data) = extent.data.clone() else { return Ok(Found::Dropped(extent.end())) };
+            (data, position - extent.start, extent.end())
         };
-        let len = usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len());
+        let len = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
         match read(&data, &mut buffer[..len], at)? {
-            0 => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the log file was truncated by someone else",
-            )),
+            // Somebody has truncated the file. The writer never adds to such a one.
+            0 => Ok(Found::Dropped(end)),
             n => Ok(Found::Bytes(n)),
         }
     }
@@ -159,7 +169,12 @@ impl Retained {
     pub fn usage(&self) -> Usage {
         let state = self.lock();
         let (start, end) = (state.segments.front().map_or(0, |oldest| oldest.start), state.end());
-        Usage { segments: state.segments.len(), bytes: end.saturating_sub(start), rotated_away: start }
+        Usage {
+            segments: state.segments.len(),
+            bytes: end.saturating_sub(start),
+            rotated_away: start,
+            lost: state.lost,
+        }
     }
 
     /// A reader is attached and has taken everything below `position`: the writer keeps the rest.
@@ -215,13 +230,82 @@ impl Retained {
     pub(super) fn push(&self, number: u64, data: Arc<File>, len: u64) {
         let mut state = self.lock();
         let start = state.end();
-        state.segments.push_back(Extent { number, start, len, size: 0, data });
+        state.in_memory = false;
+        let data = Some(data);
+        state.segments.push_back(Extent { number, start, len, size: 0, data, in_memory: false, lost: 0 });
     }
 
-    /// The last segment is closed, with `size` bytes of data and index.
-    pub(super) fn close(&self, size: u64) {
-        if let Some(last) = self.lock().segments.back_mut() {
-            last.size = size;
+    /// Appends a segment that is in memory.
+    pub(super) fn push_in_memory(&self, number: u64, data: Arc<File>) {
+        self.push(number, data, 0);
+        let mut state = self.lock();
+        state.in_memory = true;
+        if let Some(last) = state.segments.back_mut() {
+            last.in_memory = true;
+        }
+    }
+
+    /// Lets the bytes of the last segment, which is in memory, go, unless an attached reader needs them.
+    /// Whether they went.
+    pub(super) fn let_go(&self) -> bool {
+        let mut state = self.lock();
+        if state.reader_blocks() && !state.abandoned {
+            return false;
+        }
+        let Some(mut last) = state.segments.pop_back() else { return true };
+        last.data = None;
+        match state.segments.back_mut() {
+            Some(before) if before.data.is_none() => {
+                before.len += last.len;
+                before.lost += last.lost;
+            }
+            _ => state.segments.push_back(last),
+        }
+        true
+    }
+
+    /// Segment `number` is closed, with `size` bytes of data and index on the disk.
+    pub(super) fn close(&self, number: u64, size: u64) {
+        if let Some(closed) = self.lock().segments.iter_mut().rfind(|extent| extent.number == number) {
+            closed.size = size;
+        }
+    }
+
+    /// Counts as lost what was in memory, segment `taken` but for `left` bytes, and, if `all`, all else. The
+    /// number of bytes that were not counted before.
+    pub(super) fn lose(&self, taken: Option<u64>, left: u64, all: bool) -> u64 {
+        let mut state = self.lock();
+        let mut bytes = 0u64;
+        for extent in &mut state.segments {
+            let is_taken = Some(extent.number) == taken;
+            if extent.in_memory || is_taken || all {
+                let lost = extent.len.saturating_sub(if is_taken { left } else { 0 });
+                bytes += lost.saturating_sub(extent.lost);
+                extent.lost = extent.lost.max(lost);
+            }
+        }
+        state.lost = state.lost.saturating_add(bytes);
+        bytes
+    }
+
+    /// Forgets the oldest segments that have no file in any directory any more, as far as no attached reader
+    /// needs them: they take space as long as they are open.
+    pub(super) fn forget_removed(&self) {
+        use std::os::unix::fs::MetadataExt;
+        let is_removed = |extent: &Extent| match &extent.data {
+            Some(data) => data.metadata().is_ok_and(|metadata| metadata.nlink() == 0),
+            None => true,
+        };
+        loop {
+            let mut state = self.lock();
+            if state.reader_blocks() || !state.segments.front().is_some_and(is_removed) {
+                return;
+            }
+            // The last one says where the log ends.
+            if state.segments.len() < 2 {
+                return;
+            }
+            state.segments.pop_front();
         }
     }
 

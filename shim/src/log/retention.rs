@@ -1,4 +1,4 @@
-//! Removing the logs of deleted containers when their time is over.
+//! Removing the logs of deleted containers when their time is over, or there are too many of them.
 
 use std::{
     os::fd::AsFd,
@@ -15,41 +15,72 @@ use super::{
     locate::{self, Name},
     reader::{Dir, ReadError, Stream},
 };
+use crate::config;
 
-/// A log that is older than the retention.
+/// A log that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Expired {
+pub struct Kept {
+    /// The directory that it is below.
+    pub root: PathBuf,
     /// Whose it is.
     pub name: Name,
     /// Its directory.
     pub path: PathBuf,
     /// Time since anything changed in it.
     pub age: Duration,
+    /// What it takes on the disk.
+    pub bytes: u64,
 }
 
-/// The logs below `root`, in `namespace` if given, in which nothing has changed for `retention`, those of containers that
-/// `lives` names left out. Directories that cannot be examined, or hold anything that is not a log
-/// file, are left out too: a wrong `log.dir` must not cost somebody else's files.
-pub fn expired(
-    root: &Path,
-    namespace: Option<&str>,
-    retention: Duration,
-    lives: impl Fn(&Name) -> bool,
-) -> Result<Vec<Expired>, ReadError> {
+/// Why a log goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// Its time is over.
+    Age,
+    /// With it, and all that are younger, there are more bytes than may be.
+    Total,
+}
+
+/// Where logs are that are removed by age and size: each root, with the namespace in it if only that counts.
+pub fn roots(log: &config::Log) -> Vec<(&Path, Option<&str>)> {
+    let (root, templates) = locate::templates(&log.template_dir);
+    let dir = Some((log.dir.as_path(), None)).filter(|_| log.dir.as_os_str() != locate::BUNDLE);
+    [(root, Some(templates))].into_iter().chain(dir).collect()
+}
+
+/// The logs below `root`, in `namespace` if given. Directories that cannot be examined, or hold anything that
+/// is not a log file, are left out: a wrong `log.dir` must not cost somebody else's files.
+pub fn kept(root: &Path, namespace: Option<&str>) -> Result<Vec<Kept>, ReadError> {
     let mut found = Vec::new();
     for name in locate::names(root, namespace)? {
-        if lives(&name) {
-            continue;
-        }
         let Ok(dir) = locate::open(root, &name) else { continue };
-        let (Ok(files), Ok(age)) = (dir.names(), age(&dir)) else { continue };
-        let is_log = !files.is_empty() && files.iter().all(|file| Stream::is_log_file(file));
-        if is_log && age >= retention {
+        let (Ok(files), Ok((age, bytes))) = (dir.names(), measure(&dir)) else { continue };
+        if !files.is_empty() && files.iter().all(|file| Stream::is_log_file(file)) {
             let path = root.join(&name.namespace).join(&name.id);
-            found.push(Expired { name, path, age });
+            found.push(Kept { root: root.into(), name, path, age, bytes });
         }
     }
     Ok(found)
+}
+
+/// Those of `logs`, all of deleted containers, that have to go: the old ones, and the oldest of what has more
+/// bytes than `log.total_limit`.
+pub fn due(mut logs: Vec<Kept>, log: &config::Log) -> Vec<(Kept, Reason)> {
+    let retention = Duration::from_secs(log.retention_hours.saturating_mul(3600));
+    logs.sort_by_key(|log| log.age);
+    let mut total = 0u64;
+    let mut due = Vec::new();
+    for kept in logs {
+        if kept.age >= retention {
+            due.push((kept, Reason::Age));
+            continue;
+        }
+        total = total.saturating_add(kept.bytes);
+        if total > log.total_limit {
+            due.push((kept, Reason::Total));
+        }
+    }
+    due
 }
 
 /// Removes the log directory of `name` below `root`, following no link on the way: what a link in it
@@ -65,16 +96,17 @@ pub fn remove(root: &Path, name: &Name) -> Result<(), ReadError> {
         .map_err(|e| ReadError::io("cannot remove", dir.path(), e))
 }
 
-/// Time since the directory or a file in it was last changed.
-fn age(dir: &Dir) -> Result<Duration, ReadError> {
-    let mut newest = modified(dir, None)?;
+/// Time since the directory or a file in it was last changed, and what all of them take on the disk.
+fn measure(dir: &Dir) -> Result<(Duration, u64), ReadError> {
+    let (mut newest, mut total) = examine(dir, None)?;
     for file in dir.names()? {
-        newest = newest.max(modified(dir, Some(&file))?);
+        let (modified, bytes) = examine(dir, Some(&file))?;
+        (newest, total) = (newest.max(modified), total.saturating_add(bytes));
     }
-    Ok(SystemTime::now().duration_since(newest).unwrap_or_default())
+    Ok((SystemTime::now().duration_since(newest).unwrap_or_default(), total))
 }
 
-fn modified(dir: &Dir, file: Option<&str>) -> Result<SystemTime, ReadError> {
+fn examine(dir: &Dir, file: Option<&str>) -> Result<(SystemTime, u64), ReadError> {
     let stat = match file {
         None => fstat(dir.as_fd()),
         Some(file) => nix::sys::stat::fstatat(dir.as_fd(), file, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW),
@@ -82,7 +114,9 @@ fn modified(dir: &Dir, file: Option<&str>) -> Result<SystemTime, ReadError> {
     let path = || file.map_or_else(|| dir.path().into(), |file| dir.path().join(file));
     let stat = stat.map_err(|e| ReadError::io("cannot examine", path(), e))?;
     let seconds = Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(0));
-    Ok(SystemTime::UNIX_EPOCH + seconds)
+    // Blocks of 512 bytes, whatever those of the file system are.
+    let bytes = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+    Ok((SystemTime::UNIX_EPOCH + seconds, bytes))
 }
 
 #[cfg(test)]
@@ -109,15 +143,36 @@ mod tests {
         }
     }
 
+    /// Names of what has to go, and why.
+    fn due_in(root: &Path, retention_hours: u64, total_limit: u64) -> Vec<(String, Reason)> {
+        let log = config::Log { retention_hours, total_limit, ..Default::default() };
+        let due = due(kept(root, None).unwrap(), &log);
+        due.into_iter().map(|(log, reason)| (log.name.id, reason)).collect()
+    }
+
     #[test]
-    fn only_logs_of_deleted_containers_older_than_the_retention_expire() {
+    fn logs_older_than_the_retention_expire() {
         let root = tempfile::tempdir().unwrap();
-        for (id, hours) in [("new", 1), ("old", 30), ("running", 30)] {
+        for (id, hours) in [("new", 1), ("old", 30)] {
             age_by_hours(&log(root.path(), id), hours);
         }
-        let day = Duration::from_secs(24 * 3600);
-        let expired = expired(root.path(), None, day, |name| name.id == "running").unwrap();
-        assert_eq!(expired.iter().map(|e| e.name.id.as_str()).collect::<Vec<_>>(), ["old"]);
+        assert_eq!(due_in(root.path(), 24, u64::MAX), [("old".into(), Reason::Age)]);
+    }
+
+    #[test]
+    fn beyond_the_total_the_oldest_go_first() {
+        let root = tempfile::tempdir().unwrap();
+        for (id, hours) in [("b", 2), ("d", 4), ("a", 1), ("c", 3), ("old", 30)] {
+            let dir = log(root.path(), id);
+            fs::write(dir.join("stdout"), vec![1; 1 << 20]).unwrap();
+            age_by_hours(&dir, hours);
+        }
+        let age = ("old".to_owned(), Reason::Age);
+        let total = |id: &str| (id.to_owned(), Reason::Total);
+        assert_eq!(due_in(root.path(), 24, 5 << 20), [age.clone()], "what expires anyway does not count");
+        let two_and_a_half = (2 << 20) + (1 << 19);
+        assert_eq!(due_in(root.path(), 24, two_and_a_half), [total("c"), total("d"), age]);
+        assert_eq!(due_in(root.path(), 99, 0).len(), 5);
     }
 
     #[test]
@@ -126,7 +181,7 @@ mod tests {
         fs::write(log(root.path(), "journal").join("system.journal"), "x").unwrap();
         fs::write(log(root.path(), "other").join("stdout-of-mine"), "x").unwrap();
         fs::create_dir(root.path().join("default/empty")).unwrap();
-        assert_eq!(expired(root.path(), None, Duration::ZERO, |_| false).unwrap(), []);
+        assert_eq!(kept(root.path(), None).unwrap(), []);
     }
 
     #[test]
@@ -150,6 +205,6 @@ mod tests {
         symlink(&victim, root.path().join("default/c1")).unwrap();
         assert!(remove(root.path(), &name("c1")).is_err());
         assert!(victim.join("stdout").exists());
-        assert_eq!(expired(root.path(), None, Duration::ZERO, |_| false).unwrap(), []);
+        assert_eq!(kept(root.path(), None).unwrap(), []);
     }
 }

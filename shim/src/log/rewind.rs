@@ -31,8 +31,12 @@ impl LogWriter {
             return Ok(());
         }
         self.with_space(|writer| {
+            writer.keep_place()?;
             // What the old segment lacks, above all the record of a gap.
             writer.settle()?;
+            if writer.is_in_memory() {
+                return Ok(writer.begin_in_memory()?);
+            }
             let identity = writer.identity;
             match &mut writer.current {
                 Some(segment) if segment.is_empty() => {

@@ -7,7 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use nix::sys::uio::pwritev;
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    uio::pwritev,
+};
 
 use super::{
     dir::{LogDir, LogError},
@@ -35,6 +38,12 @@ pub(super) fn closed_number(digits: &str) -> Option<u64> {
     digits.parse().ok().filter(|number: &u64| number.to_string() == digits && *number <= OFFSET_MAX)
 }
 
+fn write_beginning(index: &File, header: SegmentHeader, gap: Option<Record>) -> io::Result<()> {
+    let mut bytes = header.encode().to_vec();
+    bytes.extend(gap.iter().flat_map(Record::encode));
+    index.write_all_at(&bytes, 0)
+}
+
 /// Both files of a segment and how much of each is valid. Writes are positioned, so that one that
 /// failed in part is simply done again.
 #[derive(Debug)]
@@ -51,22 +60,39 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Begins a segment in files named after the stream. The header is written before the data file
-    /// exists, so a reader never sees data without knowing its offset.
-    pub(super) fn begin(dir: &LogDir, stream: &str, header: SegmentHeader) -> Result<Segment, LogError> {
+    /// Begins a segment in files named after the stream. The header, and the record of a `gap` that it begins
+    /// with, is written before the data file exists, so a reader never sees data without knowing its offset.
+    pub(super) fn begin(
+        dir: &LogDir,
+        stream: &str,
+        header: SegmentHeader,
+        gap: Option<Record>,
+    ) -> Result<Segment, LogError> {
         let index_name = index_name(stream);
         let index = dir.create_file(&index_name)?;
         cube_fault::point("segment.index_created");
         index
             .set_len(0)
-            .and_then(|()| index.write_all_at(&header.encode(), 0))
+            .and_then(|()| write_beginning(&index, header, gap))
             .map_err(|e| dir.error("cannot write the log index", &index_name, e))?;
         cube_fault::point("segment.header_written");
         let data = dir.create_file(stream)?;
         cube_fault::point("segment.data_created");
         data.set_len(0).map_err(|e| dir.error("cannot truncate the log file", stream, e))?;
-        let index_len = HEADER_LEN as u64;
-        Ok(Segment { header, data: Arc::new(data), index, data_len: 0, index_len, last: None, owed: None })
+        Ok(Segment::new(header, data, index, gap))
+    }
+
+    /// Begins a segment that is in memory, and in no directory.
+    pub(super) fn begin_in_memory(header: SegmentHeader) -> io::Result<Segment> {
+        let file = || memfd_create(c"cube-log", MFdFlags::MFD_CLOEXEC).map(File::from);
+        let index = file()?;
+        write_beginning(&index, header, None)?;
+        Ok(Segment::new(header, file()?, index, None))
+    }
+
+    fn new(header: SegmentHeader, data: File, index: File, gap: Option<Record>) -> Segment {
+        let index_len = (HEADER_LEN + gap.map_or(0, |_| RECORD_LEN)) as u64;
+        Segment { header, data: Arc::new(data), index, data_len: 0, index_len, last: gap, owed: None }
     }
 
     /// Bytes of both files, and of the record that is owed.

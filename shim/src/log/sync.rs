@@ -10,7 +10,11 @@ use super::dir::{LogDir, LogError, is_log_file};
 ///
 /// Blocks for as long as the disk takes. An error names the file that could not be synced.
 pub fn sync(path: &Path) -> Result<(), LogError> {
-    let dir = LogDir::open(path)?;
+    let dir = match LogDir::open(path) {
+        // Somebody has removed it, and there is nothing to wait for.
+        Err(e) if e.source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
     for name in dir.names()?.iter().filter(|name| is_log_file(name)) {
         let file = match dir.open_file(name) {
             // Rotated away, or renamed: whoever does that at rest has nothing new in it.

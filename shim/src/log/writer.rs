@@ -13,6 +13,7 @@ use std::{
 use super::{
     dir::{LogDir, LogError},
     format::{HEADER_LEN, RECORD_LEN, Record, RecordKind, SegmentHeader},
+    place::Place,
     retained::Retained,
     segment::{Segment, closed_name, index_name},
 };
@@ -65,6 +66,8 @@ pub struct LogWriter {
     pub(super) current: Option<Segment>,
     /// Whether the stream has gone back, and its new segment is not begun yet.
     pub(super) goes_back: bool,
+    /// Whether its files are where they belong.
+    pub(super) place: Place,
 }
 
 impl LogWriter {
@@ -86,6 +89,7 @@ impl LogWriter {
             next_number: 1,
             current: None,
             goes_back: false,
+            place: Place::default(),
         };
         writer.begin_segment()?;
         Ok(writer)
@@ -116,6 +120,7 @@ impl LogWriter {
     /// begins a new segment, unless the current one is still empty.
     pub fn identify(&mut self, identity: Identity) -> Result<(), Stalled> {
         self.go_back()?;
+        self.keep_place()?;
         let known = Identity {
             timeline: identity.timeline,
             epoch: if identity.epoch == 0 { self.identity.epoch } else { identity.epoch },
@@ -158,6 +163,7 @@ impl LogWriter {
     pub fn gap(&mut self, offset: u64) -> Result<(), Stalled> {
         self.go_back()?;
         self.with_space(|writer| {
+            writer.keep_place()?;
             writer.settle()?;
             writer.room(RECORD_LEN as u64)?;
             let time_ns = now_ns();
@@ -185,6 +191,7 @@ impl LogWriter {
     }
 
     fn write_some(&mut self, parts: &[IoSlice<'_>]) -> Result<u64, Stalled> {
+        self.keep_place()?;
         self.settle()?;
         let room = self.room(1 + RECORD_LEN as u64)?.saturating_sub(RECORD_LEN as u64);
         let (stream_offset, now) = (self.next_offset, now_ns());
@@ -208,7 +215,7 @@ impl LogWriter {
 
     /// Bytes that the current segment may still grow by, at least `needed`; begins another if it must.
     fn room(&mut self, needed: u64) -> Result<u64, Stalled> {
-        let limit = self.limits.segment_bytes.max(HEADER_LEN as u64 + needed);
+        let limit = self.segment_bytes().max(HEADER_LEN as u64 + needed);
         let left = |segment: &Segment| limit.saturating_sub(segment.size());
         match &self.current {
             Some(segment) if left(segment) >= needed => return Ok(left(segment)),
@@ -222,6 +229,9 @@ impl LogWriter {
 
     /// Closes the current segment and begins the next.
     fn rotate(&mut self) -> Result<(), Stalled> {
+        if self.is_in_memory() {
+            return self.rotate_in_memory();
+        }
         if !self.make_way()? {
             return Err(Stalled::Reader);
         }
@@ -252,30 +262,50 @@ impl LogWriter {
     /// Index first: recovery takes an index without its data file for a rotation to be completed.
     pub(super) fn close_current(&mut self) -> Result<(), LogError> {
         if let Some(segment) = &self.current {
-            let closed = closed_name(self.stream, segment.header.number);
-            rename_once(&self.dir, &index_name(self.stream), &index_name(&closed))?;
-            cube_fault::point("rotation.index_renamed");
-            rename_once(&self.dir, self.stream, &closed)?;
-            cube_fault::point("rotation.data_renamed");
-            self.retained.close(segment.size());
+            self.close(segment)?;
             self.current = None;
         }
         Ok(())
     }
 
+    pub(super) fn close(&self, segment: &Segment) -> Result<(), LogError> {
+        let closed = closed_name(self.stream, segment.header.number);
+        rename_once(&self.dir, &index_name(self.stream), &index_name(&closed))?;
+        cube_fault::point("rotation.index_renamed");
+        rename_once(&self.dir, self.stream, &closed)?;
+        cube_fault::point("rotation.data_renamed");
+        self.retained.close(segment.header.number, segment.size());
+        Ok(())
+    }
+
     pub(super) fn begin_segment(&mut self) -> Result<(), LogError> {
-        let header = SegmentHeader {
-            number: self.next_number,
-            first_offset: self.next_offset,
-            timeline: self.identity.timeline,
-            epoch: self.identity.epoch,
-            created_ns: now_ns(),
+        if self.is_in_memory() {
+            return self.begin_in_memory();
+        }
+        let lost = self.place.lost.min(self.next_offset);
+        let header = self.next_header(self.next_offset - lost);
+        let gap = Record {
+            kind: RecordKind::Gap,
+            stream_offset: self.next_offset,
+            file_offset: 0,
+            time_ns: header.created_ns,
         };
-        let segment = Segment::begin(&self.dir, self.stream, header)?;
+        let segment = Segment::begin(&self.dir, self.stream, header, (lost > 0).then_some(gap))?;
+        self.place.lost = 0;
         self.retained.push(header.number, segment.data.clone(), 0);
         self.current = Some(segment);
         self.next_number += 1;
         Ok(())
+    }
+
+    pub(super) fn next_header(&self, first_offset: u64) -> SegmentHeader {
+        SegmentHeader {
+            number: self.next_number,
+            first_offset,
+            timeline: self.identity.timeline,
+            epoch: self.identity.epoch,
+            created_ns: now_ns(),
+        }
     }
 
     /// Removes the oldest closed segment. `false` if there is none, or an attached reader needs it.

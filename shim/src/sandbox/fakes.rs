@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -46,6 +46,10 @@ pub(super) struct FakeVmm {
     pub(super) sticks: Arc<AtomicBool>,
     /// Whether a snapshot fails.
     pub(super) sticks_in_snapshots: Arc<AtomicBool>,
+    /// How often it does not answer when it is to stop or to start its CPUs.
+    pub(super) busy: Arc<AtomicU32>,
+    /// The same, beginning with a snapshot that fails.
+    pub(super) busy_then: Arc<AtomicU32>,
     /// What one does that is booted from a snapshot.
     pub(super) restores: Arc<Mutex<Boot>>,
     /// What it was made from.
@@ -73,6 +77,17 @@ impl FakeVmm {
 
     pub(super) fn is_alive(&self) -> bool {
         self.alive.borrow().1
+    }
+
+    fn answer(&self) -> Result<(), VmmError> {
+        if !self.is_alive() {
+            return Err(VmmError::Ended { during: "a test", description: "killed by a test".into() });
+        }
+        let less = |busy: u32| busy.checked_sub(1);
+        match self.busy.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
+            Ok(_) => Err(VmmError::Timeout { what: "vm.resume", limit: Duration::ZERO }),
+            Err(_) => Ok(()),
+        }
     }
 }
 
@@ -108,6 +123,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
+        self.answer()?;
         if self.sticks.load(Ordering::Relaxed) {
             return Err(VmmError::Timeout { what: "pausing", limit: Duration::ZERO });
         }
@@ -116,6 +132,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
+        self.answer()?;
         self.paused.send_replace(false);
         Ok(())
     }
@@ -123,6 +140,7 @@ impl Vmm for FakeVmm {
     async fn snapshot(&self, dir: &Path) -> Result<(), VmmError> {
         assert!(self.is_paused(), "memory changes while it is written");
         if self.sticks_in_snapshots.load(Ordering::Relaxed) {
+            self.busy.fetch_max(self.busy_then.load(Ordering::Relaxed), Ordering::Relaxed);
             let source = VmmError::Timeout { what: "writing", limit: Duration::ZERO };
             return Err(VmmError::Snapshot { dir: dir.into(), source: Box::new(source) });
         }
@@ -171,6 +189,8 @@ impl FakeHost {
                 is_limited: Arc::default(),
                 sticks: Arc::default(),
                 sticks_in_snapshots: Arc::default(),
+                busy: Arc::default(),
+                busy_then: Arc::default(),
                 restores: Arc::default(),
                 spec: None,
                 boots,

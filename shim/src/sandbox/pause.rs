@@ -11,13 +11,17 @@
 use std::time::Duration;
 
 use cube_protocol::guest::{QuiesceRequest, QuiesceResponse, ThawRequest};
-use tokio::{time::timeout, try_join};
+use tokio::{
+    time::{sleep, timeout},
+    try_join,
+};
 use tracing::{error, warn};
 
 use super::{job::Guest, restore, steps::Steps};
 use crate::{
     errors::{Error, chain},
     state::now_ns,
+    vmm::VmmError,
 };
 
 /// Time for the guest to freeze its processes, and how much longer its answer may take.
@@ -35,6 +39,9 @@ const REST_LIMIT: Duration = Duration::from_secs(5);
 
 /// Time for the guest to let its processes run again.
 const THAW_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time between questions to a VMM that does not answer.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A pause that failed.
 pub(super) struct Failed {
@@ -57,7 +64,7 @@ pub(super) async fn pause(guest: &Guest, timeline: u64) -> Result<QuiesceRespons
         Ok(rest) => return Ok(rest),
         Err(error) => error,
     };
-    match wake(guest, timeline, &mut steps).await {
+    match wake_at_last(guest, timeline, &mut steps).await {
         Ok(()) => Err(Failed { error, runs: true }),
         Err(e) => {
             error!("a pause failed, and the sandbox cannot be set going again: {}", chain(&e));
@@ -141,4 +148,37 @@ pub(super) async fn wake(guest: &Guest, timeline: u64, steps: &mut Steps) -> Res
     steps.done("guest thawed");
     guest.flows.flow(timeline);
     Ok(())
+}
+
+/// [`wake`], as often as it takes until the VMM answers: one that is asked to write memory answers nothing else
+/// before it is done, however slow the disk is. Its end, and a kill, are an answer as well.
+pub(super) async fn wake_at_last(guest: &Guest, timeline: u64, steps: &mut Steps) -> Result<(), Error> {
+    let mut told = false;
+    loop {
+        match wake(guest, timeline, steps).await {
+            Err(Error::Vmm(e @ VmmError::Timeout { .. })) => ask_again(&e, &mut told).await,
+            woken => return woken,
+        }
+    }
+}
+
+/// The same for a VM that is to stand still, and does: returns once its VMM answers.
+pub(super) async fn stand_still_at_last(guest: &Guest) -> Result<(), Error> {
+    let mut told = false;
+    loop {
+        match guest.machine.pause().await {
+            Err(e @ VmmError::Timeout { .. }) => ask_again(&e, &mut told).await,
+            paused => return Ok(paused?),
+        }
+    }
+}
+
+async fn ask_again(error: &VmmError, told: &mut bool) {
+    if !std::mem::replace(told, true) {
+        warn!(
+            "the VMM is busy and does not answer: the sandbox goes on as soon as it does: {}",
+            chain(error)
+        );
+    }
+    sleep(ASK_AGAIN).await;
 }

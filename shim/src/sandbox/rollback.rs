@@ -202,7 +202,7 @@ async fn leave(subject: &Subject, steps: &mut Steps) -> Result<(), Failed> {
             pause::sync_logs(guest).await
         };
         if let Err(error) = rested.await {
-            let runs = pause::wake(guest, *timeline, steps).await.is_ok();
+            let runs = pause::wake_at_last(guest, *timeline, steps).await.is_ok();
             return Err(Failed { error, runs });
         }
     }

@@ -58,7 +58,12 @@ pub(super) async fn take(subject: Subject, store: Store) -> Result<Taken, Failed
 
     let mut steps = Steps::begin();
     let written = write(&guest, paused, &draft, &disks, &mut steps).await;
-    let woken = if runs { pause::wake(&guest, timeline, &mut steps).await } else { Ok(()) };
+    let woken = match &written {
+        _ if runs => pause::wake_at_last(&guest, timeline, &mut steps).await,
+        // It may still be writing to what is discarded below.
+        Err(_) => pause::stand_still_at_last(&guest).await,
+        Ok(_) => Ok(()),
+    };
     let result = match (written, woken) {
         (Ok(rest), Ok(())) => {
             manifest.last_event = rest.last_event;

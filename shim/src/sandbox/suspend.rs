@@ -61,12 +61,12 @@ pub(super) async fn to_disk(subject: Subject) -> Result<QuiesceResponse, Failed>
     discard(&subject.suspended).await;
     let Subject { guest, timeline, paused, .. } = subject;
     if paused {
-        if let Err(e) = guest.machine.pause().await {
+        if let Err(e) = pause::stand_still_at_last(&guest).await {
             warn!("the VM of a paused sandbox runs: {}", chain(&e));
         }
         return Err(Failed { error, runs: false });
     }
-    let runs = match pause::wake(&guest, timeline, &mut steps).await {
+    let runs = match pause::wake_at_last(&guest, timeline, &mut steps).await {
         Ok(()) => true,
         Err(e) => {
             error!("a pause to disk failed, and the sandbox cannot be set going again: {}", chain(&e));

@@ -2,6 +2,10 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use containerd_shim_protos::{
+    cgroups_v2::metrics::Metrics,
+    protobuf::{Message, well_known_types::any::Any},
+};
 use cube_protocol::version::{self, Version};
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -103,6 +107,41 @@ async fn a_create_that_fails_leaves_nothing() {
     assert!(lab.events().await.is_empty());
     lab.sandbox.shutdown().await.unwrap();
     within(lab.over).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_fits_no_message_is_refused_and_costs_no_connection() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let resources = Any { value: vec![b' '; 5 << 20], ..Default::default() };
+    let error = lab.sandbox.update("c1".into(), resources).await.unwrap_err();
+    assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+    assert!(error.to_string().contains("Update has 5242"), "{error}");
+    assert_eq!(lab.sandbox.status().await.unwrap().vm.unwrap().link.reconnects, 0);
+}
+
+#[tokio::test]
+async fn every_process_of_the_guest_is_listed_and_those_that_were_started_if_it_does_not_answer() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    *lab.guest().pids.lock().unwrap() = vec![17, 21, 22];
+    let pids = lab.sandbox.pids("c1".into()).await.unwrap();
+    assert_eq!((pids.reported, pids.guest), (PID, vec![17, 21, 22]));
+    lab.guest().fault("Pids", Fault::Hang);
+    assert_eq!(lab.sandbox.pids("c1".into()).await.unwrap().guest, [17]);
+    lab.sandbox.pause("c1".into()).await.unwrap();
+    assert_eq!(lab.sandbox.pids("c1".into()).await.unwrap().guest, [17]);
+    assert!(matches!(lab.sandbox.pids("c2".into()).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn metrics_that_the_guest_does_not_give_are_empty_and_never_absent() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let stats = lab.sandbox.stats("c1".into()).await.unwrap();
+    let metrics = Metrics::parse_from_bytes(&stats.value).unwrap();
+    assert!(metrics.pids.is_some() && metrics.cpu.is_some() && metrics.memory.is_some(), "{metrics:?}");
+    assert!(metrics.io.is_some() && metrics.rdma.is_some() && metrics.memory_events.is_some(), "{metrics:?}");
 }
 
 #[tokio::test]
@@ -261,6 +300,66 @@ async fn a_guest_that_refuses_sigkill_is_killed() {
 }
 
 #[tokio::test]
+async fn the_second_of_two_deletes_waits_for_the_first_and_gets_its_answer() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    lab.run("c2").await;
+    for process in [exec("c1", "e1"), init("c2"), init("c1")] {
+        if !process.is_init() {
+            let (process, stdio) = (process.clone(), Stdio::default());
+            lab.sandbox.exec(ExecRequest { process, spec: Default::default(), stdio }).await.unwrap();
+            lab.sandbox.start(exec("c1", "e1")).await.unwrap();
+        }
+        lab.guest().exit(&process.container, &process.exec, 7);
+        lab.wait(process.clone()).await;
+        let delete = || within(lab.sandbox.delete(process.clone()));
+        let (first, second, third) = tokio::join!(delete(), delete(), delete());
+        let first = first.unwrap();
+        assert_eq!(first.exit.status, 7);
+        assert_eq!((second.unwrap(), third.unwrap()), (first, first));
+        assert_eq!(delete().await.unwrap_err().code(), Code::NOT_FOUND);
+    }
+    let deletes = lab.events().await.into_iter().filter(|topic| topic == "delete").count();
+    assert_eq!(deletes, 2, "one for each container");
+}
+
+/// What containerd says of each container, in turn.
+struct Known(std::sync::Mutex<Vec<Option<bool>>>);
+
+#[async_trait::async_trait]
+impl super::Containers for Known {
+    async fn has(&self, _: &str) -> Option<bool> {
+        self.0.lock().unwrap().pop().expect("nobody asks after it was started, or is known to be gone")
+    }
+}
+
+#[tokio::test]
+async fn a_task_whose_container_was_removed_while_it_was_created_goes_and_so_does_the_shim() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let known = Known(vec![Some(false), None].into());
+    within(super::watch(lab.sandbox.clone(), "c1".into(), &known)).await;
+    within(lab.over).await.unwrap();
+    assert!(!lab.host.vmm.is_alive() && !lab.run_dir.path().exists());
+}
+
+#[tokio::test]
+async fn a_task_that_is_started_or_whose_container_is_there_stays() {
+    let lab = Lab::new().await;
+    lab.create("c1").await.unwrap();
+    let known = Known(vec![Some(true)].into());
+    let watch = super::watch(lab.sandbox.clone(), "c1".into(), &known);
+    let start = async {
+        while !known.0.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        lab.sandbox.start(init("c1")).await.unwrap();
+    };
+    within(async { tokio::join!(watch, start) }).await;
+    assert_eq!(lab.sandbox.state(init("c1")).await.unwrap().status, Status::Running);
+}
+
+#[tokio::test]
 async fn a_delete_that_the_guest_fails_is_repeated() {
     let lab = Lab::new().await;
     lab.run("c1").await;
@@ -295,7 +394,7 @@ async fn a_member_of_a_pod_comes_and_goes_alone_and_the_pod_takes_all_with_it() 
         lab.sandbox.create(lab.request(id, joins.clone())).await.unwrap();
         lab.sandbox.start(init(id)).await.unwrap();
     }
-    let expected = json!([{"type": "ipc", "path": "/proc/17/ns/ipc"}]);
+    let expected = json!([{"type": "network"}, {"type": "ipc", "path": "/proc/17/ns/ipc"}]);
     assert_eq!(lab.guest().specs.lock().unwrap()[1]["linux"]["namespaces"], expected);
 
     lab.kill(init("m1"), 15).await.unwrap();

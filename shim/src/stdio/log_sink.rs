@@ -14,7 +14,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -35,6 +35,10 @@ use crate::log::{
 
 /// How often a log that cannot be written is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How long output waits for a log that has no place: no directory, and none can be made, or one that takes no
+/// files. Then it goes on without. What is wrong with the disk itself is waited for.
+const PLACE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How far the log may run ahead of a reader that is at work; the capacity of the process's own pipe.
 /// A reader far behind would lose the rest when the process ends: clients of containerd 1.6 close their
@@ -207,12 +211,19 @@ impl Log {
 
     /// Does `work` until it succeeds, or must not be waited for.
     async fn insist(&mut self, mut work: impl FnMut(&mut LogWriter) -> Result<(), Stalled>) -> Done {
+        let since = Instant::now();
         while let Err(stall) = work(&mut self.writer) {
             self.counters.wait_for(Some(match &stall {
                 Stalled::Reader => Obstacle::Reader,
+                Stalled::Disk(_) if stall.is_misplaced() => Obstacle::Directory,
                 Stalled::Disk(_) => Obstacle::Disk,
             }));
             self.report(&stall);
+            if stall.is_misplaced() && since.elapsed() >= PLACE_PATIENCE && self.writer.go_to_memory().is_ok()
+            {
+                tracing::warn!(stream = self.name, "output goes on without the log, which misses it");
+                continue;
+            }
             // The reader must hear that the log has grown by a part of the work, even where nothing more
             // is safe: what it has not read yet may be what holds the log up.
             match self.writer.safe_offset() {
@@ -229,8 +240,9 @@ impl Log {
                 None => return Done::Halted,
             }
         }
-        self.counters.wait_for(None);
-        if std::mem::take(&mut self.told) {
+        let in_memory = self.writer.is_in_memory();
+        self.counters.wait_for(in_memory.then_some(Obstacle::Directory));
+        if !in_memory && std::mem::take(&mut self.told) {
             tracing::info!(stream = self.name, "the log is being written again");
         }
         Done::Entirely

@@ -59,6 +59,8 @@ pub enum Obstacle {
     Reader = 1,
     /// A disk that takes nothing.
     Disk = 2,
+    /// Its directory, which cannot be made again, or takes no files.
+    Directory = 3,
 }
 
 /// The counters behind [`StreamStatus`].
@@ -161,7 +163,8 @@ impl Counters {
 
     pub(super) fn obstacle(&self) -> Option<Obstacle> {
         let code = self.obstacle.get();
-        [Obstacle::Reader, Obstacle::Disk].into_iter().find(|obstacle| *obstacle as u64 == code)
+        let all = [Obstacle::Reader, Obstacle::Disk, Obstacle::Directory];
+        all.into_iter().find(|obstacle| *obstacle as u64 == code)
     }
 }
 

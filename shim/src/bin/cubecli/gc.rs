@@ -11,10 +11,9 @@ use std::{
 use cube_shim::{
     cgroup::SandboxCgroup,
     config::Config,
-    errors::chain,
     log::{
-        locate::{self, Name},
-        retention::{self, Expired},
+        locate::Name,
+        retention::{self, Kept, Reason},
     },
     rootfs::{
         RootfsError,
@@ -23,10 +22,18 @@ use cube_shim::{
     },
     snapshot::{SnapshotError, Store, Suspended},
     state::{RunDir, StateError},
+    text::printable,
 };
 use nix::mount::{MntFlags, umount2};
 
-use crate::{args::GcArgs, error::CliError, progress::Progress, sandboxes, task::Tasks, time};
+use crate::{
+    args::GcArgs,
+    error::{CliError, complain},
+    progress::Progress,
+    sandboxes,
+    task::Tasks,
+    time,
+};
 
 /// Time that the kernel has to let go of a cgroup without processes.
 const CGROUP_LIMIT: Duration = Duration::from_secs(2);
@@ -48,11 +55,7 @@ pub(crate) fn run(config: &Config, args: &GcArgs, output: File) -> Result<(), Cl
     gc.progress.now("looking for parts of snapshots");
     gc.snapshots(config)?;
     gc.progress.now("looking for old logs");
-    let (root, templates) = locate::templates(&config.log.template_dir);
-    gc.logs(config, root, Some(templates))?;
-    if config.log.dir.as_os_str() != locate::BUNDLE {
-        gc.logs(config, &config.log.dir, None)?;
-    }
+    gc.logs(config)?;
     gc.progress.aside(|| gc.output.flush()).map_err(CliError::Output)?;
     if gc.failures > 0 { Err(CliError::Incomplete(gc.failures)) } else { Ok(()) }
 }
@@ -159,24 +162,30 @@ impl Gc {
         }
     }
 
-    fn logs(&mut self, config: &Config, root: &Path, namespace: Option<&str>) -> Result<(), CliError> {
-        let retention = Duration::from_secs(config.log.retention_hours.saturating_mul(3600));
-        let expired = retention::expired(root, namespace, retention, |_| false)?;
+    fn logs(&mut self, config: &Config) -> Result<(), CliError> {
+        let mut logs = Vec::new();
+        for (root, namespace) in retention::roots(&config.log) {
+            logs.append(&mut retention::kept(root, namespace)?);
+        }
         // Read after the logs were listed: the state of a container is there before its log.
         let sandboxes = sandboxes::all(&config.run_dir)?;
         let living: BTreeSet<Name> =
             sandboxes.iter().flat_map(|s| s.containers()).map(|(name, _)| name).collect();
-        let lives = |log: &Expired| {
-            living.contains(&log.name) || sandboxes.iter().any(|s| s.state.logs_to(&log.path))
-        };
-        for log in expired.into_iter().filter(|log| !lives(log)) {
+        let lives =
+            |log: &Kept| living.contains(&log.name) || sandboxes.iter().any(|s| s.state.logs_to(&log.path));
+        logs.retain(|log| !lives(log));
+        for (log, reason) in retention::due(logs, &config.log) {
             if !self.dry_run
-                && let Err(e) = retention::remove(root, &log.name)
+                && let Err(e) = retention::remove(&log.root, &log.name)
             {
                 self.failed(&e);
                 continue;
             }
-            let line = format!("{} (unchanged for {})", log.path.display(), time::age(log.age));
+            let why = match reason {
+                Reason::Age => String::new(),
+                Reason::Total => format!(", {} MiB beyond log.total_limit", log.bytes.div_ceil(1 << 20)),
+            };
+            let line = format!("{} (unchanged for {}{why})", log.path.display(), time::age(log.age));
             self.say(&line).map_err(CliError::Output)?;
         }
         Ok(())
@@ -188,12 +197,12 @@ impl Gc {
     }
 
     fn line(&mut self, line: &str) -> io::Result<()> {
-        self.progress.aside(|| writeln!(self.output, "{line}"))
+        self.progress.aside(|| writeln!(self.output, "{}", printable(line)))
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) {
         self.failures += 1;
-        self.progress.aside(|| eprintln!("cubecli: {}", chain(error)));
+        self.progress.aside(|| complain(error));
     }
 }
 

@@ -5,6 +5,7 @@ use std::{fs::File, path::PathBuf, thread, time::Duration};
 use containerd_shim_protos::api::Status;
 use cube_shim::{
     config::Config,
+    errors::chain,
     log::{
         follow::{Wake, Watch},
         locate::{self, Log},
@@ -60,7 +61,7 @@ pub(crate) fn run(config: &Config, args: &LogsArgs, output: File) -> Result<(), 
     let mut printer = Printer::new(output, format);
     printer.print(&mut sources)?;
     match watch {
-        Some(watch) => Follower { config, log: &log, watch, sources, printer }.run(),
+        Some(watch) => Follower { config, log, watch, sources, printer, warned: false }.run(),
         None => Ok(()),
     }
 }
@@ -121,10 +122,12 @@ fn open(args: &LogsArgs, log: &Log) -> Result<(Vec<Source>, Format), CliError> {
 /// Prints what is added to a log.
 struct Follower<'a> {
     config: &'a Config,
-    log: &'a Log,
+    log: Log,
     watch: Watch,
     sources: Vec<Source>,
     printer: Printer,
+    /// Whether it was told what is in the place of the log.
+    warned: bool,
 }
 
 impl Follower<'_> {
@@ -136,23 +139,58 @@ impl Follower<'_> {
             // Asked before the last look, so that nothing is written after that.
             let life = match wake {
                 Wake::ReaderGone => return Ok(()),
-                Wake::Quiet => life(self.config, &tasks, self.log)?,
-                Wake::Changed | Wake::Gone => Life::Running,
+                Wake::Quiet | Wake::Gone => life(self.config, &tasks, &self.log)?,
+                Wake::Changed => Life::Running,
             };
             if self.look()? > 0 {
                 quiet_looks_left = STOPPED_LOOKS;
                 continue;
             }
-            match (wake, life) {
-                (Wake::Gone, _) | (_, Life::Deleted) => return Ok(()),
-                (_, Life::Stopped) => quiet_looks_left -= 1,
-                (_, Life::Running) => quiet_looks_left = STOPPED_LOOKS,
+            if wake == Wake::Gone {
+                match self.find_again()? {
+                    Found::This => continue,
+                    Found::Another => return Ok(()),
+                    Found::None => {}
+                }
+            }
+            match life {
+                Life::Deleted => return Ok(()),
+                Life::Stopped => quiet_looks_left -= 1,
+                Life::Running => quiet_looks_left = STOPPED_LOOKS,
             }
             if quiet_looks_left == 0 {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Looks for the log where it was before its directory was removed or renamed: its writer makes another as
+    /// soon as it has something to write. If it is there, it is followed from now on.
+    fn find_again(&mut self) -> Result<Found, CliError> {
+        let dir = match self.log.open_again() {
+            Ok(Some(dir)) => dir,
+            Ok(None) => return Ok(Found::None),
+            // A link, say: its writer waits for that to go, and so do we.
+            Err(e) => {
+                if !std::mem::replace(&mut self.warned, true) {
+                    eprintln!("cubecli: {}", chain(&e));
+                }
+                return Ok(Found::None);
+            }
+        };
+        let watch = Watch::new(&dir);
+        for source in &self.sources {
+            match source.goes_on_in(&dir)? {
+                Some(true) => {
+                    (self.watch, self.log.dir) = (watch, dir);
+                    return Ok(Found::This);
+                }
+                Some(false) => return Ok(Found::Another),
+                None => {}
+            }
+        }
+        Ok(Found::None)
     }
 
     /// Prints what was added since the last look; the number of bytes.
@@ -165,6 +203,16 @@ impl Follower<'_> {
         }
         self.printer.print(&mut self.sources)
     }
+}
+
+/// What is where a log was.
+enum Found {
+    /// The same log.
+    This,
+    /// That of another container.
+    Another,
+    /// None, or none yet.
+    None,
 }
 
 /// How it is with a container whose log is followed.

@@ -27,6 +27,10 @@ impl Source {
         Source { cursor, in_line: false }
     }
 
+    pub(crate) fn goes_on_in(&self, dir: &Dir) -> Result<Option<bool>, ReadError> {
+        self.cursor.goes_on_in(dir)
+    }
+
     pub(crate) fn refresh(&mut self, dir: &Dir) -> Result<(), ReadError> {
         self.cursor.refresh(dir)
     }

@@ -22,6 +22,8 @@ pub struct Cursor {
     /// The part of the block that has not been consumed; its first byte is at `at`.
     unread: std::ops::Range<usize>,
     lost: u64,
+    /// Bytes that the segment before had of what the one that was entered says is lost.
+    had: u64,
 }
 
 impl Cursor {
@@ -34,6 +36,7 @@ impl Cursor {
             block: vec![0; BLOCK],
             unread: 0..0,
             lost: 0,
+            had: 0,
         };
         cursor.walk = cursor.walk_at(start)?;
         Ok(cursor)
@@ -102,6 +105,11 @@ impl Cursor {
         Ok(())
     }
 
+    /// Whether the log in `dir`, another directory, goes on with this one; `None` if it does not tell yet.
+    pub fn goes_on_in(&self, dir: &Dir) -> Result<Option<bool>, ReadError> {
+        self.segments.goes_on_in(dir)
+    }
+
     fn read_block(&mut self) -> Result<(), ReadError> {
         self.unread = 0..0;
         while let Some(segment) = self.segments.list().get(self.at.segment) {
@@ -109,7 +117,10 @@ impl Cursor {
             if let Some(index) = segment.index() {
                 let failed = |e| index_error(segment, e);
                 let lost = self.walk.advance(index, self.at.offset).map_err(failed)?;
-                self.lost = self.lost.saturating_add(lost);
+                if lost > 0 {
+                    let had = std::mem::take(&mut self.had);
+                    self.lost = self.lost.saturating_add(lost.saturating_sub(had));
+                }
                 end = self.walk.end_of_run(index, end).map_err(failed)?;
             }
             if end > self.at.offset {
@@ -129,8 +140,12 @@ impl Cursor {
     }
 
     fn enter_next_segment(&mut self) -> Result<(), ReadError> {
-        if let [left, entered, ..] = &self.segments.list()[self.at.segment..] {
-            self.lost = self.lost.saturating_add(lost_between(left, entered)?);
+        self.had = 0;
+        if let [left, entered, ..] = &self.segments.list()[self.at.segment..]
+            && let Some((end, first)) = seam(left, self.at.offset, entered)?
+        {
+            self.lost = self.lost.saturating_add(first.saturating_sub(end));
+            self.had = end.saturating_sub(first);
         }
         self.at = Position { segment: self.at.segment + 1, offset: 0 };
         self.walk = self.walk_at(self.at)?;
@@ -145,17 +160,18 @@ impl Cursor {
     }
 }
 
-/// Bytes of the stream between the end of one segment and the start of the next: those of segments
-/// that rotation removed before they were read. Offsets of another timeline or stream say nothing.
-fn lost_between(left: &Segment, entered: &Segment) -> Result<u64, ReadError> {
-    let (Some(before), Some(after)) = (left.index(), entered.index()) else { return Ok(0) };
+/// Where in the stream one segment ends, of which `read` bytes were read before somebody cut it, and where
+/// the next one begins. Between them are those that rotation removed before they were read, and what somebody
+/// took away. Offsets of another timeline or stream say nothing.
+fn seam(left: &Segment, read: u64, entered: &Segment) -> Result<Option<(u64, u64)>, ReadError> {
+    let (Some(before), Some(after)) = (left.index(), entered.index()) else { return Ok(None) };
     let (old, new) = (before.header(), after.header());
     let same_epoch = old.epoch == new.epoch || old.epoch == 0 || new.epoch == 0;
     if old.timeline != new.timeline || !same_epoch {
-        return Ok(0);
+        return Ok(None);
     }
-    let end = before.stream_offset_at_end(left.len()).map_err(|e| index_error(left, e))?;
-    Ok(new.first_offset.saturating_sub(end))
+    let end = before.stream_offset_at_end(left.len().max(read)).map_err(|e| index_error(left, e))?;
+    Ok(Some((end, new.first_offset)))
 }
 
 fn index_error(segment: &Segment, e: io::Error) -> ReadError {

@@ -144,6 +144,18 @@ impl Segments {
         Some((segment, segment.index()?))
     }
 
+    /// Whether the log in `dir`, where this one was before somebody removed or renamed its directory, goes on with
+    /// this one; `None` if it has nothing of the stream yet.
+    pub(super) fn goes_on_in(&self, dir: &Dir) -> Result<Option<bool>, ReadError> {
+        let index =
+            optional(dir.open_file(&format!("{}.idx", self.stream.file_name())))?.and_then(Index::open);
+        let (Some(index), Some(last)) = (index, self.list.last()) else { return Ok(None) };
+        // Numbers only grow, and a log of another container begins with 1.
+        let epochs = [last.index(), Some(&index)].map(|index| index.map_or(0, |index| index.header().epoch));
+        let is_same = epochs[0] == epochs[1] || epochs.contains(&0);
+        Ok(Some(is_same && index.header().number > last.number))
+    }
+
     /// Closes the segments before number `segment` of the list, which becomes the first.
     pub(super) fn forget_before(&mut self, segment: usize) {
         self.list.drain(..segment.min(self.list.len()));

@@ -1,4 +1,5 @@
 mod full_disk;
+mod place;
 mod recovery;
 mod rewind;
 

@@ -144,6 +144,9 @@ impl Owner {
             return None;
         }
         let log = &self.config.log;
+        if !log.pods && spec::sandbox_id(&plan.spec).is_some() {
+            return None;
+        }
         let template = plan.annotations.template.as_deref();
         let dir = match template {
             Some(template) => log.template_dir.join(template),

@@ -99,7 +99,11 @@ impl Owner {
         };
         match phase {
             Phase::Stopped(_) | Phase::Created => {}
-            Phase::Creating | Phase::Starting | Phase::Running | Phase::Deleting(_) => {
+            // Another client was first. Refused, this one would leave its container behind.
+            Phase::Deleting(exit) => {
+                return self.joined_deletes.push((id, Deleted { pid: self.pid, exit }, reply));
+            }
+            Phase::Creating | Phase::Starting | Phase::Running => {
                 let needed = "it must have exited to be deleted";
                 return drop(reply.send(Err(wrong_phase(&id, phase, needed))));
             }
@@ -219,6 +223,16 @@ impl Owner {
             self.end_of_guest();
         } else {
             self.save();
+        }
+    }
+
+    /// Answers those who came while somebody else's Delete was under way that has ended now.
+    pub(super) fn answer_joined_deletes(&mut self) {
+        for (id, deleted, reply) in std::mem::take(&mut self.joined_deletes) {
+            match self.known(&id) {
+                Ok(_) => self.joined_deletes.push((id, deleted, reply)),
+                Err(_) => drop(reply.send(Ok(deleted))),
+            }
         }
     }
 

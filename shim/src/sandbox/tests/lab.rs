@@ -39,10 +39,14 @@ impl Lab {
     }
 
     pub(super) async fn with(guest: Guest, boots: bool) -> Lab {
-        Lab::with_policy(guest, boots, Policy::default()).await
+        Lab::configured(guest, boots, |_| ()).await
     }
 
     pub(super) async fn with_policy(guest: Guest, boots: bool, policy: Policy) -> Lab {
+        Lab::configured(guest, boots, |config| config.policy = policy).await
+    }
+
+    pub(super) async fn configured(guest: Guest, boots: bool, configure: impl FnOnce(&mut Config)) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new(guest, dir.path().join("vm.vsock"), boots));
         let socket = dir.path().join("events");
@@ -51,13 +55,14 @@ impl Lab {
         let publisher = Publisher::new(socket.to_str().unwrap(), "default");
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
-        let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
+        let snapshot = config::Snapshot { dir: dir.path().join("snapshots"), ..Default::default() };
         let log = config::Log {
             dir: dir.path().join("log"),
             template_dir: dir.path().join("templates"),
             ..Default::default()
         };
-        let config = Config { snapshot, log, policy, ..Default::default() };
+        let mut config = Config { snapshot, log, ..Default::default() };
+        configure(&mut config);
         let (sandbox, over) = Sandbox::spawn(identity, config, host.clone(), publisher.clone());
         Lab { dir, host, sandbox, over, run_dir, publisher, containerd, _server: server }
     }

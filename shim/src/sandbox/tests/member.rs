@@ -143,3 +143,19 @@ async fn a_member_that_exits_while_it_is_being_paused_is_stopped() {
     lab.are([Status::Running, Status::Stopped]).await;
     within(lab.sandbox.delete(init("c2"))).await.unwrap();
 }
+
+#[tokio::test]
+async fn containers_of_pods_have_logs_unless_the_configuration_says_no() {
+    for pods in [true, false] {
+        let lab = Lab::configured(Guest::new(), true, |config| config.log.pods = pods).await;
+        let mut member = spec();
+        member["annotations"] = serde_json::json!({"io.kubernetes.cri.sandbox-id": "c1"});
+        lab.sandbox.create(lab.request("c1", member)).await.unwrap();
+        assert_eq!(lab.dir.path().join("log/default/c1/stdout").exists(), pods);
+    }
+    let lab = Lab::configured(Guest::new(), true, |config| config.log.pods = false).await;
+    let mut single = spec();
+    single["annotations"] = serde_json::json!({});
+    lab.sandbox.create(lab.request("c1", single)).await.unwrap();
+    assert!(lab.dir.path().join("log/default/c1/stdout").exists());
+}

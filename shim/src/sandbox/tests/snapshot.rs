@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::*;
 use crate::{
     sandbox::SnapshotRequest,
-    snapshot::{Listed, Store},
+    snapshot::{Import, Listed, Store},
 };
 
 impl Lab {
@@ -123,6 +123,41 @@ async fn a_sandbox_that_cannot_be_set_going_again_is_paused_and_can_be_resumed()
 }
 
 #[tokio::test]
+async fn a_vmm_that_is_busy_beyond_all_limits_is_asked_again_until_the_sandbox_is_as_it_was() {
+    let lab = Lab::running().await;
+    lab.host.vmm.sticks_in_snapshots.store(true, Ordering::Relaxed);
+    for state in ["running", "paused"] {
+        if state == "paused" {
+            within(lab.sandbox.pause("c1".into())).await.unwrap();
+        }
+        lab.host.vmm.busy_then.store(3, Ordering::Relaxed);
+        let error = chain(&lab.snapshot("one").await.unwrap_err());
+        assert!(error.contains("cannot write a snapshot"), "{error}");
+        assert_eq!((lab.state().await, lab.host.vmm.is_paused()), (state, state == "paused"));
+        assert_eq!(lab.host.vmm.busy.load(Ordering::Relaxed), 0);
+        lab.host.vmm.busy_then.store(0, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn a_sandbox_whose_vmm_stays_busy_can_be_killed() {
+    let lab = Lab::running().await;
+    lab.host.vmm.sticks_in_snapshots.store(true, Ordering::Relaxed);
+    lab.host.vmm.busy.store(u32::MAX, Ordering::Relaxed);
+    // The VMM stops, and answers nothing after that.
+    let stopping = async {
+        while !lab.called().contains(&"Quiesce".to_owned()) {
+            tokio::task::yield_now().await;
+        }
+        lab.kill(init("c1"), 9).await.unwrap();
+        lab.wait(init("c1")).await
+    };
+    let (snapshot, status) = tokio::join!(lab.snapshot("one"), stopping);
+    assert!(snapshot.is_err() && status == 137);
+    assert_eq!(lab.state().await, "stopped");
+}
+
+#[tokio::test]
 async fn a_name_that_cannot_be_had_costs_the_sandbox_nothing() {
     let lab = Lab::running().await;
     lab.snapshot("one").await.unwrap();
@@ -153,7 +188,8 @@ async fn a_copy_is_made_with_the_snapshot_or_there_is_none() {
     };
     within(lab.sandbox.snapshot(request("one", &copy))).await.unwrap();
     assert_eq!(fs::read(copy.join("vm/memory-ranges")).unwrap(), b"memory");
-    let imported = lab.store().import_dir(&copy, Some("two"), &mut crate::snapshot::untold).unwrap();
+    let import = Import { name: Some("two"), namespace: "default", pod_namespace: None, limit: 1 << 30 };
+    let imported = lab.store().import_dir(&copy, import, &mut crate::snapshot::untold).unwrap();
     assert_eq!(imported.manifest.containers[0].spec["hostname"], "box");
     within(lab.sandbox.snapshot(request("three", &copy))).await.unwrap_err();
     lab.store().open("three").unwrap_err();

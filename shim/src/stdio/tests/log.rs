@@ -205,3 +205,59 @@ async fn delete_does_not_wait_longer_than_its_limit_for_a_log_that_cannot_be_wri
     let log = place.log("stdout");
     assert_same(&log, &pattern(0, log.len()));
 }
+
+#[tokio::test]
+async fn a_log_directory_that_is_removed_comes_back_and_a_reader_misses_nothing() {
+    let place = Place::new();
+    let agent = FakeAgent::new(700);
+    let mut config = place.logged();
+    config.stdout = place.fifo("out");
+    let mut reader = open_reader(&config.stdout);
+    let io = started(config, &agent).await;
+    agent.write(Stream::STDOUT, &pattern(0, 30_000));
+    agent.write(Stream::STDERR, &pattern(0, 1000));
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == 30_000 && a.acked(Stream::STDERR) == 1000)).await;
+    std::fs::remove_dir_all(place.path("log")).unwrap();
+    // A pause to disk does not ask for what nobody has any more.
+    Flows::on(TIMELINE).sync_logs(LIMIT).await.unwrap();
+    agent.write(Stream::STDOUT, &pattern(30_000, 30_000));
+    agent.write(Stream::STDERR, &pattern(1000, 1000));
+    agent.end(Stream::STDOUT, Flags::NONE);
+    agent.end(Stream::STDERR, Flags::NONE);
+    assert_same(&soon(read_to_end(&mut reader)).await, &pattern(0, 60_000));
+    assert_same(&place.log("stdout"), &pattern(30_000, 30_000));
+    let log = output(&io, "stdout").log.unwrap();
+    assert_eq!((log.usage.lost, log.waits_for), (30_000, None));
+    assert_eq!(soon(io.finish(LIMIT)).await, FinishReport { complete: true, discarded_bytes: 0 });
+    assert_same(&place.log("stderr"), &pattern(1000, 1000));
+}
+
+#[tokio::test]
+async fn a_process_waits_for_a_log_without_a_place_and_not_for_ever() {
+    let place = Place::new();
+    let agent = FakeAgent::new(700);
+    let io = started(place.logged(), &agent).await;
+    agent.write(Stream::STDOUT, &pattern(0, 100));
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == 100)).await;
+    let (dir, victim) = (place.path("log/ns/id"), place.path("victim"));
+    std::fs::remove_dir_all(&dir).unwrap();
+    std::fs::create_dir(&victim).unwrap();
+    std::os::unix::fs::symlink(&victim, &dir).unwrap();
+    agent.write(Stream::STDOUT, &pattern(100, 900_000));
+    soon(until(|| output(&io, "stdout").log.unwrap().waits_for == Some(Obstacle::Directory))).await;
+    assert_eq!(agent.acked(Stream::STDOUT), 100);
+    soon(agent.until(|a| a.acked(Stream::STDOUT) == 900_100)).await;
+    assert_eq!(output(&io, "stdout").log.unwrap().waits_for, Some(Obstacle::Directory));
+    std::fs::remove_file(&dir).unwrap();
+    let mut written = 900_100;
+    while !dir.join("stdout").exists() {
+        agent.write(Stream::STDOUT, &pattern(written, 1));
+        written += 1;
+        soon(agent.until(|a| a.acked(Stream::STDOUT) == written as u64)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_same(&place.log("stdout"), &pattern(written - 1, 1));
+    let log = output(&io, "stdout").log.unwrap();
+    assert_eq!((log.usage.lost, log.waits_for), (written as u64 - 1, None));
+    assert_eq!(std::fs::read_dir(victim).unwrap().count(), 0);
+}

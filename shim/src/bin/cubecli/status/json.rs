@@ -123,6 +123,7 @@ fn log(log: &Log) -> Value {
         "segments": log.segments,
         "bytes": log.bytes,
         "rotated_away": log.rotated_away,
+        "lost": log.lost,
         "waits_for": (!log.waits_for.is_empty()).then_some(&log.waits_for),
     })
 }

@@ -163,13 +163,14 @@ fn stream_state(stream: &Stream) -> &'static str {
     }
 }
 
-fn logs(status: &StatusResponse) -> Vec<[String; 5]> {
-    let mut rows = vec![["LOG", "SEGMENTS", "BYTES", "ROTATED-AWAY", "WAITS-FOR"].map(String::from)];
+fn logs(status: &StatusResponse) -> Vec<[String; 6]> {
+    let mut rows = vec![["LOG", "SEGMENTS", "BYTES", "ROTATED-AWAY", "LOST", "WAITS-FOR"].map(String::from)];
     rows.extend(streams_of(status).filter_map(|(process, stream)| {
         let log = stream.log.as_ref()?;
         let waits_for = if log.waits_for.is_empty() { "-".into() } else { log.waits_for.clone() };
         let name = format!("{} {}", name(process), stream.name);
-        Some([name, log.segments.to_string(), size(log.bytes), size(log.rotated_away), waits_for])
+        let (kept, gone) = (size(log.bytes), size(log.rotated_away));
+        Some([name, log.segments.to_string(), kept, gone, size(log.lost), waits_for])
     }));
     rows
 }

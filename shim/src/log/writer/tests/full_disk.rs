@@ -1,10 +1,12 @@
 //! Logs on a disk that is full.
 
+use std::os::fd::AsRawFd;
+
 use super::*;
 
 /// A log on a file system of `bytes` bytes that is mounted in a namespace of its own. `None` without
 /// the privilege for that.
-fn small_disk(bytes: usize) -> Option<(LogDir, TempDir)> {
+fn small_disk(bytes: usize) -> Option<(LogDir, (TempDir, fs::File))> {
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
@@ -12,19 +14,19 @@ fn small_disk(bytes: usize) -> Option<(LogDir, TempDir)> {
     let point = tempfile::tempdir().unwrap();
     let path = point.path().to_owned();
     // The mount lives as long as a descriptor in it, the namespace as long as this thread.
-    let dir = std::thread::spawn(move || {
+    let disk = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).ok()?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).ok()?;
         let size = format!("size={bytes}");
         mount(Some("cube-test"), &path, Some("tmpfs"), MsFlags::empty(), Some(&*size)).ok()?;
-        let fd = fs::File::open(&path).unwrap();
-        Some(LogDir::from_fd(fd.into(), &path))
+        fs::File::open(&path).ok()
     });
-    let dir = dir.join().unwrap();
-    if dir.is_none() {
+    let Some(disk) = disk.join().unwrap() else {
         eprintln!("skipped: a full disk needs CAP_SYS_ADMIN");
-    }
-    Some((dir?, point))
+        return None;
+    };
+    let path = PathBuf::from(format!("/proc/self/fd/{}/log", disk.as_raw_fd()));
+    Some((LogDir::create(&path).unwrap(), (point, disk)))
 }
 
 #[test]

@@ -10,7 +10,8 @@ use tonic::{
 };
 
 /// Requests of the one type, answers of the other.
-pub(super) struct Messages<Request, Answer>(PhantomData<(Request, Answer)>);
+#[derive(Debug)]
+pub struct Messages<Request, Answer>(PhantomData<(Request, Answer)>);
 
 impl<Request, Answer> Default for Messages<Request, Answer> {
     fn default() -> Self {
