@@ -7,8 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        demo, exactness, exits, isolation, lifecycle, machines, memory, output, pause, ready, rest, restore,
-        rollback, snapshots, store, survival, suspend, templates, terminal,
+        demo, exactness, exits, isolation, lifecycle, limits, machines, memory, output, pause, ready, rest,
+        restore, rollback, snapshots, store, survival, suspend, templates, terminal,
     },
 };
 
@@ -17,6 +17,9 @@ fn main() -> ExitCode {
         lifecycle::a_running_sandbox_has_what_the_leftover_check_looks_for,
         lifecycle::a_task_can_be_listed_measured_killed_and_deleted,
         lifecycle::another_process_runs_in_a_container,
+        limits::the_shim_counts_with_its_vm_and_is_not_killed_with_it,
+        limits::a_sandbox_is_limited_as_far_as_its_host_can_or_says_that_it_is_not,
+        limits::a_vm_may_use_all_of_its_memory_and_no_more,
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,
         output::output_lands_in_the_log_and_on_stdout,

@@ -6,12 +6,14 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, removal, specs, store, survival, taken},
+    scenarios::{copy, ending, exits, isolation, lifecycle, limits, output, pods, removal, specs, store, survival, taken},
 };
 
 fn main() -> ExitCode {
     runner::main(cases![Backend::Process =>
         lifecycle::the_harness_works_with_runc,
+        limits::the_shim_counts_with_its_vm_and_is_not_killed_with_it,
+        limits::a_shim_stays_in_the_cgroup_that_the_runtime_options_name,
         lifecycle::a_running_sandbox_has_what_the_leftover_check_looks_for,
         lifecycle::a_task_can_be_listed_measured_killed_and_deleted,
         lifecycle::another_process_runs_in_a_container,

@@ -7,7 +7,7 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, specs,
+        ending, exactness, exits, isolation, lifecycle, limits, machines, memory, output, pods, rest, specs,
         survival, taken, terminal,
     },
 };
@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         lifecycle::a_task_can_be_listed_measured_killed_and_deleted,
         lifecycle::a_config_json_of_16_megabytes_works,
         lifecycle::another_process_runs_in_a_container,
+        limits::the_shim_counts_with_its_vm_and_is_not_killed_with_it,
+        limits::a_sandbox_is_limited_as_far_as_its_host_can_or_says_that_it_is_not,
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,
         output::output_lands_in_the_log_and_on_stdout,

@@ -133,7 +133,11 @@ impl Host for LinuxHost {
 
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
         let cgroup = SandboxCgroup::at(cgroup);
-        Ok(if self.shim_stays { cgroup.create()? } else { cgroup.create_with_shim()? })
+        match self.shim_stays {
+            true => cgroup.create()?,
+            false => cgroup.create_with_shim()?,
+        }
+        Ok(())
     }
 
     fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error> {

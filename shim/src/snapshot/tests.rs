@@ -347,9 +347,14 @@ fn who_owns_an_import_is_not_for_the_archive_to_say() {
     assert!(place.store.hold_for(&pod, "one", &mut untold).is_ok());
     let mut archive = Vec::new();
     place.store.export("one", &mut archive, &mut untold).unwrap();
-    let import = Import { name: Some("two"), namespace: "other", limit: u64::MAX };
+    let import = Import { name: Some("two"), namespace: "k8s.io", pod_namespace: None, limit: u64::MAX };
     let imported = place.store.import(&archive[..], import, &mut untold).unwrap();
-    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "other".into(), pod_namespace: None }));
+    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "k8s.io".into(), pod_namespace: None }));
     let refused = place.store.hold_for(&pod, "two", &mut untold).unwrap_err();
     assert!(matches!(refused, SnapshotError::NotOwned { .. }), "{refused}");
+    let import = Import { name: Some("three"), pod_namespace: Some("team-b"), ..import };
+    place.store.import(&archive[..], import, &mut untold).unwrap();
+    let other = Tenant { pod_namespace: Some("team-b".into()), ..pod.clone() };
+    assert!(place.store.hold_for(&other, "three", &mut untold).is_ok());
+    assert!(place.store.hold_for(&pod, "three", &mut untold).is_err());
 }

@@ -15,6 +15,7 @@ pub mod kills;
 pub mod large_logs;
 pub mod layers;
 pub mod lifecycle;
+pub mod limits;
 pub mod machines;
 pub mod memory;
 pub mod output;

@@ -284,6 +284,9 @@ pub(crate) struct ImportArgs {
     /// containerd namespace that it is for: `restore` makes sandboxes there unless told otherwise
     #[arg(long, short, value_name = "NS", env = "CONTAINERD_NAMESPACE", default_value = "default")]
     pub(crate) namespace: String,
+    /// Kubernetes namespace whose pods it is for, with --namespace k8s.io, where all pods are [default: for none]
+    #[arg(long, value_name = "NS", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) pod_namespace: Option<String>,
 }
 
 #[derive(Debug, Args)]
