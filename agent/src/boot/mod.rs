@@ -9,6 +9,7 @@ use std::{
 pub mod cgroup;
 pub mod cmdline;
 pub mod console;
+pub mod limits;
 pub mod modules;
 mod mounts;
 pub mod power;
@@ -67,6 +68,8 @@ pub fn guest() -> Result<(), BootError> {
     }
     mounts::all()?;
     cgroup::set_up()?;
+    limits::raise_threads();
+    limits::raise();
     power::keep_ctrl_alt_del_from_resetting();
     Ok(())
 }

@@ -39,6 +39,8 @@ impl Agent {
         let process = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "--mount", "--propagation", "unchanged"])
             .args(["--uts", "--ipc", "--net", "--cgroup"])
+            // As a shim that has 1024 open files would start it.
+            .args(["prlimit", "--nofile=1024:"])
             .args([env!("CARGO_BIN_EXE_cube-agent"), "process", "--listen"])
             .arg(directory.path().join("agent.sock"))
             .arg("--cgroup")
@@ -99,12 +101,27 @@ impl Agent {
         }
     }
 
-    /// Registers an exec that runs `args`.
+    /// Registers an exec that runs `args`, with stdout.
     pub(crate) async fn exec(&self, id: &str, exec_id: &str, args: &[&str]) -> ttrpc::Result<Empty> {
+        self.exec_with(id, exec_id, args, [false, true, false]).await
+    }
+
+    /// Registers an exec that runs `args`, with those of stdin, stdout and stderr that are `wanted`.
+    pub(crate) async fn exec_with(
+        &self,
+        id: &str,
+        exec_id: &str,
+        args: &[&str],
+        wanted: [bool; 3],
+    ) -> ttrpc::Result<Empty> {
+        let [stdin, stdout, stderr] =
+            wanted.map(|wanted| if wanted { "stream".to_owned() } else { String::new() });
         let request = ExecProcessRequest {
             id: id.into(),
             exec_id: exec_id.into(),
-            stdout: "stream".into(),
+            stdin,
+            stdout,
+            stderr,
             spec: any(
                 "types.containerd.io/opencontainers/runtime-spec/1/Process",
                 process(args).to_string().into_bytes(),

@@ -15,7 +15,10 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    sys::socket::{Backlog, listen},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{Backlog, listen},
+    },
     unistd::{dup2_stdout, setsid},
 };
 use tracing::{info, warn};
@@ -72,6 +75,16 @@ pub(super) fn run(flags: &Flags) -> Result<(), BootstrapError> {
     runtime.block_on(daemon.serve(listener))
 }
 
+/// Each stream of each process is a connection, a FIFO and a log with its index: 1024 open files, which is what
+/// a process has by default, are used up by some hundred execs.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        warn!("cannot raise the limit of open files: {errno}");
+    }
+}
+
 struct Daemon {
     /// containerd's gRPC socket; empty if it is not known.
     address: PathBuf,
@@ -111,6 +124,7 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
 
 impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
+        raise_open_files();
         survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);

@@ -1,6 +1,7 @@
 //! The init stage: a fresh, single-threaded execution of the agent's binary that turns itself into a
 //! process of a container, step by step, and reports the first step that fails.
 
+mod copy_up;
 mod devices;
 mod identity;
 mod mounts;
@@ -161,7 +162,6 @@ fn become_exec(control: &StageEnd, exec: &Exec, init: &OwnedFd) -> Result<Infall
     setns(init, namespaces).step(|| "join the namespaces of the container's init process".into())?;
     let terminal = {
         let root = Root::open("/".as_ref()).step(|| "open the container's root".into())?;
-        root.ensure_directory(process.cwd()).step(|| format!("make {}", process.cwd().display()))?;
         open_terminal(control, &root, process)?
     };
     program::execute(control, process, terminal, exec.allow_vsock)
