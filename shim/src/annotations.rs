@@ -1,9 +1,11 @@
 //! The `cube.*` annotations of a container, checked.
 
+mod permit;
 mod probe;
 
 use cube_protocol::{annotations as name, guest::LogMode};
 
+pub use permit::permit;
 pub use probe::Probe;
 
 use crate::task::{ID_RULE, check_id};
@@ -68,6 +70,16 @@ pub enum AnnotationError {
         value: String,
         /// What is allowed.
         rule: &'static str,
+    },
+    /// One that pods may not set here.
+    #[error(
+        "the annotation {name:?} is none that pods may set on this host, which are {allowed}: whoever runs the host can add it to policy.pod_annotations in Cubebox's configuration file"
+    )]
+    NotAllowed {
+        /// The annotation.
+        name: String,
+        /// Those that they may.
+        allowed: String,
     },
     /// More than one ready probe.
     #[error(

@@ -1,10 +1,24 @@
 //! The sandbox's cgroup on the host: what the VMM and its helpers run in, and what ends them.
 //!
+//! ```text
+//! <sandbox>/            limits: VMM, helpers and shim together
+//!           vm/helpers  VMM and helpers; what is in vm/ is killed and frozen as a whole
+//!           vm/guest    the agent of the `process` backend, with its containers
+//!           shim        the shim, which has to survive that, and the programs that take its logs
+//! ```
+//!
+//! What is written down of it is the path of `vm`; versions before this layout had `helpers` and `guest` in the
+//! sandbox's directory itself, and no `shim`.
+//!
 //! Cgroup version 2 only, wherever it is mounted; in a hybrid layout it has no controllers and still
 //! does what is needed here: it knows every process of a sandbox, whatever they forked, and kills
 //! them at once. See the kernel's `Documentation/admin-guide/cgroup-v2.rst`.
 //!
 //! The functions block: they take milliseconds, but at most the limit that they are given.
+
+mod limits;
+mod place;
+mod scope;
 
 use std::{
     fs,
@@ -20,10 +34,16 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::rootfs::mountinfo;
+pub use self::{
+    limits::{Limited, Limits},
+    place::Hierarchy,
+};
 
-/// Directory of all sandboxes, below the cgroup2 mount.
-const PARENT: &str = "cube";
+/// The part of a sandbox's cgroup that is killed.
+const VM: &str = "vm";
+
+/// The part that the shim is in.
+const SHIM: &str = "shim";
 
 /// Controllers that containers' limits need. Those that the host does not have are left out.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
@@ -70,6 +90,37 @@ pub enum CgroupError {
         /// The deadline.
         limit: Duration,
     },
+    /// The spec's path is none.
+    #[error("linux.cgroupsPath in config.json is {path:?}: it must be {rule}")]
+    Path {
+        /// The path.
+        path: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+    /// The spec's path is systemd's, and systemd does not run.
+    #[error(
+        "linux.cgroupsPath in config.json is {path:?}, which asks for a scope of systemd, and systemd does not run on this host: use the cgroupfs driver, with a path such as /pods/name"
+    )]
+    NoSystemd {
+        /// The path.
+        path: String,
+    },
+    /// systemd has not made the scope.
+    #[error("systemd did not make {unit} in {slice}: {why}")]
+    Scope {
+        /// The scope.
+        unit: String,
+        /// Where it was to be.
+        slice: String,
+        /// What systemd, or busctl, says.
+        why: String,
+    },
+    /// The shim is to be in one cgroup and has to be in another.
+    #[error(
+        "the runtime options place the shim in a cgroup of its own (ShimCgroup), but a scope of systemd, which linux.cgroupsPath asks for, needs it: leave one of the two out"
+    )]
+    ShimCgroup,
     /// The kernel refused an operation.
     #[error("{action} {path}")]
     Io {
@@ -87,12 +138,10 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Cgroup
 }
 
 impl SandboxCgroup {
-    /// The cgroup of the sandbox with this key: `<cgroup2 mount>/cube/<key>`. Creates nothing, so
-    /// that the path can be written down first.
+    /// The cgroup of the sandbox with this key whose spec names no place: `<cgroup2 mount>/cube/<key>/vm`.
+    /// Creates nothing, so that the path can be written down first.
     pub fn for_key(key: &str) -> Result<SandboxCgroup, CgroupError> {
-        let mounts = mountinfo::read().map_err(failed("cannot read", Path::new("/proc/self/mountinfo")))?;
-        let mount = mounts.into_iter().find(|m| m.fs_type == "cgroup2").ok_or(CgroupError::NotMounted)?;
-        Ok(SandboxCgroup { dir: mount.mount_point.join(PARENT).join(key) })
+        Ok(Hierarchy::find()?.default_place(key))
     }
 
     /// The cgroup at a path that was written down before.
@@ -100,9 +149,21 @@ impl SandboxCgroup {
         SandboxCgroup { dir: dir.into() }
     }
 
-    /// Its directory.
+    /// Its directory: of all that is killed and frozen.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The directory of the whole sandbox, with the shim.
+    pub fn sandbox(&self) -> &Path {
+        match (self.dir.file_name(), self.dir.parent()) {
+            (Some(name), Some(sandbox)) if name == VM => sandbox,
+            _ => &self.dir,
+        }
+    }
+
+    fn shim(&self) -> PathBuf {
+        self.sandbox().join(SHIM)
     }
 
     /// The leaf of the VMM and its helpers.
@@ -117,6 +178,27 @@ impl SandboxCgroup {
 
     /// Makes the cgroup with its leaf and subtree, and hands down the controllers that the host has.
     pub fn create(&self) -> Result<(), CgroupError> {
+        match self.sandbox().to_string_lossy().ends_with(scope::SUFFIX) {
+            true => Err(CgroupError::ShimCgroup),
+            false => self.make(),
+        }
+    }
+
+    /// As [`create`](Self::create), and moves this process there, which is the shim.
+    pub fn create_with_shim(&self) -> Result<(), CgroupError> {
+        let sandbox = self.sandbox();
+        if sandbox.to_string_lossy().ends_with(scope::SUFFIX) && !sandbox.exists() {
+            scope::start(sandbox)?;
+        }
+        let shim = self.shim();
+        fs::create_dir_all(&shim).map_err(failed("cannot create", &shim))?;
+        // Before controllers are handed down: no process may be in a cgroup that does so.
+        enter(&shim)?;
+        cube_fault::point("cgroup.shim_moved");
+        self.make()
+    }
+
+    fn make(&self) -> Result<(), CgroupError> {
         for dir in [self.helpers(), self.guest()] {
             fs::create_dir_all(&dir).map_err(failed("cannot create", &dir))?;
         }
@@ -134,7 +216,7 @@ impl SandboxCgroup {
     /// A cgroup that does not exist is done.
     pub fn kill(&self, limit: Duration) -> Result<(), CgroupError> {
         let deadline = Instant::now() + limit;
-        if !self.exists()? {
+        if !is_cgroup(&self.dir)? {
             return Ok(());
         }
         loop {
@@ -148,24 +230,42 @@ impl SandboxCgroup {
         }
     }
 
-    /// [`kill`](Self::kill), then removes the cgroup and all below. Can be repeated, and run by two
-    /// processes at once.
-    pub fn destroy(&self, limit: Duration) -> Result<(), CgroupError> {
+    /// [`kill`](Self::kill), then removes the cgroup and all below. What is in it beside the VM goes to `home`,
+    /// where the shim came from, or to another place if that is gone: the shim, which may be the one that calls
+    /// this, and programs that take the last of its logs. Can be repeated, and run by two processes at once.
+    pub fn destroy(&self, limit: Duration, home: Option<&Path>) -> Result<(), CgroupError> {
         let deadline = Instant::now() + limit;
         self.kill(limit)?;
         cube_fault::point("destroy.processes_killed");
-        loop {
-            match remove_tree(&self.dir) {
-                Ok(()) => return Ok(()),
-                // For a moment after it has become empty, the kernel still counts a dying process.
-                Err(CgroupError::Io { source, .. })
-                    if source.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline =>
-                {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => return Err(error),
-            }
+        remove_until(deadline, || remove_tree(&self.dir))?;
+        cube_fault::point("destroy.vm_cgroup_removed");
+        let sandbox = self.sandbox();
+        if sandbox == self.dir || !is_cgroup(sandbox)? {
+            return Ok(());
         }
+        remove_until(deadline, || {
+            for dir in [&self.shim(), sandbox] {
+                self.evacuate(dir, home)?;
+                remove_empty(dir)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Moves every process of `dir` elsewhere.
+    fn evacuate(&self, dir: &Path, home: Option<&Path>) -> Result<(), CgroupError> {
+        let pids = pids_of(dir);
+        if pids.is_empty() {
+            return Ok(());
+        }
+        let own = Hierarchy::find().ok().and_then(|hierarchy| hierarchy.own());
+        // The root takes every process, also where controllers are handed down.
+        let root = self.dir.ancestors().filter(|dir| dir.join("cgroup.procs").exists()).last();
+        let elsewhere = [home, own.as_deref(), root].into_iter().flatten();
+        let elsewhere: Vec<_> = elsewhere.filter(|to| !to.starts_with(self.sandbox())).collect();
+        pids.into_iter()
+            .try_for_each(|pid| move_to_first(pid, &elsewhere))
+            .map_err(failed("cannot move a process out of", dir))
     }
 
     /// Whether a process is in the cgroup, or below: cgroup.events speaks for the whole subtree. In doubt, yes.
@@ -173,17 +273,6 @@ impl SandboxCgroup {
         match fs::read_to_string(self.dir.join("cgroup.events")) {
             Ok(events) => !events.lines().any(|line| line == "populated 0"),
             Err(e) => e.kind() != ErrorKind::NotFound,
-        }
-    }
-
-    fn exists(&self) -> Result<bool, CgroupError> {
-        if self.dir.join("cgroup.procs").exists() {
-            return Ok(true);
-        }
-        match self.dir.try_exists() {
-            Ok(false) => Ok(false),
-            Ok(true) => Err(CgroupError::NotACgroup { path: self.dir.clone() }),
-            Err(source) => Err(failed("cannot look at", &self.dir)(source)),
         }
     }
 
@@ -252,6 +341,40 @@ impl SandboxCgroup {
     }
 }
 
+/// Moves this process, all of its threads.
+pub(crate) fn enter(dir: &Path) -> Result<(), CgroupError> {
+    let procs = dir.join("cgroup.procs");
+    fs::write(&procs, "0").map_err(failed("cannot write", &procs))
+}
+
+/// Moves a process to the first of these cgroups that takes it.
+fn move_to_first(pid: Pid, places: &[&Path]) -> io::Result<()> {
+    let mut moved = Err(ErrorKind::NotFound.into());
+    for place in places {
+        moved = match fs::write(place.join("cgroup.procs"), pid.to_string()) {
+            // It has ended meanwhile.
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            written => written,
+        };
+        if moved.is_ok() {
+            break;
+        }
+    }
+    moved
+}
+
+/// Whether there is a cgroup; what is there and is none must not be touched.
+fn is_cgroup(dir: &Path) -> Result<bool, CgroupError> {
+    if dir.join("cgroup.procs").exists() {
+        return Ok(true);
+    }
+    match dir.try_exists() {
+        Ok(false) => Ok(false),
+        Ok(true) => Err(CgroupError::NotACgroup { path: dir.into() }),
+        Err(source) => Err(failed("cannot look at", dir)(source)),
+    }
+}
+
 /// One by one, for a host may refuse some: in a hybrid hierarchy, or where cgroup version 1 has them.
 fn enable_controllers(dir: &Path) {
     let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
@@ -267,10 +390,32 @@ fn subdirs(dir: &Path) -> Vec<PathBuf> {
     entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).collect()
 }
 
-fn pids_below(dir: &Path) -> Vec<Pid> {
+fn pids_of(dir: &Path) -> Vec<Pid> {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let own = procs.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw);
-    own.chain(subdirs(dir).iter().flat_map(|sub| pids_below(sub))).collect()
+    procs.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw).collect()
+}
+
+fn pids_below(dir: &Path) -> Vec<Pid> {
+    let below = subdirs(dir);
+    pids_of(dir).into_iter().chain(below.iter().flat_map(|sub| pids_below(sub))).collect()
+}
+
+/// Repeats `remove` while the kernel is busy: for a moment after a cgroup has become empty, it still counts a dying
+/// process.
+fn remove_until(
+    deadline: Instant,
+    mut remove: impl FnMut() -> Result<(), CgroupError>,
+) -> Result<(), CgroupError> {
+    loop {
+        match remove() {
+            Err(CgroupError::Io { source, .. })
+                if source.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// `rmdir` from the leaves up: the files of a cgroup cannot be removed and need not be.
@@ -278,6 +423,10 @@ fn remove_tree(dir: &Path) -> Result<(), CgroupError> {
     for sub in subdirs(dir) {
         remove_tree(&sub)?;
     }
+    remove_empty(dir)
+}
+
+fn remove_empty(dir: &Path) -> Result<(), CgroupError> {
     match fs::remove_dir(dir) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(failed("cannot remove", dir)(e)),
         _ => Ok(()),
@@ -305,7 +454,7 @@ mod tests {
 
     impl Drop for Scratch {
         fn drop(&mut self) {
-            let _ = self.0.destroy(LIMIT);
+            let _ = self.0.destroy(LIMIT, None);
         }
     }
 
@@ -325,7 +474,7 @@ mod tests {
         let nested = cgroup.guest().join("container/leaf");
         fs::create_dir_all(&nested).unwrap();
         let children = [sleeper_in(&cgroup.helpers()), sleeper_in(&nested)];
-        cgroup.destroy(LIMIT).unwrap();
+        cgroup.destroy(LIMIT, None).unwrap();
         assert!(!cgroup.dir().exists());
         for mut child in children {
             child.wait().unwrap();
@@ -362,8 +511,76 @@ mod tests {
     #[test]
     fn a_cgroup_that_is_gone_is_destroyed_already() {
         let scratch = Scratch::new("gone");
-        scratch.0.destroy(LIMIT).unwrap();
-        scratch.0.destroy(LIMIT).unwrap();
+        scratch.0.destroy(LIMIT, None).unwrap();
+        scratch.0.destroy(LIMIT, None).unwrap();
+    }
+
+    /// The cgroup of a process in the version 2 hierarchy.
+    fn cgroup_of(pid: u32) -> String {
+        let listing = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        listing.lines().find_map(|line| line.strip_prefix("0::")).unwrap().to_owned()
+    }
+
+    #[test]
+    fn what_is_beside_the_vm_survives_its_end_and_goes_home() {
+        let home = Scratch::new("home");
+        let own = cgroup_of(std::process::id());
+        for (name, home, expected) in [
+            ("beside", Some(home.0.helpers()), cgroup_of(sleeper_in(&home.0.helpers()).id())),
+            ("homeless", Some("/no/such/cgroup".into()), own.clone()),
+            ("stateless", None, own.clone()),
+        ] {
+            let scratch = Scratch::new(name);
+            let shim = scratch.0.shim();
+            fs::create_dir(&shim).unwrap();
+            let (mut vm, mut beside) = (sleeper_in(&scratch.0.helpers()), sleeper_in(&shim));
+            scratch.0.kill(LIMIT).unwrap();
+            vm.wait().unwrap();
+            assert!(!scratch.0.has_processes(), "the shim is no process of the VM");
+            scratch.0.destroy(LIMIT, home.as_deref()).unwrap();
+            scratch.0.destroy(LIMIT, home.as_deref()).unwrap();
+            assert!(!scratch.0.sandbox().exists(), "{name}");
+            assert_eq!(beside.try_wait().unwrap(), None, "{name}: it lives");
+            assert_eq!(cgroup_of(beside.id()), expected, "{name}");
+            // It and its child, which went along.
+            for pid in [beside.id().to_string(), child_of(beside.id())] {
+                kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+            }
+            beside.wait().unwrap();
+        }
+    }
+
+    fn child_of(pid: u32) -> String {
+        fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn an_end_that_was_interrupted_goes_on_where_it_was() {
+        let scratch = Scratch::new("half");
+        fs::create_dir(scratch.0.shim()).unwrap();
+        remove_tree(scratch.0.dir()).unwrap();
+        scratch.0.destroy(LIMIT, None).unwrap();
+        assert!(!scratch.0.sandbox().exists());
+    }
+
+    #[test]
+    fn a_sandbox_of_the_layout_before_is_ended_as_it_was() {
+        let scratch = Scratch::new("older");
+        let older = SandboxCgroup::at(scratch.0.sandbox().join("older"));
+        older.create().unwrap();
+        assert_eq!(older.sandbox(), older.dir());
+        let mut child = sleeper_in(&older.helpers());
+        older.destroy(LIMIT, None).unwrap();
+        child.wait().unwrap();
+        assert!(!older.dir().exists() && scratch.0.dir().exists());
+    }
+
+    #[test]
+    fn a_scope_of_systemd_is_not_made_without_the_shim_in_it() {
+        let scope = Hierarchy::find().unwrap().root().join("cube-test.scope/vm");
+        let error = SandboxCgroup::at(&scope).create().unwrap_err();
+        assert!(matches!(error, CgroupError::ShimCgroup), "{error}");
+        assert!(!scope.exists());
     }
 
     #[test]
@@ -377,8 +594,10 @@ mod tests {
     fn a_directory_that_is_no_cgroup_is_not_touched() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
-        let error = SandboxCgroup::at(dir.path()).destroy(LIMIT).unwrap_err();
-        assert!(matches!(error, CgroupError::NotACgroup { .. }), "{error}");
+        for cgroup in [dir.path().to_owned(), dir.path().join(VM)] {
+            let error = SandboxCgroup::at(cgroup).destroy(LIMIT, None).unwrap_err();
+            assert!(matches!(error, CgroupError::NotACgroup { .. }), "{error}");
+        }
         assert!(dir.path().join("file").exists());
     }
 }

@@ -2,9 +2,14 @@
 //!
 //! `docs/configuration.md` describes every key for operators; a key that is not known is an error.
 
+mod limits;
+mod policy;
+
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+pub use self::{limits::Limits, policy::Policy};
 
 /// Where the configuration is read from when nothing else names a file.
 pub const DEFAULT_PATH: &str = "/etc/cube/config.toml";
@@ -32,6 +37,10 @@ pub struct Config {
     pub rootfs: Rootfs,
     /// Snapshots of sandboxes.
     pub snapshot: Snapshot,
+    /// What the authors of pods may ask for.
+    pub policy: Policy,
+    /// What a sandbox may take of its host.
+    pub limits: Limits,
 }
 
 /// The `vmm` key.
@@ -145,6 +154,8 @@ impl Default for Config {
             log: Log::default(),
             rootfs: Rootfs::default(),
             snapshot: Snapshot::default(),
+            policy: Policy::default(),
+            limits: Limits::default(),
         }
     }
 }
@@ -266,7 +277,7 @@ impl Config {
             if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
         let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
-        let Config { vm, log, rootfs, snapshot, .. } = self;
+        let Config { vm, log, rootfs, snapshot, policy, limits, .. } = self;
         // A log below log.dir would be taken for that of a container of the namespace "template".
         let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
         let rule = "an absolute path outside of log.dir";
@@ -276,7 +287,23 @@ impl Config {
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
         range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")?;
         range("rootfs.cache_limit", rootfs.cache_limit, rootfs.cache_limit >= 1, "at least 1")?;
-        range("snapshot.import_limit", snapshot.import_limit, snapshot.import_limit >= 1, "at least 1")
+        range("snapshot.import_limit", snapshot.import_limit, snapshot.import_limit >= 1, "at least 1")?;
+        if let Some(pattern) = policy.meaningless() {
+            let rule =
+                "a list of annotations that this version knows, or of beginnings of such with a star behind";
+            must("policy.pod_annotations", format!("{pattern:?} in a list"), false, rule)?;
+        }
+        let vcpus = policy.max_vcpus;
+        range("policy.max_vcpus", vcpus.into(), (1..=255).contains(&vcpus), "from 1 to 255")?;
+        let (memory, disk) = (policy.max_memory_mib, policy.max_rootfs_mib);
+        range("policy.max_memory_mib", memory, memory >= 64, "at least 64")?;
+        range("policy.max_rootfs_mib", disk, disk >= 16, "at least 16")?;
+        let overhead = limits.memory_overhead_mib;
+        range("limits.memory_overhead_mib", overhead, overhead >= 64, "at least 64")?;
+        match limits.wrong_io() {
+            None => Ok(()),
+            Some(line) => must("limits.io_max", format!("{line:?} in a list"), false, limits::IO_RULE),
+        }
     }
 }
 
@@ -311,6 +338,13 @@ mod tests {
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
+            ("[limits]\nmemory_overhead_mib = 0", "at least 64"),
+            ("[limits]\nio_max = ['/dev/sda wbps=1']", "8:0 rbps="),
+            ("[policy]\nmax_vcpus = 0", "from 1 to 255"),
+            ("[policy]\nmax_memory_mib = 63", "at least 64"),
+            ("[policy]\nmax_rootfs_mib = 15", "at least 16"),
+            ("[policy]\npod_annotations = ['cube.sandbox.vcpu']", "that this version knows"),
+            ("[policy]\npod_annotations = ['cube.ready.*', 'cube.x*']", "\"cube.x*\""),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(rule), "{error}");

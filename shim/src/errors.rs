@@ -217,7 +217,10 @@ impl Error {
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
             Error::Snapshot(snapshot) => snapshot_code(snapshot),
-            Error::Cgroup(CgroupError::NotMounted) => Code::FAILED_PRECONDITION,
+            Error::Cgroup(CgroupError::NotMounted | CgroupError::NoSystemd { .. }) => {
+                Code::FAILED_PRECONDITION
+            }
+            Error::Cgroup(CgroupError::Path { .. } | CgroupError::ShimCgroup) => Code::INVALID_ARGUMENT,
             Error::Stdio(_) | Error::StateFile(_) | Error::Config(_) | Error::Cgroup(_) | Error::Task(_) => {
                 Code::UNKNOWN
             }
@@ -245,7 +248,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         }
         SnapshotError::Limit { .. } | SnapshotError::Space { .. } => Code::RESOURCE_EXHAUSTED,
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
-        SnapshotError::NotFound { .. } => Code::NOT_FOUND,
+        SnapshotError::NotFound { .. } | SnapshotError::NotOwned { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }
         | SnapshotError::Format { .. }
         | SnapshotError::Protocol { .. }

@@ -23,5 +23,6 @@ pub mod snapshot;
 pub mod state;
 pub mod stdio;
 pub mod task;
+pub mod tenant;
 pub mod text;
 pub mod vmm;

@@ -4,10 +4,13 @@
 
 use std::path::PathBuf;
 
-use containerd_shim_protos::protobuf::{CodedInputStream, well_known_types::any::Any};
+use containerd_shim_protos::{
+    protobuf::{CodedInputStream, Message, well_known_types::any::Any},
+    shim::oci as runc,
+};
 
 /// `ctr run --runc-*` and CRI for a runtime type that contains "runc" send these; nothing in them
-/// applies to a VM.
+/// applies to a VM but the cgroup of the shim.
 const RUNC: &str = "containerd.runc.v1.Options";
 
 /// CRI for every other runtime type, and `ctr run --runtime-config-path`. The older package name is
@@ -52,6 +55,20 @@ pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>, OptionsErro
             .into_path(),
         _ => Err(OptionsError::Type(options.type_url.clone())),
     }
+}
+
+/// The cgroup that `options` place the shim in, if they do: the path of one that exists.
+///
+/// # Errors
+///
+/// [`OptionsError::Decode`].
+pub fn shim_cgroup(options: Option<&Any>) -> Result<Option<String>, OptionsError> {
+    let Some(options) = options.filter(|any| any.type_url.rsplit('/').next() == Some(RUNC)) else {
+        return Ok(None);
+    };
+    let decoded = runc::Options::parse_from_bytes(&options.value)
+        .map_err(|source| OptionsError::Decode { type_url: options.type_url.clone(), source })?;
+    Ok(Some(decoded.shim_cgroup).filter(|path| !path.is_empty()))
 }
 
 /// `runtimeoptions.v1.Options`: type_url = 1, config_path = 2, config_body = 3.
@@ -111,6 +128,17 @@ mod tests {
         {
             assert_eq!(config_path(Some(&any(name, bytes))).unwrap(), Some("/etc/c.tl".into()), "{name}");
         }
+    }
+
+    #[test]
+    fn those_of_runc_may_place_the_shim() {
+        let placed = |options: &Any| shim_cgroup(Some(options)).unwrap();
+        assert_eq!(placed(&any(RUNC, b"\x1a\x06/shims\x48\x01")).as_deref(), Some("/shims"));
+        for options in [any(RUNC, b"\x48\x01"), any(GENERIC[0], b"\x1a\x01x"), any("", b"")] {
+            assert_eq!(placed(&options), None, "{options:?}");
+        }
+        assert_eq!(shim_cgroup(None).unwrap(), None);
+        assert!(matches!(shim_cgroup(Some(&any(RUNC, b"\x1a\x06/s"))), Err(OptionsError::Decode { .. })));
     }
 
     #[test]

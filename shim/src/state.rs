@@ -35,8 +35,12 @@ pub struct State {
     pub namespace: String,
     /// Id of the sandbox: of its first container, or of the pod.
     pub sandbox_id: String,
-    /// The sandbox's cgroup v2 directory; every process of the sandbox on the host is in it.
+    /// The cgroup v2 directory of the sandbox's VM: everything of the sandbox on the host is in it but the shim,
+    /// which is beside it. See [`SandboxCgroup`](crate::cgroup::SandboxCgroup).
     pub cgroup: PathBuf,
+    /// The cgroup that the shim came from, and goes back to at the end; `None` if it was not moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shim_home: Option<PathBuf>,
     /// Name of the VMM backend; empty until it is chosen.
     pub backend: String,
     /// Pid that containerd is told for every process of the sandbox; 0 before the VM runs. For
@@ -299,7 +303,8 @@ mod tests {
             format: FORMAT,
             namespace: "default".into(),
             sandbox_id: "c1".into(),
-            cgroup: "/sys/fs/cgroup/cube/x".into(),
+            cgroup: "/sys/fs/cgroup/cube/x/vm".into(),
+            shim_home: Some("/sys/fs/cgroup/system.slice".into()),
             backend: "qemu".into(),
             vmm_pid: 42,
             timeline: u64::MAX,

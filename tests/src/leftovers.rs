@@ -126,10 +126,18 @@ pub fn cgroup2() -> PathBuf {
     line.and_then(|line| line.split(' ').nth(4)).expect("no cgroup2 is mounted").into()
 }
 
+/// The cgroup of the sandbox with this key, which exists or not: below the parent that containerd names where the host
+/// has controllers, else with all others.
+pub fn cgroup(key: &str) -> PathBuf {
+    let (root, name) = (cgroup2(), format!("cube-{key}"));
+    let placed = fs::read_dir(&root).into_iter().flatten().flatten().map(|entry| entry.path().join(&name));
+    placed.into_iter().find(|dir| dir.exists()).unwrap_or_else(|| root.join("cube").join(key))
+}
+
 /// cgroups of these sandboxes, parents first.
 pub fn cgroups(keys: &[String]) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut open: Vec<PathBuf> = keys.iter().map(|key| cgroup2().join("cube").join(key)).collect();
+    let mut open: Vec<PathBuf> = keys.iter().map(|key| cgroup(key)).collect();
     while let Some(dir) = open.pop() {
         if !dir.is_dir() {
             continue;

@@ -244,7 +244,7 @@ impl Machine<'_> {
 impl Drop for Machine<'_> {
     fn drop(&mut self) {
         let ended = self.bench.runtime.block_on(self.vmm.kill());
-        let removed = self.cgroup.destroy(Duration::from_secs(20));
+        let removed = self.cgroup.destroy(Duration::from_secs(20), None);
         if !std::thread::panicking() {
             ended.unwrap();
             removed.unwrap();

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         a_limit_that_nothing_here_enforces_is_refused,
         an_unknown_annotation_is_refused_by_name,
         an_annotation_with_a_nonsense_value_is_refused,
+        a_pod_that_asks_for_more_than_it_may_is_refused_by_name,
         a_stdio_uri_that_is_not_supported_is_refused,
         a_configuration_that_is_wrong_is_refused_with_the_key,
         a_shim_without_its_agent_says_which_file_is_missing,
@@ -191,6 +192,18 @@ fn an_annotation_with_a_nonsense_value_is_refused(backend: Backend) {
         let annotation = format!("{name}={value}");
         lab.run_with(&["--annotation", &annotation], "c", &["true"]).fails_with(&[name, value]);
     }
+    lab.nothing_is_left();
+}
+
+fn a_pod_that_asks_for_more_than_it_may_is_refused_by_name(backend: Backend) {
+    let lab = Lab::new(backend);
+    for (name, value) in [("cube.sandbox.memory_mib", "1024"), ("cube.snapshot.restore", "of-somebody-else")]
+    {
+        let annotation = format!("{name}={value}");
+        let pod = ["--annotation", "io.kubernetes.cri.sandbox-namespace=team-a", "--annotation", &annotation];
+        lab.run_with(&pod, "c", &["true"]).fails_with(&[name, "policy.pod_annotations"]);
+    }
+    lab.run_with(&["--annotation", "cube.sandbox.memory_mib=1024"], "c", &["true"]).succeeds();
     lab.nothing_is_left();
 }
 

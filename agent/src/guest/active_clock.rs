@@ -83,7 +83,7 @@ impl ActiveClock {
     }
 
     /// How long it has run.
-    fn now(&self) -> Duration {
+    pub fn now(&self) -> Duration {
         let state = self.state();
         let until = state.held_since.unwrap_or_else(Instant::now);
         until.duration_since(state.started).saturating_sub(state.held_for)

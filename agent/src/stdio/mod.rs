@@ -48,15 +48,19 @@ use tokio::io::{
 
 use self::{
     input::Input,
-    output::Output,
+    output::{Leftover, Output},
     pool::Pool,
     process::{Endpoint, Process, Terminal},
     session::Refusal,
 };
 use crate::guest::active_clock::ActiveClock;
 
-/// How long a process that outlives the one that has exited may go on writing to its output.
+/// How long a process that outlives the one that has exited may go on writing to its output. What it waits
+/// for the host to take something does not count.
 const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often it is looked at meanwhile: nothing tells whether somebody waits for room in a pipe.
+const LEFTOVER_LOOK: Duration = Duration::from_millis(100);
 
 /// Names a process: its container, and its exec id or "" for the init process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -236,7 +240,8 @@ impl Hub {
     }
 
     /// The process has exited. Streams that another process still holds end after 2 s, TRUNCATED,
-    /// with all that was written by then. Does nothing for a process that is not known.
+    /// with all that was written by then. Time in which it waits, for the host takes nothing, does not count.
+    /// Does nothing for a process that is not known.
     pub fn exited(self: &Arc<Self>, process: &ProcessId) {
         let outputs: Vec<_> = match locked(&self.processes).get(process) {
             Some(streams) => streams.outputs().cloned().collect(),
@@ -244,7 +249,18 @@ impl Hub {
         };
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move {
-            clock.sleep(LEFTOVER_TIMEOUT).await;
+            let mut left = LEFTOVER_TIMEOUT;
+            while !left.is_zero() {
+                let began = clock.now();
+                clock.sleep(left.min(LEFTOVER_LOOK)).await;
+                let who: Vec<_> = outputs.iter().map(|output| output.leftover()).collect();
+                if who.iter().all(|who| *who == Leftover::Nobody) {
+                    return;
+                }
+                if !who.contains(&Leftover::HeldUp) {
+                    left = left.saturating_sub(clock.now().saturating_sub(began));
+                }
+            }
             for output in outputs {
                 output.expire();
             }

@@ -111,6 +111,14 @@ pub(super) fn unread(fd: impl AsFd) -> io::Result<usize> {
     Ok(usize::try_from(len).unwrap_or(0))
 }
 
+/// Whether a writer may have to wait until something is read. A pipe may be full at half of its size: a write
+/// that does not fit into the last page begins another. Of a terminal nothing tells but that there is something.
+pub(super) fn may_be_full(fd: impl AsFd) -> bool {
+    let len = unread(&fd).unwrap_or(0);
+    let size = fcntl(&fd, FcntlArg::F_GETPIPE_SZ).map_or(0, |size| usize::try_from(size).unwrap_or(0));
+    len > 0 && len >= size / 2
+}
+
 /// Sets the window size of the terminal whose master is `fd`, in characters.
 pub(super) fn set_window(fd: impl AsFd, width: u16, height: u16) -> io::Result<()> {
     let size = nix::libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
@@ -144,6 +152,17 @@ mod tests {
             for fd in [&agent, &child] {
                 assert_eq!(fcntl(fd, FcntlArg::F_GETFD).unwrap() & nix::libc::FD_CLOEXEC, 1);
             }
+        }
+    }
+
+    #[test]
+    fn a_pipe_in_which_a_write_would_wait_may_be_full_whatever_the_size_of_the_writes() {
+        for size in [1, 100, 2049, 3000, 4095, 4096, 4097, 6000, 65_536] {
+            let (read, write) = output().unwrap();
+            assert!(!may_be_full(&read));
+            set_nonblocking(&write).unwrap();
+            while super::write(&write, &[IoSlice::new(&vec![0; size])]).is_ok_and(|n| n == size) {}
+            assert!(may_be_full(&read), "writes of {size} bytes, {:?} unread", unread(&read));
         }
     }
 

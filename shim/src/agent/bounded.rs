@@ -2,9 +2,11 @@
 //!
 //! ttrpc takes messages of 4 MiB, and protobuf makes a struct of a hundred bytes out of two: an answer
 //! full of empty events would take hundreds of MiB. It also queues stream data for a call without any
-//! bound, and none of our calls is a stream.
+//! bound, and none of our calls is a stream. And it throws away answers to what nobody has asked, as fast as
+//! they come: an answer costs a call here, and how often calls are made is ours to say.
 
 use std::{
+    collections::BTreeSet,
     io,
     pin::Pin,
     task::{Context, Poll},
@@ -20,10 +22,24 @@ const HEADER_LEN: usize = 10;
 const TYPE: usize = 8;
 const RESPONSE: u8 = 2;
 
-/// A connection that fails where the peer begins a message that is too long, or no response.
+/// Calls without an answer that are remembered. Each has a deadline, and is made by somebody who waits; a guest
+/// that leaves so many open never answers the first of them.
+const OPEN_MAX: usize = 4096;
+
+/// A connection that fails where the peer begins a message that is too long, no response, or one to a call
+/// that was not made or is answered already.
 #[derive(Debug)]
 pub(super) struct Bounded<S> {
     inner: S,
+    received: Messages,
+    sent: Messages,
+    /// Stream ids of the calls that have no answer yet; one that nobody waits for any more may still come.
+    open: BTreeSet<u32>,
+}
+
+/// Follows the messages of one direction.
+#[derive(Debug, Default)]
+struct Messages {
     /// The header of the current message, of which `filled` bytes are known.
     header: [u8; HEADER_LEN],
     filled: usize,
@@ -31,14 +47,13 @@ pub(super) struct Bounded<S> {
     body: usize,
 }
 
-impl<S> Bounded<S> {
-    /// Nothing may have been read from `inner` before.
-    pub(super) fn new(inner: S) -> Bounded<S> {
-        Bounded { inner, header: [0; HEADER_LEN], filled: 0, body: 0 }
-    }
-
-    /// Follows the messages through the bytes that were read.
-    fn check(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+impl Messages {
+    /// Goes through `bytes`, which come next; calls `begins` with the header of each message.
+    fn follow(
+        &mut self,
+        mut bytes: &[u8],
+        mut begins: impl FnMut(&[u8; HEADER_LEN]) -> io::Result<()>,
+    ) -> io::Result<()> {
         while !bytes.is_empty() {
             let body = self.body.min(bytes.len());
             self.body -= body;
@@ -48,7 +63,8 @@ impl<S> Bounded<S> {
             self.filled += header;
             bytes = &bytes[header..];
             if self.filled == HEADER_LEN {
-                self.body = body_len(&self.header)?;
+                begins(&self.header)?;
+                self.body = number(&self.header, 0) as usize;
                 self.filled = 0;
             }
         }
@@ -56,17 +72,57 @@ impl<S> Bounded<S> {
     }
 }
 
-fn body_len(header: &[u8; HEADER_LEN]) -> io::Result<usize> {
-    let [a, b, c, d, ..] = *header;
-    let len = u32::from_be_bytes([a, b, c, d]);
-    let refuse = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
-    if len > MESSAGE_MAX {
-        return refuse(format!("the guest sent a message of {len} bytes, at most {MESSAGE_MAX} are allowed"));
+/// The number at `at`, which is in the header.
+fn number(header: &[u8; HEADER_LEN], at: usize) -> u32 {
+    header[at..at + 4].iter().fold(0, |number, byte| number << 8 | u32::from(*byte))
+}
+
+/// The stream id behind the length.
+fn stream(header: &[u8; HEADER_LEN]) -> u32 {
+    number(header, 4)
+}
+
+impl<S> Bounded<S> {
+    /// Nothing may have been read from `inner` before.
+    pub(super) fn new(inner: S) -> Bounded<S> {
+        Bounded { inner, received: Messages::default(), sent: Messages::default(), open: BTreeSet::new() }
     }
-    if header[TYPE] != RESPONSE {
-        return refuse(format!("the guest sent a message of type {}, which is no response", header[TYPE]));
+
+    /// Follows the answers through the bytes that were read.
+    fn check(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Bounded { received, open, .. } = self;
+        received.follow(bytes, |header| {
+            let refuse = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            let (len, stream) = (number(header, 0), stream(header));
+            if len > MESSAGE_MAX {
+                return refuse(format!(
+                    "the guest sent a message of {len} bytes, at most {MESSAGE_MAX} are allowed"
+                ));
+            }
+            if header[TYPE] != RESPONSE {
+                return refuse(format!(
+                    "the guest sent a message of type {}, which is no response",
+                    header[TYPE]
+                ));
+            }
+            if !open.remove(&stream) {
+                return refuse(format!("the guest answered the call {stream}, which waits for no answer"));
+            }
+            Ok(())
+        })
     }
-    Ok(len as usize)
+
+    /// Follows the calls through the bytes that were written.
+    fn note(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Bounded { sent, open, .. } = self;
+        sent.follow(bytes, |header| {
+            open.insert(stream(header));
+            if open.len() > OPEN_MAX {
+                open.pop_first();
+            }
+            Ok(())
+        })
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
@@ -94,7 +150,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Bounded<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(context, bytes)
+        let polled = Pin::new(&mut self.inner).poll_write(context, bytes);
+        if let Poll::Ready(Ok(n)) = polled {
+            self.note(&bytes[..n])?;
+        }
+        polled
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -108,44 +168,67 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Bounded<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
-    fn message(len: u32, kind: u8, body: usize) -> Vec<u8> {
-        let mut wire = len.to_be_bytes().to_vec();
-        wire.extend([0, 0, 0, 1, kind, 0]);
+    /// A message of the call `stream`.
+    fn message(stream: u32, len: u32, kind: u8, body: usize) -> Vec<u8> {
+        let mut wire = [len.to_be_bytes(), stream.to_be_bytes()].concat();
+        wire.extend([kind, 0]);
         wire.resize(HEADER_LEN + body, 0xff);
         wire
     }
 
-    /// Reads `wire` in pieces of `step` bytes at most.
+    /// Makes the calls 1, 3 and so on up to 9, and reads `wire` in pieces of `step` bytes at most.
     async fn read(wire: &[u8], step: usize) -> io::Result<Vec<u8>> {
-        let (near, mut far) = tokio::io::duplex(step);
+        let (near, far) = tokio::io::duplex(step);
+        let (mut asked, mut answers) = tokio::io::split(far);
         let wire = wire.to_vec();
-        tokio::spawn(async move { tokio::io::AsyncWriteExt::write_all(&mut far, &wire).await });
+        tokio::spawn(async move { tokio::io::copy(&mut asked, &mut tokio::io::sink()).await });
+        let mut bounded = Bounded::new(near);
+        for call in [1, 3, 5, 7, 9] {
+            bounded.write_all(&message(call, 30, 1, 30)).await?;
+        }
+        tokio::spawn(async move {
+            answers.write_all(&wire).await?;
+            answers.shutdown().await
+        });
         let mut bytes = Vec::new();
-        Bounded::new(near).read_to_end(&mut bytes).await.map(|_| bytes)
+        bounded.read_to_end(&mut bytes).await.map(|_| bytes)
     }
 
     #[tokio::test]
     async fn messages_pass_however_they_are_split() {
-        let wire = [message(100, RESPONSE, 100), message(0, RESPONSE, 0), message(7, RESPONSE, 7)].concat();
+        let wire =
+            [message(1, 100, RESPONSE, 100), message(5, 0, RESPONSE, 0), message(3, 7, RESPONSE, 7)].concat();
         for step in 1..wire.len() {
             assert_eq!(read(&wire, step).await.unwrap(), wire, "in steps of {step}");
         }
-        let longest = message(MESSAGE_MAX, RESPONSE, MESSAGE_MAX as usize);
+        let longest = message(9, MESSAGE_MAX, RESPONSE, MESSAGE_MAX as usize);
         assert_eq!(read(&longest, 8192).await.unwrap(), longest);
     }
 
     #[tokio::test]
     async fn a_message_that_is_too_long_or_no_response_fails_at_its_header() {
-        for bad in [message(MESSAGE_MAX + 1, RESPONSE, 0), message(u32::MAX, RESPONSE, 0), message(1, 3, 0)] {
-            let wire = [message(9, RESPONSE, 9), bad].concat();
-            for step in [1, 5, 1000] {
-                let error = read(&wire, step).await.unwrap_err();
-                assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
-            }
+        let bad = [(MESSAGE_MAX + 1, RESPONSE), (u32::MAX, RESPONSE), (1, 3)];
+        for bad in bad.map(|(len, kind)| message(3, len, kind, 0)) {
+            fails(&[message(1, 9, RESPONSE, 9), bad].concat()).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_nobody_waits_for_fails_at_its_header() {
+        for stream in [0, 2, 11, u32::MAX] {
+            fails(&[message(1, 9, RESPONSE, 9), message(stream, 9, RESPONSE, 9)].concat()).await;
+        }
+        fails(&[message(7, 9, RESPONSE, 9), message(7, 9, RESPONSE, 9)].concat()).await;
+    }
+
+    async fn fails(wire: &[u8]) {
+        for step in [1, 5, 1000] {
+            let error = read(wire, step).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
         }
     }
 }

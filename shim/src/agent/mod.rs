@@ -14,6 +14,9 @@ pub use dial::{Dial, DialError};
 pub use error::AgentError;
 pub use link::{GuestEvent, Link};
 
+/// Streams of a guest that are looked at. The agent has 300 processes with stdio at most, of three streams each.
+pub(crate) const STREAMS_MAX: usize = 1024;
+
 /// Longest text of the guest's that is kept, in characters.
 const TEXT_MAX: usize = 1000;
 

@@ -39,7 +39,7 @@ const CALL_LIMIT: Duration = Duration::from_millis(700);
 /// Gives what goes to stdout.
 pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
     flags.check()?;
-    let pid = clean(flags, &LinuxHost)?;
+    let pid = clean(flags, &LinuxHost::default())?;
     let exit = Exit::killed();
     let answer = api::DeleteResponse {
         pid,
@@ -85,7 +85,7 @@ pub async fn clean_up(run_dir: &RunDir, config: &Config) -> Result<(), Bootstrap
     if !is_silent(&socket) {
         return Err(BootstrapError::Lives(socket));
     }
-    destroy(run_dir, config, &LinuxHost).await
+    destroy(run_dir, config, &LinuxHost::default()).await
 }
 
 /// Whether nobody listens on `socket`. In doubt somebody does.
@@ -173,18 +173,16 @@ async fn delete_member(run_dir: &RunDir, id: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        path::PathBuf,
-        sync::atomic::{AtomicU32, Ordering},
-    };
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use serde_json::Value;
 
     use super::*;
     use crate::{
+        cgroup::{Limited, Limits},
         errors::Error,
         rootfs::block::Staged,
-        sandbox::{Rootfs, RootfsRequest, Selected},
+        sandbox::{Placed, Rootfs, RootfsRequest, Selected},
         state::{ContainerState, FORMAT, State},
         vmm::{Disk, VmSpec},
     };
@@ -199,11 +197,15 @@ mod tests {
             Ok(run_dir.remove()?)
         }
 
-        fn cgroup(&self, _: &str) -> Result<PathBuf, Error> {
+        fn cgroup(&self, _: &str, _: Option<&str>) -> Result<Placed, Error> {
             unreachable!()
         }
 
         fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
+            unreachable!()
+        }
+
+        fn limit(&self, _: &Path, _: &Limits) -> Result<Limited, Error> {
             unreachable!()
         }
 
@@ -244,6 +246,7 @@ mod tests {
             namespace: "default".into(),
             sandbox_id: containers[0].into(),
             cgroup: "/no/such/cgroup".into(),
+            shim_home: None,
             backend: "fake".into(),
             vmm_pid: 4242,
             timeline: 1,

@@ -143,6 +143,7 @@ mod tests {
             namespace: "default".into(),
             sandbox_id: "living".into(),
             cgroup: "/sys/fs/cgroup/cube/x".into(),
+            shim_home: None,
             backend: "qemu".into(),
             vmm_pid: 1,
             timeline: 1,

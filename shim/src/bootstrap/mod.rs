@@ -21,6 +21,7 @@ use std::{
 use containerd_shim_protos::protobuf;
 
 use crate::{
+    cgroup::CgroupError,
     config::{Config, ConfigError},
     errors::Error,
     options::OptionsError,
@@ -116,6 +117,9 @@ pub enum BootstrapError {
     /// The spec cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The shim cannot be placed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The state on disk cannot be used.
     #[error(transparent)]
     State(#[from] StateError),

@@ -26,6 +26,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 
 use super::{BootstrapError, Flags, expired, io_error, load_config, ttrpc_address};
 use crate::{
+    cgroup::{self, Hierarchy},
     containerd::Known,
     control::SandboxService,
     events::Publisher,
@@ -40,6 +41,9 @@ pub(super) const ACTION: &str = "serve";
 
 /// Environment variable with the number of the listening socket's descriptor.
 pub(super) const LISTENER: &str = "CUBE_SHIM_LISTENER";
+
+/// Environment variable with the cgroup that the runtime options place the daemon in.
+pub(super) const CGROUP: &str = "CUBE_SHIM_CGROUP";
 
 /// What a daemon that serves says on stdout.
 pub(super) const READY: &str = "ready\n";
@@ -91,6 +95,7 @@ struct Daemon {
     identity: Identity,
     config: crate::config::Config,
     events: String,
+    host: LinuxHost,
 }
 
 fn prepare(flags: &Flags) -> Result<(UnixListener, Daemon), BootstrapError> {
@@ -98,12 +103,24 @@ fn prepare(flags: &Flags) -> Result<(UnixListener, Daemon), BootstrapError> {
     let listener = inherited_listener()?;
     let config = load_config(None)?;
     let events = ttrpc_address(None, flags)?;
+    let host = LinuxHost { shim_stays: enter_cgroup()? };
     logging::init(&flags.bundle()?.join("log"), flags.debug);
     // The bundle is containerd's, and may be on a file system that it wants to unmount.
     env::set_current_dir("/").map_err(io_error("cannot change to", "/"))?;
     let run_dir = RunDir::of(&config.run_dir, &events, &flags.namespace, &flags.id);
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), run_dir };
-    Ok((listener, Daemon { address: PathBuf::from(&flags.address), identity, config, events }))
+    Ok((listener, Daemon { address: PathBuf::from(&flags.address), identity, config, events, host }))
+}
+
+/// Moves this process to the cgroup that the runtime options name, if they do.
+fn enter_cgroup() -> Result<bool, BootstrapError> {
+    let Ok(path) = env::var(CGROUP) else { return Ok(false) };
+    let hierarchy = Hierarchy::find()?;
+    let rule = "ShimCgroup in the runtime options must be the path of a cgroup below the cgroup2 mount";
+    let dir =
+        hierarchy.below(&path).ok_or_else(|| io_error(rule, &path)(io::ErrorKind::InvalidInput.into()))?;
+    cgroup::enter(&dir)?;
+    Ok(true)
 }
 
 fn inherited_listener() -> Result<UnixListener, BootstrapError> {
@@ -133,7 +150,7 @@ impl Daemon {
         let containers = known.map(|known| Arc::new(known) as Arc<dyn Containers>);
         let (id, config) = (self.identity.id.clone(), self.config.clone());
         let (sandbox, over) =
-            Sandbox::spawn(self.identity, self.config, Arc::new(LinuxHost), publisher.clone());
+            Sandbox::spawn(self.identity, self.config, Arc::new(self.host), publisher.clone());
         let mut server = Server::new()
             .add_listener(listener)
             .register_service(TaskService::services(sandbox.clone(), containers))

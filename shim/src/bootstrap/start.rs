@@ -44,6 +44,7 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
     let bundle = flags.bundle()?;
     let request = reply::Request::parse(&read_stdin()?, flags, &bundle)?;
     let config_path = options::config_path(request.options.as_ref())?;
+    let shim_cgroup = options::shim_cgroup(request.options.as_ref())?;
     let config = load_config(config_path.clone())?;
     let events = ttrpc_address(request.ttrpc_address.as_deref(), flags)?;
     let sandbox_id = sandbox_id(flags, &bundle)?;
@@ -53,7 +54,8 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, BootstrapError> {
     let lock = lock(&run_dir)?;
     let address = format!("unix://{}", socket.display());
     if sandbox_id == flags.id || UnixStream::connect(&socket).is_err() {
-        let daemon = Daemon { flags, sandbox_id: &sandbox_id, events: &events, config_path, socket: &socket };
+        let (sandbox_id, events, socket) = (&*sandbox_id, &*events, &*socket);
+        let daemon = Daemon { flags, sandbox_id, events, config_path, shim_cgroup, socket };
         if let Err(e) = daemon.spawn() {
             // containerd runs no `delete` after a `start` that failed.
             let _ = delete::remove_if_unused(&run_dir, &lock);
@@ -109,6 +111,7 @@ struct Daemon<'a> {
     sandbox_id: &'a str,
     events: &'a str,
     config_path: Option<PathBuf>,
+    shim_cgroup: Option<String>,
     socket: &'a Path,
 }
 
@@ -137,6 +140,9 @@ impl Daemon<'_> {
             .stderr(Stdio::null());
         if let Some(path) = &self.config_path {
             command.env(PATH_VARIABLE, path);
+        }
+        if let Some(path) = &self.shim_cgroup {
+            command.env(serve::CGROUP, path);
         }
         if self.flags.debug {
             command.arg("-debug");

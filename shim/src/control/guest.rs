@@ -6,15 +6,12 @@ use cube_protocol::guest::{InfoRequest, InfoResponse};
 
 use super::sandbox as api;
 use crate::{
-    agent::{Agent, printable},
+    agent::{Agent, STREAMS_MAX, printable},
     errors::chain,
 };
 
 /// How long the guest has. A guest that runs answers in milliseconds.
 const LIMIT: Duration = Duration::from_secs(1);
-
-/// Streams that are looked at. The agent has 300 processes with stdio at most, of three streams each.
-const STREAMS_MAX: usize = 1024;
 
 /// What the guest says.
 #[derive(Debug, Default)]

@@ -27,6 +27,7 @@ pub(super) fn response(status: SandboxStatus, figures: Result<Figures, String>) 
         state: status.state.into(),
         created_at_ns: status.created_ns,
         shim: MessageField::some(shim()),
+        limits: limits(status.vm.as_ref()).into(),
         vmm: status.vm.map(vmm).into(),
         guest: guest.into(),
         guest_error,
@@ -73,6 +74,20 @@ fn vmm(vm: VmStatus) -> api::Vmm {
         kernel_release: vm.kernel_release,
         ..Default::default()
     }
+}
+
+fn limits(vm: Option<&VmStatus>) -> Option<api::Limits> {
+    let limited = vm?.limited.as_ref()?;
+    Some(api::Limits {
+        cgroup: limited.cgroup.display().to_string(),
+        memory_bytes: limited.memory_bytes.unwrap_or_default(),
+        cpu_percent: limited.cpu_percent.unwrap_or_default(),
+        pids: limited.pids.unwrap_or_default(),
+        io: limited.io.clone(),
+        missing: limited.missing.iter().map(|name| (*name).to_owned()).collect(),
+        text: limited.to_string(),
+        ..Default::default()
+    })
 }
 
 fn control(link: LinkStatus) -> api::Control {

@@ -19,17 +19,19 @@ use super::{
     job::{self, Guest, stdio_config, stream},
     machine::Machine,
     restore::Restored,
-    size, spec,
+    size::{self, VmSize},
+    spec,
     steps::Steps,
 };
 use crate::{
     agent::{Agent, Dial, GuestEvent, Link},
-    cgroup::SandboxCgroup,
+    cgroup::{Limited, Limits, SandboxCgroup},
     config::{Config, VmmChoice},
     errors::{Error, chain},
     rootfs::{Share, block::BlockRequest},
     state::State,
     stdio::{Flows, LogConfig, ProcessIo},
+    tenant::Tenant,
     vmm::{Disk, VmSpec, Vmm},
 };
 
@@ -48,6 +50,10 @@ pub(super) struct Creation {
     pub(super) config: Arc<Config>,
     pub(super) host: Arc<dyn Host>,
     pub(super) plan: Plan,
+    /// Whose the container is.
+    pub(super) tenant: Tenant,
+    /// The largest VM that it may go on in, if that is not its own business.
+    pub(super) most: Option<VmSize>,
     pub(super) log: Option<LogConfig>,
     /// As saved before this job began.
     pub(super) state: State,
@@ -82,6 +88,8 @@ pub(super) struct Booted {
     pub(super) link: JoinHandle<()>,
     /// Its disks.
     pub(super) disks: Vec<Disk>,
+    /// What its processes on the host may take.
+    pub(super) limited: Option<Limited>,
 }
 
 /// A VM whose agent has answered.
@@ -94,6 +102,7 @@ pub(super) struct Reached {
     pub(super) agent: Agent,
     pub(super) link: Link,
     pub(super) hello: HelloResponse,
+    pub(super) limited: Option<Limited>,
 }
 
 impl Creation {
@@ -235,7 +244,8 @@ impl Creation {
     async fn boot(&self, rootfs: &Rootfs) -> Result<Booted, Error> {
         let mut steps = Steps::begin();
         let run_dir = &self.identity.run_dir;
-        let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm);
+        let policy = self.tenant.is_pod().then_some(&self.config.policy);
+        let size = size::of(&self.plan.spec, &self.plan.annotations, &self.config.vm, policy);
         // The members of a pod come later, with whatever rootfs the snapshotter gives them.
         let share = rootfs.share || spec::sandbox_id(&self.plan.spec).is_some();
         let vm = VmSpec {
@@ -249,7 +259,7 @@ impl Creation {
             cmdline: String::new(),
             restore: None,
         };
-        let Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello } =
+        let Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello, limited } =
             self.reach(vm, &mut steps).await?;
         let shared_mounts = if share { vec![shared_mount] } else { Vec::new() };
         // From now on it is the link that connects again.
@@ -264,7 +274,7 @@ impl Creation {
         let pid = vmm.pid();
         let machine = Machine::watch(vmm, self.owner.clone());
         let guest = Guest { agent, machine, dial, flows: Flows::on(hello.timeline), alias: None };
-        Ok(Booted { guest, pid, backend, reason, hello, link, disks: rootfs.disks.clone() })
+        Ok(Booted { guest, pid, backend, reason, hello, link, disks: rootfs.disks.clone(), limited })
     }
 
     /// Starts the VM, and waits for its agent.
@@ -273,9 +283,14 @@ impl Creation {
         let (vcpus, memory_mib, restores) = (vm.vcpus, vm.memory_mib, vm.restore.is_some());
         // It may run programs to find out what works here.
         let selected = spawn_blocking(move || host.select(&config, vm)).await??;
-        let Selected { mut vmm, backend, reason, shared_mount } = selected;
+        let Selected { mut vmm, backend, reason, shared_mount, overhead_mib } = selected;
         info!(backend, reason, vcpus, memory_mib, restores, "booting");
         steps.done("VMM chosen");
+        let limited = match overhead_mib {
+            Some(overhead_mib) => Some(self.limit(vcpus, memory_mib, overhead_mib).await?),
+            None => None,
+        };
+        steps.done("cgroup limited");
         vmm.boot().await?;
         cube_fault::point("create.vmm_spawned");
         steps.done("VMM started");
@@ -289,7 +304,16 @@ impl Creation {
             }
         };
         steps.done("agent reached");
-        Ok(Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello })
+        Ok(Reached { vmm, backend, reason, shared_mount, dial, agent, link, hello, limited })
+    }
+
+    /// Limits what the sandbox takes of its host.
+    async fn limit(&self, vcpus: u32, memory_mib: u64, overhead_mib: u64) -> Result<Limited, Error> {
+        let limits = Limits::of(vcpus, memory_mib, overhead_mib, &self.config.limits.io_max);
+        let (host, cgroup) = (self.host.clone(), self.state.cgroup.clone());
+        let limited = spawn_blocking(move || host.limit(&cgroup, &limits)).await??;
+        info!(cgroup = %limited.cgroup.display(), "the sandbox is limited on the host: {limited}");
+        Ok(limited)
     }
 
     async fn roll_back(&self) {

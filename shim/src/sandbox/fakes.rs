@@ -16,9 +16,10 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 pub(super) use self::guest::{Fault, Guest};
-use super::{Host, Rootfs, RootfsRequest, Selected};
+use super::{Host, Placed, Rootfs, RootfsRequest, Selected};
 use crate::{
     agent::dial::HybridVsock,
+    cgroup::{Limited, Limits},
     config::Config,
     errors::Error,
     rootfs::block::Staged,
@@ -39,6 +40,8 @@ pub(super) struct FakeVmm {
     /// Generation of the last that was booted, and whether it lives.
     alive: watch::Sender<(u64, bool)>,
     paused: watch::Sender<bool>,
+    /// Whether what it may take of the host is limited.
+    is_limited: Arc<AtomicBool>,
     /// Whether a pause fails.
     pub(super) sticks: Arc<AtomicBool>,
     /// Whether a snapshot fails.
@@ -91,6 +94,7 @@ impl FakeVmm {
 #[async_trait]
 impl Vmm for FakeVmm {
     async fn boot(&mut self) -> Result<(), VmmError> {
+        assert!(self.is_limited.load(Ordering::Relaxed), "a VM has its limits when it begins");
         let restores = self.spec.as_ref().is_some_and(|spec| spec.restore.is_some());
         let fate = *self.restores.lock().unwrap();
         if !self.boots || (restores && fate == Boot::Hangs) {
@@ -167,6 +171,8 @@ pub(super) struct FakeHost {
     pub(super) guest: Arc<Guest>,
     pub(super) released: Mutex<Vec<String>>,
     pub(super) size: Mutex<(u32, u64)>,
+    /// What its cgroup was limited to.
+    pub(super) limits: Mutex<Vec<Limits>>,
     /// What each VM was made from.
     pub(super) chosen: Mutex<Vec<VmSpec>>,
     runtime: tokio::runtime::Handle,
@@ -180,6 +186,7 @@ impl FakeHost {
                 generation: 0,
                 alive: watch::Sender::new((0, true)),
                 paused: watch::Sender::new(false),
+                is_limited: Arc::default(),
                 sticks: Arc::default(),
                 sticks_in_snapshots: Arc::default(),
                 busy: Arc::default(),
@@ -191,6 +198,7 @@ impl FakeHost {
             guest: Arc::new(guest),
             released: Mutex::default(),
             size: Mutex::default(),
+            limits: Mutex::default(),
             chosen: Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         }
@@ -198,8 +206,14 @@ impl FakeHost {
 }
 
 impl Host for FakeHost {
-    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
-        Ok(Path::new("/cgroup").join(key))
+    fn cgroup(&self, key: &str, _: Option<&str>) -> Result<Placed, Error> {
+        Ok(Placed { cgroup: Path::new("/cgroup").join(key), shim_home: None })
+    }
+
+    fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error> {
+        self.vmm.is_limited.store(true, Ordering::Relaxed);
+        self.limits.lock().unwrap().push(limits.clone());
+        Ok(Limited { cgroup: cgroup.into(), memory_bytes: Some(limits.memory_bytes), ..Default::default() })
     }
 
     fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
@@ -237,7 +251,7 @@ impl Host for FakeHost {
         let vmm = Box::new(FakeVmm { generation, spec: Some(spec.clone()), ..self.vmm.clone() });
         chosen.push(spec);
         let (backend, reason) = ("fake".into(), "test".into());
-        Ok(Selected { vmm, backend, reason, shared_mount: Default::default() })
+        Ok(Selected { vmm, backend, reason, shared_mount: Default::default(), overhead_mib: Some(100) })
     }
 
     fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {

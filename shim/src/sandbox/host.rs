@@ -10,7 +10,7 @@ use cube_protocol::guest::SharedMount;
 use serde_json::Value;
 
 use crate::{
-    cgroup::SandboxCgroup,
+    cgroup::{Hierarchy, Limited, Limits, SandboxCgroup},
     config::Config,
     errors::Error,
     rootfs::{
@@ -58,15 +58,29 @@ pub struct Selected {
     pub reason: String,
     /// How the guest mounts the shared directory.
     pub shared_mount: SharedMount,
+    /// MiB that it takes beside the memory of the VM; `None` if there is no VM.
+    pub overhead_mib: Option<u64>,
+}
+
+/// Where the processes of a sandbox are to be.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    /// The cgroup of all but the shim.
+    pub cgroup: PathBuf,
+    /// The cgroup that the shim is in, if it is to be moved beside that.
+    pub shim_home: Option<PathBuf>,
 }
 
 /// The host. Every method blocks the thread, for milliseconds if it does not say more.
 pub trait Host: Send + Sync + 'static {
-    /// The cgroup of the sandbox with `key`; makes nothing.
-    fn cgroup(&self, key: &str) -> Result<PathBuf, Error>;
+    /// The cgroup of the sandbox with `key`, whose spec names the cgroup `path`; makes nothing.
+    fn cgroup(&self, key: &str, path: Option<&str>) -> Result<Placed, Error>;
 
-    /// Makes it.
+    /// Makes it, and moves this process beside it.
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error>;
+
+    /// Limits it, with this process, as far as that is possible here.
+    fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error>;
 
     /// Makes the rootfs and the bind mounts of a container reachable for the guest, and rewrites
     /// `spec`'s mounts accordingly. Undone by [`Host::release_rootfs`], also after an error. Takes
@@ -100,18 +114,30 @@ pub trait Host: Send + Sync + 'static {
 }
 
 /// The machine that this process runs on.
-pub struct LinuxHost;
+#[derive(Debug, Default)]
+pub struct LinuxHost {
+    /// Whether somebody else has placed this process in a cgroup, in which it stays.
+    pub shim_stays: bool,
+}
 
 /// How long killing a sandbox's processes may take; they are in the hands of the kernel then.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Host for LinuxHost {
-    fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
-        Ok(SandboxCgroup::for_key(key)?.dir().into())
+    fn cgroup(&self, key: &str, path: Option<&str>) -> Result<Placed, Error> {
+        let hierarchy = Hierarchy::find()?;
+        let cgroup = hierarchy.place(key, path)?.dir().to_owned();
+        let shim_home = if self.shim_stays { None } else { hierarchy.own() };
+        Ok(Placed { cgroup, shim_home })
     }
 
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
-        Ok(SandboxCgroup::at(cgroup).create()?)
+        let cgroup = SandboxCgroup::at(cgroup);
+        Ok(if self.shim_stays { cgroup.create()? } else { cgroup.create_with_shim()? })
+    }
+
+    fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error> {
+        Ok(SandboxCgroup::at(cgroup).limit(limits)?)
     }
 
     fn prepare_rootfs(&self, request: RootfsRequest, spec: &mut Value) -> Result<Rootfs, Error> {
@@ -158,13 +184,16 @@ impl Host for LinuxHost {
         let share = Share::of(&spec.run_dir);
         let (vmm, choice) = vmm::select(config, spec);
         let (backend, reason) = (choice.backend.to_string(), choice.reason);
-        Ok(Selected { vmm, backend, reason, shared_mount: share.guest_mount(choice.backend) })
+        let overhead_mib = choice.backend.overhead_mib(&config.limits);
+        let shared_mount = share.guest_mount(choice.backend);
+        Ok(Selected { vmm, backend, reason, shared_mount, overhead_mib })
     }
 
     fn destroy(&self, run_dir: &RunDir, cgroup: &Path) -> Result<(), Error> {
         // Empty: nothing was ever made in it.
         if !cgroup.as_os_str().is_empty() {
-            SandboxCgroup::at(cgroup).destroy(KILL_LIMIT)?;
+            let home = run_dir.load().ok().flatten().and_then(|state| state.shim_home);
+            SandboxCgroup::at(cgroup).destroy(KILL_LIMIT, home.as_deref())?;
         }
         cube_fault::point("destroy.cgroup_removed");
         Share::of(run_dir.path()).remove()?;

@@ -15,6 +15,7 @@ mod job;
 mod machine;
 mod owner;
 mod pause;
+mod positions;
 mod process;
 mod ready;
 mod relaunch;
@@ -40,7 +41,7 @@ use tokio::{
 };
 
 pub use abandoned::{Containers, watch};
-pub use host::{Host, LinuxHost, Rootfs, RootfsRequest, Selected};
+pub use host::{Host, LinuxHost, Placed, Rootfs, RootfsRequest, Selected};
 pub use process::{Exit, ProcessState, Status, Stdio};
 pub use ready::{Readiness, SandboxReadiness};
 pub use status::{ProcessStatus, ReadyStatus, SandboxStatus, VmStatus};

@@ -74,6 +74,9 @@ pub struct ProcessState {
     pub exit: Option<Exit>,
 }
 
+/// Signals that ask a process to end: whoever sends one does not want to wait for a reader.
+const ENDING: [i32; 5] = [libc::SIGKILL, libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
 /// Where a process is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -129,6 +132,8 @@ pub(super) struct Process {
     /// An exit that came before containerd may hear of it: TaskExit follows TaskStart, and what its
     /// reader is taking.
     early_exit: Option<Exit>,
+    /// Those of [`ENDING`] that it was sent.
+    killed_by: Vec<u32>,
     waiters: Vec<Reply<Exit>>,
 }
 
@@ -140,6 +145,7 @@ impl Process {
             guest_pid: 0,
             io: None,
             early_exit: None,
+            killed_by: Vec::new(),
             waiters: Vec::new(),
         }
     }
@@ -174,14 +180,47 @@ impl Process {
         self.exit().is_some() || self.early_exit.is_some()
     }
 
-    /// Notes that the process has exited, and gives what to await before [`exited`](Process::exited):
-    /// clients of containerd 1.6 close their ends of the FIFOs when they hear of the exit, and would
-    /// lose what is on its way to them.
+    /// Whether it has exited and containerd is not told yet, for a reader has not taken its output.
+    pub(super) fn is_held(&self) -> bool {
+        self.phase == Phase::Running && self.early_exit.is_some()
+    }
+
+    /// It is being sent `signal`.
+    pub(super) fn signalled(&mut self, signal: u32) {
+        if !ENDING.iter().any(|ending| ending.cast_unsigned() == signal) {
+            return;
+        }
+        if !self.killed_by.contains(&signal) {
+            self.killed_by.push(signal);
+        }
+        if self.is_held() {
+            self.end_wanted();
+        }
+    }
+
+    /// Whoever waits for its end waits for its readers no longer than they have then.
+    pub(super) fn end_wanted(&self) {
+        self.io.iter().for_each(ProcessIo::end_wanted);
+    }
+
+    /// Notes that the process has exited, and gives what to await before [`exited`](Process::exited): the
+    /// readers of its output, for clients may close their ends of the FIFOs, or delete an exec, as soon as
+    /// they hear of the exit, and would lose what is on its way to them.
     pub(super) fn exiting(&mut self, exit: Exit) -> Option<impl Future<Output = ()> + Send + use<>> {
         let io = self.io.as_ref().filter(|_| self.phase == Phase::Running)?;
         self.early_exit.get_or_insert(exit);
         io.process_exited();
+        // SIGKILL leaves no choice. What a process does about the others may be to finish its work.
+        let died_of = |signal: &u32| *signal == libc::SIGKILL.cast_unsigned() || exit.status == 128 + signal;
+        if self.killed_by.iter().any(died_of) {
+            io.end_wanted();
+        }
         Some(io.taken())
+    }
+
+    /// Whether it has output that its readers have not taken.
+    pub(super) fn is_behind(&self) -> bool {
+        self.io.as_ref().is_some_and(ProcessIo::is_behind)
     }
 
     /// Notes that the process has exited. Tells whether containerd may and must hear of it now.
@@ -217,7 +256,7 @@ impl Process {
     /// Begins the deletion. Gives the exit, and whether it is news to containerd.
     pub(super) fn delete(&mut self) -> (Exit, bool) {
         let known = self.exit();
-        let exit = known.unwrap_or_else(Exit::killed);
+        let exit = known.or_else(|| self.early_exit.take()).unwrap_or_else(Exit::killed);
         self.stop(exit);
         self.phase = Phase::Deleting(exit);
         (exit, known.is_none())

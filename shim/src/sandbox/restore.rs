@@ -15,7 +15,7 @@ use std::{
 };
 
 use cube_protocol::{
-    guest::{QuiesceResponse, StreamInfo, ThawRequest},
+    guest::{QuiesceResponse, ThawRequest},
     stream::Stream,
 };
 use tokio::{sync::oneshot, task::spawn_blocking};
@@ -27,14 +27,17 @@ use super::{
     job::{self, Guest, stdio_config},
     machine::Machine,
     pause,
+    positions::{Output, Positions},
+    size::{self, VmSize},
     steps::Steps,
 };
 use crate::{
+    config,
     errors::{Error, chain},
     snapshot::{Held, Manifest, Store},
     state::{PastTimeline, now_ns},
-    stdio::{Begin, Flows, ProcessIo, StdioConfig},
-    vmm::{Disk, VmSpec},
+    stdio::{Flows, ProcessIo, StdioConfig},
+    vmm::{self, Disk, VmSpec},
 };
 
 /// Time for the guest to let its processes run.
@@ -88,6 +91,8 @@ impl Creation {
                 hint: ": restore it as a sandbox of its own",
             });
         }
+        let policy = self.tenant.is_pod().then_some(&self.config.policy);
+        self.most = policy.map(|policy| size::most(&self.plan.spec, policy));
         let spec = std::mem::take(&mut self.plan.spec);
         let present = spawn_blocking(move || Present::of(spec)).await??;
         let (held, disks) = self.open(name, &mut abort).await?;
@@ -109,9 +114,10 @@ impl Creation {
         let store = Store::at(&self.config.snapshot.dir);
         let (host, config, cgroup) = (self.host.clone(), self.config.clone(), self.state.cgroup.clone());
         let (name, run_dir) = (name.to_owned(), self.identity.run_dir.clone());
+        let tenant = self.tenant.clone();
         let mut opened = spawn_blocking(move || -> Result<_, Error> {
             let mut go_on = go_on;
-            let held = store.hold(store.resolve(&name)?, &mut go_on)?;
+            let held = store.hold_for(&tenant, store.resolve(&name)?, &mut go_on)?;
             host.create_cgroup(&cgroup)?;
             let disks = host.restore_disks(&config, &run_dir, &held.manifest.disks_in(&held.dir))?;
             Ok((held, disks))
@@ -145,19 +151,23 @@ impl Creation {
             return Err(Error::Restore { reason });
         }
         let mut steps = Steps::begin();
+        // Those of the snapshot are in force.
+        let size = vmm::size_in(&dir.join("vm")).map(|(vcpus, memory_mib)| VmSize { vcpus, memory_mib });
+        self.check_size(&manifest.name, size)?;
+        let config::Vm { vcpus, memory_mib } = self.config.vm;
+        let size = size.unwrap_or(VmSize { vcpus, memory_mib });
         let vm = VmSpec {
             sandbox_id: self.identity.id.clone(),
             run_dir: self.identity.run_dir.path().into(),
             cgroup: self.state.cgroup.clone(),
-            // Those of the snapshot are in force.
-            vcpus: self.config.vm.vcpus,
-            memory_mib: self.config.vm.memory_mib,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
             share: None,
             disks: disks.clone(),
             cmdline: String::new(),
             restore: Some(dir.join("vm")),
         };
-        let Reached { vmm, backend, reason, dial, agent, link, hello, .. } =
+        let Reached { vmm, backend, reason, dial, agent, link, hello, limited, .. } =
             self.reach(vm, &mut steps).await?;
         if !hello.quiesced {
             let reason = format!("the guest of the snapshot {:?} was not at rest", manifest.name);
@@ -185,8 +195,22 @@ impl Creation {
         steps.done("stdio prepared");
         info!(snapshot = manifest.name, of = manifest.origin.sandbox, "restored");
         let link = link.run(self.events.clone());
-        let booted = Some(Booted { guest, pid, backend, reason, hello, link, disks });
+        let booted = Some(Booted { guest, pid, backend, reason, hello, link, disks, limited });
         Ok(Created { io, guest_pid, booted, restored: Some(restored) })
+    }
+
+    /// Checks that a pod may have a VM of this size, which cannot be changed any more.
+    fn check_size(&self, name: &str, size: Option<VmSize>) -> Result<(), Error> {
+        match (self.most, size) {
+            (Some(most), Some(size)) if size.vcpus > most.vcpus || size.memory_mib > most.memory_mib => {
+                let reason = format!(
+                    "the VM of the snapshot {name:?} has {} CPUs and {} MiB, and this pod may have {} and {}",
+                    size.vcpus, size.memory_mib, most.vcpus, most.memory_mib
+                );
+                Err(Error::Restore { reason })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The stdio of the container, from where the guest is, and what takes the output of all others.
@@ -200,26 +224,22 @@ impl Creation {
         let stdio = &self.plan.request.stdio;
         let namespace = &self.identity.namespace;
         let config = stdio_config(namespace, &process, inside.to_owned(), stdio, self.log.clone());
-        let begin = begin(rest, inside, "");
+        let positions = Positions::of(rest);
+        let begin = positions.begin(inside, "");
         let mut io = ProcessIo::prepare(StdioConfig { begin, ..config.clone() }).await?;
         io.start(guest.dial.clone(), &guest.flows);
         let wanted = io.wanted();
         let mut strays = Vec::new();
-        for stream in &rest.streams {
-            let Some(kind) = output(stream) else { continue };
-            let ours = stream.container_id == inside && stream.exec_id.is_empty();
-            let taken = if kind == Stream::STDERR { wanted.stderr } else { wanted.stdout };
+        for output in positions.outputs() {
+            let Output { container: guest_container_id, exec: exec_id, stream } = output.clone();
+            let ours = guest_container_id == inside && exec_id.is_empty();
+            let taken = if stream == Stream::STDERR { wanted.stderr } else { wanted.stdout };
             if ours && taken {
                 continue;
             }
-            let config = StdioConfig {
-                guest_container_id: stream.container_id.clone(),
-                exec_id: stream.exec_id.clone(),
-                begin: self::begin(rest, &stream.container_id, &stream.exec_id),
-                log: None,
-                ..config.clone()
-            };
-            let mut stray = ProcessIo::discard(config, &[kind]);
+            let begin = positions.begin(&guest_container_id, &exec_id);
+            let config = StdioConfig { guest_container_id, exec_id, begin, log: None, ..config.clone() };
+            let mut stray = ProcessIo::discard(config, &[stream]);
             stray.start(guest.dial.clone(), &guest.flows);
             strays.push(stray);
         }
@@ -273,27 +293,4 @@ pub(super) fn new_timeline() -> Result<u64, Error> {
 
 fn no_randomness(error: getrandom::Error) -> String {
     format!("the host has no random bytes: {error}")
-}
-
-pub(super) fn output(stream: &StreamInfo) -> Option<Stream> {
-    match stream.stream.as_str() {
-        "stdout" => Some(Stream::STDOUT),
-        "stderr" => Some(Stream::STDERR),
-        "terminal" => Some(Stream::TERMINAL),
-        _ => None,
-    }
-}
-
-/// Where the streams of a process are.
-pub(super) fn begin(rest: &QuiesceResponse, container: &str, exec: &str) -> Begin {
-    let mut begin = Begin::default();
-    for stream in rest.streams.iter().filter(|s| s.container_id == container && s.exec_id == exec) {
-        match stream.stream.as_str() {
-            "stdin" => begin.stdin = stream.acked_offset,
-            "stderr" => begin.stderr = stream.acked_offset,
-            _ => begin.stdout = stream.acked_offset,
-        }
-        begin.attempt = begin.attempt.max(stream.attempt);
-    }
-    begin
 }

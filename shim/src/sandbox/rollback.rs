@@ -14,10 +14,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use containerd_shim_protos::api::Status;
-use cube_protocol::{
-    guest::{QuiesceResponse, StreamInfo},
-    stream::Stream,
-};
+use cube_protocol::stream::Stream;
 use futures::future::join_all;
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
@@ -27,6 +24,7 @@ use super::{
     ProcessId,
     job::{self, Guest, stdio_config},
     pause::{self, Failed},
+    positions::{Output, Positions},
     process::Stdio,
     relaunch::Relaunch,
     restore::{self, Restored},
@@ -225,9 +223,10 @@ async fn arrive(
     suspend::discard(&memory).await;
     let rest = pause::quiesce(&guest, false).await?;
     let timeline = restore::new_timeline()?;
-    let go_on = sort(&guest, processes, &rest, timeline).await?;
+    let positions = Positions::of(&rest);
+    let go_on = sort(&guest, processes, &positions, timeline).await?;
     steps.done("processes sorted");
-    let strays = strays(&guest, &namespace, &go_on, &rest);
+    let strays = strays(&guest, &namespace, &go_on, &positions);
     info!(snapshot, created_ns = manifest.created_ns, strays = strays.len(), "put back");
     let (origin, taken) = (&manifest.origin, manifest.created_ns);
     let anew = past.iter().any(|past| past.until_ns.is_some() && past.has(origin.timeline, taken));
@@ -239,22 +238,26 @@ async fn arrive(
 async fn sort(
     guest: &Guest,
     processes: Vec<Known>,
-    rest: &QuiesceResponse,
+    positions: &Positions,
     timeline: u64,
 ) -> Result<Vec<(ProcessId, Option<ProcessIo>)>, Error> {
     let (mut go_on, mut ended) = (Vec::new(), Vec::new());
     for Known { id, started, exited, guest_pid, io } in processes {
         let inside = guest.inside(id.container.clone());
         if exited || !lives(guest, &inside, &id.exec, started, guest_pid).await? {
-            ended.extend(io);
+            ended.extend(io.map(|io| (id, io)));
             continue;
         }
-        let begin = restore::begin(rest, &inside, &id.exec);
+        let begin = positions.begin(&inside, &id.exec);
         go_on.push((id, io, begin));
     }
-    join_all(ended.into_iter().map(|io| async {
+    join_all(ended.into_iter().map(|(id, io)| async move {
         io.process_exited();
-        io.finish(CLOSE_LIMIT).await
+        let left = io.finish(CLOSE_LIMIT).await.discarded_bytes;
+        if left > 0 {
+            let ProcessId { container, exec } = id;
+            warn!(container, exec, bytes = left, "a rollback discarded output that its reader had not taken");
+        }
     }))
     .await;
     let rewound = go_on.into_iter().map(|(id, io, begin)| async move {
@@ -293,29 +296,27 @@ fn strays(
     guest: &Guest,
     namespace: &str,
     go_on: &[(ProcessId, Option<ProcessIo>)],
-    rest: &QuiesceResponse,
+    positions: &Positions,
 ) -> Vec<ProcessIo> {
     let mut taken = HashMap::new();
     for (id, io) in go_on {
         let Some(io) = io else { continue };
         taken.insert((guest.inside(id.container.clone()), id.exec.clone()), io.wanted());
     }
-    let is_taken = |stream: &StreamInfo, kind| {
-        let key = (stream.container_id.clone(), stream.exec_id.clone());
-        taken.get(&key).is_some_and(|wanted| match kind {
+    let is_taken = |output: &Output| {
+        let key = (output.container.clone(), output.exec.clone());
+        taken.get(&key).is_some_and(|wanted| match output.stream {
             Stream::STDERR => wanted.stderr,
             _ => wanted.stdout,
         })
     };
     let mut strays = Vec::new();
-    for stream in &rest.streams {
-        let Some(kind) = restore::output(stream).filter(|kind| !is_taken(stream, *kind)) else { continue };
-        let process =
-            ProcessId { container: guest.outside(&stream.container_id), exec: stream.exec_id.clone() };
-        let begin = restore::begin(rest, &stream.container_id, &stream.exec_id);
-        let inside = stream.container_id.clone();
+    for output in positions.outputs().iter().filter(|output| !is_taken(output)) {
+        let Output { container: inside, exec, stream } = output.clone();
+        let begin = positions.begin(&inside, &exec);
+        let process = ProcessId { container: guest.outside(&inside), exec };
         let config = stdio_config(namespace, &process, inside, &Stdio::default(), None);
-        let mut stray = ProcessIo::discard(StdioConfig { begin, ..config }, &[kind]);
+        let mut stray = ProcessIo::discard(StdioConfig { begin, ..config }, &[stream]);
         stray.start(guest.dial.clone(), &guest.flows);
         strays.push(stray);
     }

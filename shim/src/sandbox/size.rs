@@ -4,10 +4,19 @@
 //! the whole pod, which CRI writes into annotations of the sandbox container; the limits of the
 //! spec; the configuration. A memory limit is what the container may use, so the guest's kernel and
 //! agent get [`GUEST_OVERHEAD_MIB`] on top of it. A CPU limit is rounded up to whole virtual CPUs.
+//!
+//! The author of a pod does not get beyond its limits by an annotation, nor beyond what the operator allows.
 
+use std::fmt::Display;
+
+use cube_protocol::annotations as name;
 use serde_json::Value;
+use tracing::warn;
 
-use crate::{annotations::Annotations, config};
+use crate::{
+    annotations::Annotations,
+    config::{self, Policy},
+};
 
 /// MiB of a VM that its containers cannot use: kernel, page tables, agent and retention rings.
 pub const GUEST_OVERHEAD_MIB: u64 = 96;
@@ -24,13 +33,35 @@ pub struct VmSize {
     pub memory_mib: u64,
 }
 
-/// The size for the sandbox whose first container has `spec`.
-pub fn of(spec: &Value, annotations: &Annotations, defaults: &config::Vm) -> VmSize {
+/// The size for the sandbox whose first container has `spec`; of a pod if it has a `policy`.
+pub fn of(spec: &Value, annotations: &Annotations, defaults: &config::Vm, policy: Option<&Policy>) -> VmSize {
+    let limits = Limits::of_pod(spec).or(Limits::of_container(spec));
+    let (mut vcpus, mut memory_mib) = (annotations.vcpus, annotations.memory_mib);
+    if let Some(Policy { max_vcpus, max_memory_mib, .. }) = policy {
+        vcpus = clamp(name::VCPUS, vcpus, limits.vcpus(), *max_vcpus);
+        memory_mib = clamp(name::MEMORY_MIB, memory_mib, limits.memory_mib(), *max_memory_mib);
+    }
+    VmSize {
+        vcpus: vcpus.or(limits.vcpus()).unwrap_or(defaults.vcpus),
+        memory_mib: memory_mib.or(limits.memory_mib()).unwrap_or(defaults.memory_mib),
+    }
+}
+
+/// The most that a pod whose container has `spec` may have.
+pub fn most(spec: &Value, policy: &Policy) -> VmSize {
     let limits = Limits::of_pod(spec).or(Limits::of_container(spec));
     VmSize {
-        vcpus: annotations.vcpus.or(limits.vcpus()).unwrap_or(defaults.vcpus),
-        memory_mib: annotations.memory_mib.or(limits.memory_mib()).unwrap_or(defaults.memory_mib),
+        vcpus: limits.vcpus().unwrap_or(policy.max_vcpus),
+        memory_mib: limits.memory_mib().unwrap_or(policy.max_memory_mib),
     }
+}
+
+fn clamp<T: Ord + Copy + Display>(name: &str, asked: Option<T>, limit: Option<T>, max: T) -> Option<T> {
+    let (asked, most) = (asked?, limit.unwrap_or(max).min(max));
+    if asked > most {
+        warn!("the annotation {name} of the pod asks for {asked}, and gets {most}: its limits, or [policy]");
+    }
+    Some(asked.min(most))
 }
 
 /// Positive numbers only: 0 and -1 mean "no limit" in cgroups and in CRI.
@@ -89,7 +120,8 @@ mod tests {
     use super::*;
 
     fn size(spec: Value) -> (u32, u64) {
-        let size = of(&spec, &Annotations::default(), &config::Vm { vcpus: 1, memory_mib: 256 });
+        let defaults = config::Vm { vcpus: 1, memory_mib: 256 };
+        let size = of(&spec, &Annotations::default(), &defaults, None);
         (size.vcpus, size.memory_mib)
     }
 
@@ -130,7 +162,29 @@ mod tests {
         let annotations = Annotations { vcpus: Some(8), memory_mib: Some(100), ..Default::default() };
         let limits =
             json!({"linux": {"resources": {"cpu": {"quota": 100_000}, "memory": {"limit": 1 << 30}}}});
-        let size = of(&limits, &annotations, &config::Vm::default());
+        let size = of(&limits, &annotations, &config::Vm::default(), None);
         assert_eq!(size, VmSize { vcpus: 8, memory_mib: 100 });
+    }
+
+    #[test]
+    fn an_annotation_of_a_pod_gets_neither_beyond_its_limits_nor_beyond_the_operators() {
+        let policy = Policy { max_vcpus: 4, max_memory_mib: 1024, ..Default::default() };
+        let limits = json!({"annotations": {
+            "io.kubernetes.cri.sandbox-cpu-quota": "200000", "io.kubernetes.cri.sandbox-memory": "67108864",
+        }});
+        let size = |spec: &Value, vcpus, memory_mib| {
+            let annotations =
+                Annotations { vcpus: Some(vcpus), memory_mib: Some(memory_mib), ..Default::default() };
+            let size = of(spec, &annotations, &config::Vm::default(), Some(&policy));
+            (size.vcpus, size.memory_mib)
+        };
+        assert_eq!(size(&limits, 8, 1024), (2, 64 + GUEST_OVERHEAD_MIB));
+        assert_eq!(size(&limits, 1, 100), (1, 100), "less is its own business");
+        assert_eq!(size(&json!({}), 255, 1 << 20), (4, 1024));
+        // What is no wish of an annotation is the cluster's to limit.
+        let large = json!({"annotations": {"io.kubernetes.cri.sandbox-memory": "4294967296"}});
+        let of_limits = of(&large, &Annotations::default(), &config::Vm::default(), Some(&policy));
+        assert_eq!(of_limits.memory_mib, 4096 + GUEST_OVERHEAD_MIB);
+        assert_eq!(size(&large, 1, 1 << 20).1, 1024);
     }
 }

@@ -147,6 +147,15 @@ pub fn sandbox_id(spec: &Value) -> Option<&str> {
     spec.get("annotations")?.get(SANDBOX_ID_ANNOTATION)?.as_str()
 }
 
+/// The `linux.cgroupsPath` of `spec`, if there is one.
+pub fn cgroups_path(spec: &Value) -> Result<Option<&str>, SpecError> {
+    match spec.pointer("/linux/cgroupsPath") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(path)) => Ok(Some(path)),
+        Some(_) => Err(SpecError::Type { field: "linux.cgroupsPath".into(), expected: "a string" }),
+    }
+}
+
 /// The `hostname` of `spec`, or nothing.
 pub fn hostname(spec: &Value) -> &str {
     spec.get("hostname").and_then(Value::as_str).unwrap_or_default()
@@ -163,7 +172,7 @@ pub fn hostname_or<'a>(spec: &'a Value, id: &'a str) -> &'a str {
 
 /// Rewrites what means something else in the guest:
 ///
-/// - `linux.cgroupsPath` is the host's: the agent places containers itself;
+/// - `linux.cgroupsPath` is the host's, for the sandbox: the agent places containers itself;
 /// - devices are the host's: see [`device::settle`];
 /// - the VM is its container's network namespace, and its pod's: one without a path, for the agent;
 /// - `/proc/<reported pid>/ns/x` of a pod's sandbox container is `/proc/<guest pid>/ns/x` in there.

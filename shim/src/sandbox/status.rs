@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::{process::Exit, ready::Readiness};
 use crate::{
     agent::{Agent, LinkStatus, printable},
+    cgroup::Limited,
     events::PublisherStatus,
     stdio::StreamStatus,
 };
@@ -53,6 +54,8 @@ pub struct VmStatus {
     pub agent_protocol: Version,
     /// As it says; printable.
     pub kernel_release: String,
+    /// What its processes on the host may take; `None` if there is no VM to be limited.
+    pub limited: Option<Limited>,
     /// The control connection; when the VM has ended, as it was then.
     pub link: LinkStatus,
     /// When the guest was ready.
@@ -63,11 +66,18 @@ pub struct VmStatus {
 
 impl VmStatus {
     /// A VM whose guest has just said `hello`.
-    pub(super) fn new(backend: String, reason: String, pid: u32, hello: &HelloResponse) -> VmStatus {
+    pub(super) fn new(
+        backend: String,
+        reason: String,
+        pid: u32,
+        hello: &HelloResponse,
+        limited: Option<Limited>,
+    ) -> VmStatus {
         VmStatus {
             backend,
             reason,
             pid,
+            limited,
             timeline: hello.timeline,
             agent_version: printable(&hello.agent_version),
             agent_protocol: hello.protocol.get_or_default().into(),

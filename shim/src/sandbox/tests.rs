@@ -18,9 +18,11 @@ use super::{
 };
 use crate::errors::{Error, chain};
 
+mod held;
 mod lab;
 mod member;
 mod pause;
+mod policy;
 mod ready;
 mod restore;
 mod rollback;

@@ -6,7 +6,7 @@ use containerd_shim_protos::api::Mount;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::vmm::Disk;
+use crate::{tenant::Tenant, vmm::Disk};
 
 /// Name of the file.
 pub const MANIFEST: &str = "manifest.json";
@@ -30,6 +30,10 @@ pub struct Manifest {
     pub vmm: WrittenBy,
     /// What it was made from.
     pub origin: Origin,
+    /// Whose it is: pods of others may not go on from it. An archive cannot say; and nobody knows it of those that
+    /// versions before this field have made, from which no pod goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Tenant>,
     /// If it is a template: what that was built from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,

@@ -27,6 +27,8 @@ mod verify;
 
 use std::{io, path::PathBuf};
 
+use crate::tenant::Tenant;
+
 pub use self::{
     archive::Import,
     draft::{Copies, Draft},
@@ -91,6 +93,16 @@ pub enum SnapshotError {
         name: String,
         /// The store.
         dir: PathBuf,
+    },
+    /// One that is there or not: whoever asks may not know.
+    #[error(
+        "there is no snapshot {name:?} that belongs to {tenant}: `cubecli cubebox snapshots` shows whose each is"
+    )]
+    NotOwned {
+        /// The name.
+        name: String,
+        /// Whoever asks.
+        tenant: Tenant,
     },
     /// The manifest is none of a version that this build reads.
     #[error("{path} is not a manifest that this version of Cubebox can read")]

@@ -3,11 +3,10 @@
 use cube_protocol::annotations::{SNAPSHOT_RESTORE, TEMPLATE_ID};
 use serde_json::{Map, Value, json};
 
+use crate::tenant::CRI;
+
 /// Annotations that mean the container itself and not those that go on from it.
 const OWN: [&str; 2] = [SNAPSHOT_RESTORE, TEMPLATE_ID];
-
-/// Annotations of containerd's CRI plugin, which mean pods of the host that they come from.
-const CRI: &str = "io.kubernetes.cri.";
 
 /// What of `spec` is needed to make a container of another name, maybe on another host, that goes on from a
 /// snapshot: what its process is, for execs in it that do not say otherwise; hostname, annotations and the
@@ -26,6 +25,7 @@ pub fn portable_spec(spec: &Value) -> Value {
         process.remove("env");
     }
     if let Some(annotations) = kept.get_mut("annotations").and_then(Value::as_object_mut) {
+        // Those of CRI mean pods of the host that they come from.
         annotations.retain(|key, _| !OWN.contains(&key.as_str()) && !key.starts_with(CRI));
     }
     kept.insert("root".into(), json!({"path": "rootfs"}));

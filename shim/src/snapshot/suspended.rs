@@ -174,6 +174,7 @@ mod tests {
                 namespace: "default".into(),
                 sandbox_id: "c1".into(),
                 cgroup: "/no/such/cgroup".into(),
+                shim_home: None,
                 backend: "fake".into(),
                 vmm_pid: 7,
                 timeline: 1,

@@ -32,6 +32,7 @@ pub(super) fn manifest(name: &str) -> Manifest {
         protocol: version::CURRENT.to_string(),
         vmm: WrittenBy::default(),
         origin: Origin { namespace: "ns".into(), sandbox: "c1".into(), timeline: 5, backend: "x".into() },
+        owner: None,
         template: None,
         containers: Vec::new(),
         last_event: 3,
@@ -276,4 +277,20 @@ fn the_manifest_says_what_the_vmm_says_of_itself() {
     let by = WrittenBy { name: "vmm".into(), version: "v7.1".into() };
     fs::write(draft.vm_dir().join(crate::vmm::WRITTEN_BY), serde_json::to_vec(&by).unwrap()).unwrap();
     assert_eq!(draft.finish(manifest("one"), &[]).unwrap().manifest.vmm, by);
+}
+
+#[test]
+fn who_owns_an_import_is_not_for_the_archive_to_say() {
+    let place = place();
+    let draft = place.store.begin("one").unwrap();
+    let pod = Tenant { namespace: "k8s.io".into(), pod_namespace: Some("team-a".into()) };
+    draft.finish(Manifest { owner: Some(pod.clone()), ..manifest("one") }, &[]).unwrap();
+    assert!(place.store.hold_for(&pod, "one", &mut untold).is_ok());
+    let mut archive = Vec::new();
+    place.store.export("one", &mut archive, &mut untold).unwrap();
+    let import = Import { name: Some("two"), namespace: "other", limit: u64::MAX };
+    let imported = place.store.import(&archive[..], import, &mut untold).unwrap();
+    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "other".into(), pod_namespace: None }));
+    let refused = place.store.hold_for(&pod, "two", &mut untold).unwrap_err();
+    assert!(matches!(refused, SnapshotError::NotOwned { .. }), "{refused}");
 }

@@ -13,7 +13,7 @@ use std::{
 
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     FileDigest, Manifest, SnapshotError, Store,
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     errors::chain,
     files::{self, LOCK_LIMIT, Lock},
+    tenant::Tenant,
 };
 
 /// Name of the stamp.
@@ -72,7 +73,34 @@ impl Store {
     ///
     /// Those of [`Store::open`], and [`SnapshotError::Damaged`].
     pub fn hold(&self, name: &str, told: Told<'_>) -> Result<Held, SnapshotError> {
-        let held = self.held(name)?;
+        self.checked(self.held(name)?, told)
+    }
+
+    /// As [`Store::hold`], for `tenant`.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotError::NotOwned`] for what is not its own, whether it exists or not. Nothing of that is read but
+    /// the manifest.
+    pub fn hold_for(&self, tenant: &Tenant, name: &str, told: Told<'_>) -> Result<Held, SnapshotError> {
+        if !tenant.is_pod() {
+            return self.hold(name, told);
+        }
+        let refused = |why: &str| {
+            warn!(snapshot = name, %tenant, "a pod was refused a snapshot: {why}");
+            SnapshotError::NotOwned { name: name.into(), tenant: tenant.clone() }
+        };
+        let held = self.held(name).map_err(|e| refused(&chain(&e)))?;
+        match held.manifest.owner.as_ref() {
+            owner if tenant.may_restore(owner) => self.checked(held, told),
+            Some(owner) => Err(refused(&format!("it belongs to {owner}"))),
+            None => Err(refused(
+                "it belongs to nobody: it was imported without an owner, or is of an older version",
+            )),
+        }
+    }
+
+    fn checked(&self, held: Held, told: Told<'_>) -> Result<Held, SnapshotError> {
         let stamp = read_stamp(&held.dir);
         let changed = |file: &&FileDigest| {
             let now = Version::of(&held.dir.join(&file.path), &file.sha256).ok();

@@ -11,7 +11,7 @@ use super::{
     outlet::{Closed, Outlet},
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
     sink::{Chunk, Halted, Position, SinkEnd},
-    status::Counters,
+    status::{Awaited, Counters},
     uri::Target,
 };
 
@@ -54,17 +54,29 @@ impl Direct {
 
     /// Runs until the stream has ended and everything is delivered, or delivery is given up.
     pub(super) async fn run(mut self, end: SinkEnd) {
+        self.take_from(end).await;
+        self.counters.wait_on(Awaited::Nothing);
+    }
+
+    async fn take_from(&mut self, end: SinkEnd) {
         let SinkEnd { mut chunks, safe, mut halted } = end;
         let mut last_chunk = Instant::now();
         let mut offset = *safe.borrow();
         // After a chunk that was not taken entirely nothing may follow.
         let mut dropping = false;
         let mut next = None;
+        let (mut exit, mut exited) = (self.phases.clone(), false);
         loop {
             let chunk = match next.take() {
                 Some(chunk) => chunk,
                 None => tokio::select! {
                     chunk = chunks.recv() => chunk,
+                    () = exit.exited(), if !exited => {
+                        exited = true;
+                        let attended = self.outlet.as_mut().map_or(Awaited::Nothing, Outlet::attended);
+                        self.counters.wait_on(attended);
+                        continue;
+                    }
                     () = self.phases.exhausted(last_chunk, GUEST_PATIENCE) => return,
                 },
             };
@@ -155,12 +167,12 @@ impl Direct {
                 self.counters.lost.add(bytes.len() as u64);
                 self.counters.discarded.add(bytes.len() as u64);
                 self.counters.stored.add(bytes.len() as u64);
+                self.counters.wait_on(Awaited::Nothing);
                 return Taken::Entirely;
             };
-            match outlet.deliver(&bytes, &mut self.phases, halted, |_| ()).await {
+            match outlet.deliver(&bytes, &mut self.phases, halted, &self.counters, |_| ()).await {
                 Ok(Ok(n)) => {
                     self.counters.stored.add(n as u64);
-                    self.counters.write(n as u64);
                     bytes = bytes.slice(n..);
                 }
                 Ok(Err(Closed::Gone)) => {

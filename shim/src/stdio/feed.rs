@@ -10,7 +10,7 @@ use super::{
     outlet::{Closed, Outlet, Waiting},
     phase::{GUEST_PATIENCE, Phases, TAKEN_PATIENCE},
     sink::{Halted, Life},
-    status::Counters,
+    status::{Awaited, Counters},
     uri::Target,
 };
 use crate::log::retained::{Found, Retained};
@@ -47,6 +47,7 @@ impl Feed {
             let result = self.follow().await;
             self.retained.release();
             self.close().await;
+            self.counters.wait_on(Awaited::Nothing);
             if matches!(result, Ok(Ok(()))) || self.give_up(result).await {
                 self.counters.deliver();
             }
@@ -101,7 +102,7 @@ impl Feed {
 
     /// Delivers until the stream has ended.
     async fn follow(&mut self) -> io::Result<Result<(), Closed>> {
-        let mut last_growth = Instant::now();
+        let (mut last_growth, mut exit, mut exited) = (Instant::now(), self.phases.clone(), false);
         loop {
             // Before the look at what there is: nothing is added after the end.
             let life = *self.life.borrow_and_update();
@@ -124,6 +125,11 @@ impl Feed {
                     // An error is the end, which the next look finds.
                     _ = self.grown.changed() => {}
                     _ = self.life.changed() => {}
+                    () = exit.exited(), if !exited => {
+                        exited = true;
+                        let attended = self.outlet.as_mut().map_or(Awaited::Nothing, Outlet::attended);
+                        self.counters.wait_on(attended);
+                    }
                     () = self.phases.exhausted(last_growth, GUEST_PATIENCE) => return Ok(Err(Closed::Slow)),
                 },
             }
@@ -139,15 +145,14 @@ impl Feed {
         let mut halted = Halted::never();
         while !bytes.is_empty() {
             let at = *position;
-            let taken = outlet.deliver(&bytes, phases, &mut halted, |waiting| match waiting {
-                Waiting::Reader => retained.hold(at),
+            let taken = outlet.deliver(&bytes, phases, &mut halted, counters, |waiting| match waiting {
+                Waiting::Reader | Waiting::Disk => retained.hold(at),
                 Waiting::Nobody => retained.release(),
             });
             match taken.await? {
                 Ok(n) => {
                     *position += n as u64;
                     counters.position.set(*position);
-                    counters.write(n as u64);
                     retained.hold(*position);
                     bytes = bytes.slice(n..);
                 }

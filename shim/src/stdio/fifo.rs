@@ -53,6 +53,8 @@ pub(super) struct PipeWriter {
     fd: Option<AsyncFd<File>>,
     /// Tells when another reader opens it; `None` for a pipe, which nobody can open.
     opens: Option<&'static Opens>,
+    /// Whether there was a reader at any time that is known of.
+    was_read: bool,
 }
 
 impl PipeWriter {
@@ -61,24 +63,27 @@ impl PipeWriter {
         PipeWriter::open_with(path, &OPENS)
     }
 
-    fn open_with(path: &Path, opens: &'static Opens) -> io::Result<PipeWriter> {
+    pub(super) fn open_with(path: &Path, opens: &'static Opens) -> io::Result<PipeWriter> {
         let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
         let both = open(path, flags | OFlag::O_RDWR, Mode::empty())?;
         let write = open(path, flags | OFlag::O_WRONLY, Mode::empty())?;
         drop(both);
-        Ok(PipeWriter { fd: Some(registered(write.into())?), opens: Some(opens) })
+        Ok(PipeWriter { fd: Some(registered(write.into())?), opens: Some(opens), was_read: false })
     }
 
     /// Takes the write end of a pipe, which must be non-blocking.
     pub(super) fn pipe(fd: OwnedFd) -> io::Result<PipeWriter> {
-        Ok(PipeWriter { fd: Some(registered(fd.into())?), opens: None })
+        Ok(PipeWriter { fd: Some(registered(fd.into())?), opens: None, was_read: true })
     }
 
     /// Offers bytes without waiting.
     pub(super) fn offer(&mut self, bytes: &[u8]) -> io::Result<Offer> {
         loop {
             match self.fd()?.get_ref().write(bytes) {
-                Ok(n) => return Ok(Offer::Taken(n)),
+                Ok(n) => {
+                    self.was_read = true;
+                    return Ok(Offer::Taken(n));
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Offer::Full),
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Offer::NoReader),
@@ -121,6 +126,18 @@ impl PipeWriter {
             // The kernel tells a writer when there is room, not when there is nothing left.
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Whether there is a reader.
+    pub(super) fn is_read(&mut self) -> io::Result<bool> {
+        let is_read = has_reader(self.fd()?.get_ref())?;
+        self.was_read |= is_read;
+        Ok(is_read)
+    }
+
+    /// Whether there was a reader, at any time that is known of.
+    pub(super) fn was_read(&self) -> bool {
+        self.was_read
     }
 
     /// Whether anybody could ever become a reader again.

@@ -47,7 +47,7 @@ use tokio::{
 use self::{
     connection::Endpoint,
     output::Output,
-    phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE, TAKEN_PATIENCE},
+    phase::{GUEST_PATIENCE, Phase, Phases, READER_PATIENCE, TAKEN_PATIENCE, Times},
     program::LogProgram,
     rewind::{Rewinder, Rewinds},
     source::Source,
@@ -121,7 +121,8 @@ pub struct LogConfig {
     pub segments: u32,
 }
 
-/// Longest time for which a reader that is at work delays what [`ProcessIo::taken`] is awaited for.
+/// Longest time for which a reader delays what [`ProcessIo::taken`] is awaited for, once somebody wants the
+/// end of the process.
 const TAKEN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Which streams the process needs; the others are /dev/null in the guest.
@@ -183,6 +184,8 @@ pub struct ProcessIo {
     outputs: Vec<Output>,
     program: Option<LogProgram>,
     phase: watch::Sender<Phase>,
+    /// What this process itself sees of it; there from the start of the relays on.
+    phases: Option<Phases>,
     tasks: JoinSet<()>,
     /// The directory of the log, if there is one, for as long as there is somebody who owns it.
     log_dir: Option<Arc<Path>>,
@@ -225,7 +228,7 @@ impl ProcessIo {
     ) -> ProcessIo {
         let (phase, _) = watch::channel(Phase::Running);
         let log_dir = config.log.as_ref().map(|log| Arc::from(log.dir.as_path()));
-        ProcessIo { config, stdin, outputs, program, phase, tasks: JoinSet::new(), log_dir }
+        ProcessIo { config, stdin, outputs, program, phase, phases: None, tasks: JoinSet::new(), log_dir }
     }
 
     /// Takes over the logs of a process whose shim has died, for `shim delete` to drain what the guest
@@ -265,6 +268,7 @@ impl ProcessIo {
             dial: dial.clone(),
         };
         let phases = Phases::new(self.phase.subscribe(), flows.watch());
+        self.phases = Some(phases.clone());
         self.log_dir.iter().for_each(|dir| flows.logs().add(dir));
         for output in &mut self.outputs {
             let (endpoint, flow) = (endpoint(output.stream()), flows.join());
@@ -291,20 +295,36 @@ impl ProcessIo {
         }
     }
 
-    /// The process has exited: from now on its sinks have 2 s of no progress before FIFOs are closed.
+    /// The process has exited. A reader that is attached has from now on the time that it needs; a FIFO that
+    /// nobody reads is closed after 2 s.
     pub fn process_exited(&self) {
-        self.advance(Phase::Exited(Instant::now()));
+        self.advance(|Times { exit, .. }| Phase::Exited(exit));
     }
 
-    /// Resolves when whoever reads the output has all of it, when nothing was taken for 500 ms, and after
-    /// 2 s at the latest. For use after [`process_exited`](ProcessIo::process_exited).
+    /// Somebody wants the end of the process, which has exited: from now on its readers have 2 s of no progress
+    /// before FIFOs are closed.
+    pub fn end_wanted(&self) {
+        self.advance(Phase::Ended);
+    }
+
+    /// Resolves when the exit of the process need not be held back any longer: when each reader that is
+    /// attached has been given all of the output, which is then in its pipe at the latest, or has gone. One
+    /// that nobody has opened is waited for for 500 ms. 2 s after [`end_wanted`](ProcessIo::end_wanted) in any
+    /// case. For use after [`process_exited`](ProcessIo::process_exited).
     pub fn taken(&self) -> impl Future<Output = ()> + Send + use<> {
         let counters: Vec<_> = self.outputs.iter().map(Output::counters).collect();
+        let phases = self.phases.clone();
         async move {
-            let all =
-                futures::future::join_all(counters.iter().map(|counters| counters.taken(TAKEN_PATIENCE)));
-            let _ = tokio::time::timeout(TAKEN_LIMIT, all).await;
+            // Streams that were never started have nothing for anybody.
+            if let Some(phases) = phases {
+                taken(&counters, phases).await;
+            }
         }
+    }
+
+    /// Whether output has come from the guest that is not with those who take it.
+    pub fn is_behind(&self) -> bool {
+        self.outputs.iter().any(|output| output.status().lag > 0)
     }
 
     /// Counters of each stream that the process has.
@@ -321,11 +341,7 @@ impl ProcessIo {
     /// be gone.
     pub async fn finish(mut self, limit: Duration) -> FinishReport {
         let now = Instant::now();
-        let exit = match *self.phase.borrow() {
-            Phase::Exited(exit) => exit,
-            Phase::Running | Phase::Finishing(_) | Phase::Abandoned => now,
-        };
-        self.advance(Phase::Finishing(exit));
+        self.advance(Phase::Finishing);
         // A log program ends after its pipes have been closed, and within the same limit.
         let delivery = if self.program.is_some() { limit.mul_f32(0.75) } else { limit };
         if !self.all_delivered(now + delivery).await {
@@ -369,18 +385,21 @@ impl ProcessIo {
     }
 
     fn abandon(&self) {
-        self.advance(Phase::Abandoned);
+        self.advance(|_| Phase::Abandoned);
         self.outputs.iter().for_each(Output::abandon);
     }
 
-    fn advance(&self, to: Phase) {
-        self.phase.send_if_modified(|phase| {
-            let forward = phase.rank() < to.rank();
-            if forward {
-                *phase = to;
-            }
-            forward
-        });
+    fn advance(&self, next: impl FnOnce(Times) -> Phase) {
+        self.phase.send_if_modified(|phase| phase.advance(next));
+    }
+}
+
+/// Resolves when the exit of a process whose outputs have these `counters` need not be held back.
+async fn taken(counters: &[Arc<Counters>], mut phases: Phases) {
+    let all = futures::future::join_all(counters.iter().map(|counters| counters.taken(TAKEN_PATIENCE)));
+    tokio::select! {
+        _ = all => {}
+        () = phases.over(TAKEN_LIMIT) => {}
     }
 }
 

@@ -16,6 +16,7 @@ use super::{
     fifo::{Offer, PipeWriter},
     phase::{Phases, READER_PATIENCE},
     sink::Halted,
+    status::{Awaited, Counters},
     uri::Target,
 };
 
@@ -45,7 +46,7 @@ pub(super) enum Closed {
     Gone,
     /// Nobody reads the FIFO, and the process is being deleted.
     Unread,
-    /// No progress within the time that is left after the process has exited.
+    /// No progress within the time that was left after the end of the process was wanted.
     Slow,
     /// Not for good: who delivers must not wait.
     Halted,
@@ -58,6 +59,8 @@ pub(super) enum Waiting {
     Reader,
     /// For anybody to read.
     Nobody,
+    /// For a disk.
+    Disk,
 }
 
 impl Outlet {
@@ -94,8 +97,9 @@ impl Outlet {
         Ok(Outlet::File { file: Arc::new(file), path: path.into(), warned: false })
     }
 
-    /// Delivers the beginning of `bytes`, waiting as long as `phases` and `halted` allow; calls `waiting` each time
-    /// before it waits. Gives the number of bytes taken, at least one.
+    /// Delivers the beginning of `bytes`, waiting as long as `phases` and `halted` allow: for a reader that is
+    /// attached without limit, until the end of the process is wanted. Calls `waiting` each time before it
+    /// waits. Gives the number of bytes taken, at least one, which it has counted.
     ///
     /// Not cancel safe: a file may have taken bytes that nobody is told of.
     pub(super) async fn deliver(
@@ -103,25 +107,67 @@ impl Outlet {
         bytes: &Bytes,
         phases: &mut Phases,
         halted: &mut Halted,
+        counters: &Counters,
         mut waiting: impl FnMut(Waiting),
     ) -> io::Result<Result<usize, Closed>> {
-        let since = Instant::now();
+        let (mut since, mut waited, mut exited) = (Instant::now(), None, phases.have_exited());
         loop {
-            let offer = self.offer(bytes).await?;
-            let (state, closed) = match offer {
-                Offer::Taken(n) => return Ok(Ok(n)),
+            let state = match self.offer(bytes).await? {
+                Offer::Taken(n) => {
+                    counters.write(n as u64);
+                    return Ok(Ok(n));
+                }
                 Offer::NoReader if !self.may_return() => return Ok(Err(Closed::Gone)),
-                Offer::NoReader => (Waiting::Nobody, Closed::Unread),
-                Offer::Full => (Waiting::Reader, Closed::Slow),
+                Offer::NoReader => Waiting::Nobody,
+                Offer::Full if matches!(self, Outlet::File { .. }) => Waiting::Disk,
+                Offer::Full => Waiting::Reader,
             };
+            // Who has come back may not have been noticed yet: there is another look at the exit.
+            counters.wait_on(if exited {
+                self.awaited(state)
+            } else {
+                self.awaited(state).at_least_a_moment()
+            });
             waiting(state);
-            let mut also = phases.clone();
+            if waited.replace(state).is_some_and(|before| before != state) {
+                since = Instant::now();
+            }
+            let (mut exit, mut also, mut over) = (phases.clone(), phases.clone(), phases.clone());
             tokio::select! {
                 ready = self.ready(state) => ready?,
-                () = phases.exhausted(since, READER_PATIENCE) => return Ok(Err(closed)),
-                () = also.finishing(), if closed == Closed::Unread => return Ok(Err(closed)),
+                () = over.exited(), if !exited => exited = true,
+                () = phases.overdue(since, READER_PATIENCE), if state == Waiting::Reader => {
+                    return Ok(Err(Closed::Slow));
+                }
+                () = exit.exhausted(since, READER_PATIENCE), if state != Waiting::Reader => {
+                    return Ok(Err(if state == Waiting::Nobody { Closed::Unread } else { Closed::Slow }));
+                }
+                () = also.finishing(), if state == Waiting::Nobody => return Ok(Err(Closed::Unread)),
                 () = halted.set() => return Ok(Err(Closed::Halted)),
             }
+        }
+    }
+
+    /// What an exit waits for while nothing is offered.
+    pub(super) fn attended(&mut self) -> Awaited {
+        let state = match self {
+            Outlet::File { .. } => Waiting::Disk,
+            // One that cannot be asked is found out with the next offer.
+            Outlet::Pipe(pipe) => match pipe.is_read() {
+                Ok(false) => Waiting::Nobody,
+                Ok(true) | Err(_) => Waiting::Reader,
+            },
+        };
+        self.awaited(state)
+    }
+
+    /// What an exit waits for, while `state` is waited for here.
+    fn awaited(&self, state: Waiting) -> Awaited {
+        match (self, state) {
+            (_, Waiting::Reader) => Awaited::Delivery,
+            // A reader that has gone may come back, and has to say so before.
+            (Outlet::Pipe(pipe), Waiting::Nobody) if pipe.was_read() => Awaited::Nothing,
+            (_, Waiting::Nobody | Waiting::Disk) => Awaited::Moment,
         }
     }
 
@@ -171,7 +217,7 @@ impl Outlet {
     async fn ready(&mut self, state: Waiting) -> io::Result<()> {
         match (self, state) {
             (Outlet::Pipe(pipe), Waiting::Reader) => pipe.drained().await,
-            (Outlet::Pipe(pipe), Waiting::Nobody) => pipe.reader().await,
+            (Outlet::Pipe(pipe), Waiting::Nobody | Waiting::Disk) => pipe.reader().await,
             (Outlet::File { .. }, _) => {
                 tokio::time::sleep(RETRY).await;
                 Ok(())

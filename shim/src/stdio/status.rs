@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::timeout};
+use tokio::{sync::watch, time::timeout};
 
 use crate::log::retained::Usage;
 
@@ -63,6 +63,25 @@ pub enum Obstacle {
     Directory = 3,
 }
 
+/// What the exit of a process waits for, as far as one output is concerned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// More from the guest, or a reader that is attached: for as long as it takes.
+    #[default]
+    Delivery,
+    /// A first reader, or a file that takes nothing: for a moment.
+    Moment,
+    /// Nothing: all is delivered, or there is nobody to take it.
+    Nothing,
+}
+
+impl Awaited {
+    /// The same, but for a moment if it is nothing.
+    pub(super) fn at_least_a_moment(self) -> Awaited {
+        if self == Awaited::Nothing { Awaited::Moment } else { self }
+    }
+}
+
 /// The counters behind [`StreamStatus`].
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -88,8 +107,8 @@ pub(super) struct Counters {
     pub(super) relayed: Counter,
     /// 1 when the FIFO, file or program has been given everything, or there is none.
     delivered: Counter,
-    /// `written` or `delivered` has changed. [`Counters::taken`] is the only waiter.
-    moved: Notify,
+    /// What [`Counters::taken`] waits for.
+    awaited: watch::Sender<Awaited>,
     pub(super) truncated: Counter,
 }
 
@@ -123,26 +142,37 @@ impl Counters {
     /// The outlet has taken `n` bytes more.
     pub(super) fn write(&self, n: u64) {
         self.written.add(n);
-        self.moved.notify_one();
+        self.wait_on(Awaited::Delivery);
     }
 
     /// The outlet has everything that it will ever get, or there is none.
     pub(super) fn deliver(&self) {
         self.delivered.set(1);
-        self.moved.notify_one();
+        self.wait_on(Awaited::Nothing);
     }
 
     /// There will be more for the outlet, after all.
     pub(super) fn deliver_again(&self) {
         self.delivered.set(0);
+        self.wait_on(Awaited::Delivery);
     }
 
-    /// Resolves when the outlet has everything, or has taken nothing for `patience`. One caller at a time.
-    pub(super) async fn taken(&self, patience: Duration) {
-        while self.delivered.get() == 0 {
-            // A change between the look and the wait leaves a permit.
-            if timeout(patience, self.moved.notified()).await.is_err() {
-                return;
+    /// An exit waits for this from now on.
+    pub(super) fn wait_on(&self, awaited: Awaited) {
+        self.awaited.send_if_modified(|now| std::mem::replace(now, awaited) != awaited);
+    }
+
+    /// Resolves when an exit has nothing to wait for, or nothing but a moment that is over.
+    pub(super) async fn taken(&self, moment: Duration) {
+        let mut awaited = self.awaited.subscribe();
+        loop {
+            let now = *awaited.borrow_and_update();
+            // The sender is ours.
+            match now {
+                Awaited::Nothing => return,
+                Awaited::Delivery => _ = awaited.changed().await,
+                Awaited::Moment if timeout(moment, awaited.changed()).await.is_err() => return,
+                Awaited::Moment => {}
             }
         }
     }

@@ -263,7 +263,7 @@ mod tests {
 
     impl Drop for Scratch {
         fn drop(&mut self) {
-            self.0.destroy(LIMIT).unwrap();
+            self.0.destroy(LIMIT, None).unwrap();
         }
     }
 
@@ -273,7 +273,10 @@ mod tests {
         let helper = Helper::launch(scratch.sh("cat /proc/self/cgroup; ps -o sid= $$; env")).unwrap();
         assert!(timeout(LIMIT, helper.ended()).await.unwrap().success);
         let output = helper.last_lines();
-        assert!(output.contains(&format!("/cube/helper-place-{}/helpers\n", std::process::id())), "{output}");
+        assert!(
+            output.contains(&format!("/cube/helper-place-{}/vm/helpers\n", std::process::id())),
+            "{output}"
+        );
         assert!(output.lines().any(|line| line.trim() == helper.pid().to_string()), "{output}");
         assert!(!output.contains("CARGO"), "the environment is not passed on: {output}");
     }

@@ -26,6 +26,7 @@ use std::{
 use async_trait::async_trait;
 
 pub use self::{
+    cloud_hypervisor::size_in,
     error::{SnapshotDefect, VmmError},
     qemu::Accel,
     select::{Backend, Choice, choose, select},

@@ -12,7 +12,7 @@ use super::{
     qemu::{Accel, Qemu},
 };
 use crate::{
-    config::{Config, VmmChoice},
+    config::{Config, Limits, VmmChoice},
     errors::chain,
 };
 
@@ -101,6 +101,16 @@ pub fn select(config: &Config, spec: VmSpec) -> (Box<dyn Vmm>, Choice) {
 }
 
 impl Backend {
+    /// MiB that it takes on the host beside the memory of the VM; `None` if there is no VM.
+    pub fn overhead_mib(self, limits: &Limits) -> Option<u64> {
+        match self {
+            Backend::CloudHypervisor | Backend::Qemu(Accel::Kvm) => Some(limits.memory_overhead_mib),
+            // Translated code is kept, up to 1 GiB of it.
+            Backend::Qemu(Accel::Tcg) => Some(limits.memory_overhead_mib.saturating_add(1024)),
+            Backend::Process => None,
+        }
+    }
+
     /// A VM of this backend, not booted yet.
     pub fn vm(self, config: &Config, spec: VmSpec) -> Box<dyn Vmm> {
         match self {

@@ -96,6 +96,7 @@ impl Host {
             namespace: "default".into(),
             sandbox_id: id.into(),
             cgroup: self.path("no-such-cgroup"),
+            shim_home: None,
             backend: "process".into(),
             vmm_pid: 4242,
             timeline: 1,

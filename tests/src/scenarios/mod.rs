@@ -24,6 +24,7 @@ pub mod pods;
 pub mod ready;
 pub mod rest;
 pub mod restore;
+pub mod rests;
 pub mod rollback;
 pub mod rotation;
 pub mod scale;

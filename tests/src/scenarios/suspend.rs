@@ -24,8 +24,7 @@ fn listed(lab: &Lab) -> String {
 }
 
 fn vm_processes(lab: &Lab) -> usize {
-    let pids =
-        fs::read_to_string(leftovers::cgroup2().join("cube").join(lab.key("c")).join("helpers/cgroup.procs"));
+    let pids = fs::read_to_string(leftovers::cgroup(&lab.key("c")).join("vm/helpers/cgroup.procs"));
     pids.unwrap().lines().count()
 }
 

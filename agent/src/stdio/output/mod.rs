@@ -53,6 +53,8 @@ struct State {
     phase: Phase,
     /// What the pump reads from; `None` before it begins and after it ends.
     source: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Whether the pump waits for room in the ring.
+    waits: bool,
     /// Everything below is safe with the host.
     acked: u64,
     losses: Losses,
@@ -69,6 +71,17 @@ enum Phase {
     Cut { at: u64 },
     /// The ring's end is the stream's. What is still read is discarded.
     Ended { truncated: bool },
+}
+
+/// What is left of an output once its process has exited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leftover {
+    /// Nobody who writes, or nothing more that would be taken.
+    Nobody,
+    /// Somebody may write.
+    Writer,
+    /// Somebody who may have to wait, for the host takes nothing.
+    HeldUp,
 }
 
 /// What the pump did in one step.
@@ -100,6 +113,7 @@ impl Output {
             ring: Ring::new(Arc::clone(&pool)),
             phase: Phase::Open,
             source: None,
+            waits: false,
             acked: 0,
             losses: Losses::default(),
             sessions: Sessions::new(),
@@ -130,6 +144,22 @@ impl Output {
         let at = state.ring.end() + unread;
         state.finish(if unread == 0 { Phase::Ended { truncated: true } } else { Phase::Cut { at } });
         self.room.notify_one();
+    }
+
+    /// Who is left, after the process has exited.
+    pub(super) fn leftover(&self) -> Leftover {
+        let state = self.state();
+        let Phase::Open = state.phase else { return Leftover::Nobody };
+        let Some(source) = &state.source else { return Leftover::Writer };
+        match pipe::pending(&**source) {
+            Ok(Pending { writers_gone: true, .. }) => Leftover::Nobody,
+            Ok(_) if state.waits && pipe::may_be_full(&**source) => Leftover::HeldUp,
+            Ok(_) => Leftover::Writer,
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell whether a process still writes");
+                Leftover::Writer
+            }
+        }
     }
 
     /// Drops what is held and ends the connections. The pump goes on discarding as long as there is
@@ -225,6 +255,7 @@ impl Output {
                     return Ok(Pumped::End);
                 }
                 Filled::Bytes(len) => {
+                    state.waits = false;
                     state.filled();
                     return Ok(Pumped::Bytes(len));
                 }
@@ -232,6 +263,7 @@ impl Output {
                 Filled::Starved => Pumped::Starved,
             };
             if self.policy == Policy::Block || self.clock.is_held() {
+                state.waits = true;
                 return Ok(full);
             }
             // Nothing may be dropped for bytes that do not come.

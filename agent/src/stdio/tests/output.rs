@@ -288,6 +288,20 @@ async fn a_survivor_that_never_stops_writing_is_discarded_without_holding_memory
 }
 
 #[tokio::test]
+async fn time_in_which_a_survivor_waits_for_the_reader_is_none_of_its_2_s() {
+    let hub = hub();
+    let child = spawn(&hub, &process(), Policy::Block, "seq 1 1000000 &");
+    assert!(exit(child).await.success());
+    hub.exited(&process());
+    until(|| info(&hub, "stdout").end_offset == RING_MAX as u64).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let (mut host, _) = Host::open(&hub, STDOUT, 1, 0).await;
+    let (taken, eof) = host.drain(0).await;
+    assert_eq!((taken.len(), eof.flags), (seq(1_000_000).len(), Flags::NONE));
+    assert!(taken == seq(1_000_000));
+}
+
+#[tokio::test]
 async fn output_left_in_a_pipe_without_writers_is_never_truncated() {
     let hub = hub();
     let child = spawn(&hub, &process(), Policy::Block, "seq 1 250000");

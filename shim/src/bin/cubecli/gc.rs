@@ -110,7 +110,7 @@ impl Gc {
             return Ok(self.line(&format!("kept {dir} (sandbox {name}: {note} {cgroup})"))?);
         }
         if !self.dry_run {
-            SandboxCgroup::at(&state.cgroup).destroy(CGROUP_LIMIT)?;
+            SandboxCgroup::at(&state.cgroup).destroy(CGROUP_LIMIT, state.shim_home.as_deref())?;
             remove(dir)?;
         }
         Ok(self.say(&format!("{} (sandbox {name}: no shim, no processes)", dir.path().display()))?)

@@ -8,7 +8,9 @@ use std::{
 
 use cube_protocol::version;
 use cube_shim::{
+    cgroup::Hierarchy,
     config::{self, Config},
+    errors::chain,
     log::locate,
     vmm,
 };
@@ -40,6 +42,12 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
     {
         rows.push(file(name, path));
     }
+    let allowed = match &config.policy.pod_annotations[..] {
+        [] => "none".into(),
+        some => some.join(", "),
+    };
+    rows.push(row("policy.pod_annotations", allowed));
+    rows.push(row("limits", limits()));
     rows.push(file("run_dir", &config.run_dir));
     rows.push(file("rootfs.cache_dir", &config.rootfs.cache_dir));
     rows.push(match config.log.dir.as_os_str() == locate::BUNDLE {
@@ -51,6 +59,22 @@ pub(crate) fn run(config: &Config, explicit: Option<&Path>, output: File) -> Res
 
 fn row(name: &str, value: impl std::fmt::Display) -> [String; 2] {
     [name.into(), value.to_string()]
+}
+
+/// What of the host can be limited for a sandbox.
+fn limits() -> String {
+    match Hierarchy::find() {
+        Err(e) => format!("none: {}", chain(&e)),
+        Ok(hierarchy) => {
+            let root = hierarchy.root().display();
+            match &hierarchy.controllers()[..] {
+                [] => {
+                    format!("none: the cgroup2 at {root} has none of the controllers memory, cpu, pids, io")
+                }
+                some => format!("{} (cgroup2 at {root})", some.join(", ")),
+            }
+        }
+    }
 }
 
 /// A file or directory that need not exist.

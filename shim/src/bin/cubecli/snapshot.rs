@@ -55,11 +55,12 @@ pub(crate) fn list(config: &Config, args: &SnapshotsArgs, mut output: File) -> R
         let text = serde_json::to_string_pretty(&values).map_err(|e| CliError::Output(e.into()))?;
         return writeln!(output, "{}", printable_json(&text)).map_err(CliError::Output);
     }
-    let mut rows = vec![["NAME", "OF", "CREATED", "SIZE"].map(String::from)];
+    let mut rows = vec![["NAME", "OF", "OWNER", "CREATED", "SIZE"].map(String::from)];
     rows.extend(listed.into_iter().map(|Listed { manifest, disk_bytes }| {
         let of = format!("{}/{}", manifest.origin.namespace, manifest.origin.sandbox);
         let size = format!("{:.1} MiB", disk_bytes as f64 / f64::from(1 << 20));
-        [manifest.name, of, time::rfc3339(manifest.created_ns), size]
+        let owner = manifest.owner.map_or_else(|| "-".into(), |owner| owner.to_string());
+        [manifest.name, of, owner, time::rfc3339(manifest.created_ns), size]
     }));
     table::write(output, &rows)
 }

@@ -10,12 +10,20 @@ use std::{
 };
 
 use async_trait::async_trait;
+use bytes::BytesMut;
 use containerd_shim_protos::{
     api::{self, Empty, Status},
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
-use cube_protocol::{guest, guest::probe_response::Outcome, guest_ttrpc, hybrid, ports, version};
+use cube_protocol::{
+    frame::{Flags, Frame, Header, Kind, read_frame, write_frame},
+    guest,
+    guest::probe_response::Outcome,
+    guest_ttrpc, hybrid, ports,
+    stream::Opened,
+    version,
+};
 use serde_json::Value;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -46,6 +54,8 @@ pub(in crate::sandbox) struct Guest {
     pub(in crate::sandbox) pids: Mutex<Vec<u32>>,
     /// Why no container is ready; `None` if all are.
     pub(in crate::sandbox) unready: Mutex<Option<String>>,
+    /// Whether it has output, and a lot of it.
+    pub(in crate::sandbox) speaks: AtomicBool,
     /// What State answers, where that is not a process that runs; `None` for one that is not there.
     pub(in crate::sandbox) states: Mutex<HashMap<ProcessId, Option<(Status, u32)>>>,
     protocol: version::Version,
@@ -72,6 +82,7 @@ impl Guest {
             specs: Mutex::default(),
             pids: Mutex::default(),
             unready: Mutex::default(),
+            speaks: AtomicBool::new(false),
             states: Mutex::default(),
             protocol,
             events: Mutex::default(),
@@ -146,6 +157,11 @@ impl Guest {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let Ok(port) = hybrid::requested_port(&mut stream).await else { continue };
+                if port == ports::STREAM && guest.speaks.load(Ordering::Relaxed) {
+                    hybrid::accept(&mut stream, 1).await.unwrap();
+                    tokio::spawn(speak(stream));
+                    continue;
+                }
                 if port != ports::CONTROL {
                     // Nothing serves the streams: their relays dial again and again.
                     continue;
@@ -154,6 +170,31 @@ impl Guest {
                 sender.send(relay(stream, guest.cut.subscribe())).await.unwrap();
             }
         });
+    }
+}
+
+/// Sends more output than a pipe holds, and no end; rests when it is told to.
+async fn speak(mut stream: UnixStream) -> Option<()> {
+    const OUTPUT: u64 = 256 << 10;
+    let open = read_frame(&mut stream, &mut BytesMut::new()).await.ok()??;
+    let opened = Opened { epoch: 1, ..Default::default() };
+    let opened = Frame::with_message(Kind::Opened, open.header.offset, &opened).unwrap();
+    write_frame(&mut stream, &opened).await.ok()?;
+    let mut at = open.header.offset;
+    while at < OUTPUT {
+        let len = (OUTPUT - at).min(16 << 10);
+        let header = Header { len: len as u32, ..Header::new(Kind::Data, at) };
+        write_frame(&mut stream, &Frame { header, body: vec![b'x'; len as usize].into() }).await.ok()?;
+        at += len;
+    }
+    loop {
+        let Header { kind, flags, .. } = read_frame(&mut stream, &mut BytesMut::new()).await.ok()??.header;
+        if kind == Kind::Stop {
+            let stopped = Frame { header: Header::new(Kind::Stopped, at), body: Default::default() };
+            write_frame(&mut stream, &stopped).await.ok()?;
+        } else if flags.contains(Flags::LAST) {
+            return Some(());
+        }
     }
 }
 

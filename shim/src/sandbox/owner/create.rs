@@ -3,16 +3,16 @@
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use containerd_shim_protos::{events::task as message, protobuf::MessageField};
-use cube_protocol::annotations::TEMPLATE_ID;
+use cube_protocol::annotations::{SNAPSHOT_RESTORE, TEMPLATE_ID};
 use tokio::sync::oneshot;
 
 use super::{Container, Motion, Owner, SandboxState, init_of, not_found};
 use crate::{
-    annotations::AnnotationError,
+    annotations::{self, AnnotationError},
     errors::Error,
     events::TaskEvent,
     sandbox::{
-        Plan, Reply, VmStatus,
+        Placed, Plan, Reply, VmStatus,
         create::{Booted, Created, Creation},
         job::Report,
         process::{Phase, Process, Stdio},
@@ -22,6 +22,7 @@ use crate::{
     snapshot::Template,
     state::{ContainerState, now_ns},
     stdio::LogConfig,
+    tenant::Tenant,
 };
 
 impl Owner {
@@ -38,7 +39,8 @@ impl Owner {
 
     /// Checks whether the container may be created now, and notes it in memory and on disk: nothing
     /// is made before the state file knows of it.
-    pub(super) fn admit(&mut self, plan: Plan) -> Result<(Creation, oneshot::Receiver<()>), Error> {
+    pub(super) fn admit(&mut self, mut plan: Plan) -> Result<(Creation, oneshot::Receiver<()>), Error> {
+        let tenant = self.permit(&mut plan)?;
         let id = &plan.request.id;
         if self.containers.contains_key(id) {
             return Err(Error::AlreadyExists { what: "container", id: id.clone() });
@@ -50,7 +52,9 @@ impl Owner {
             _ => return Err(self.wrong_state("it must be running or new to take a container")),
         };
         if joins.is_none() {
-            self.disk.cgroup = self.host.cgroup(self.identity.run_dir.key())?;
+            let path = spec::cgroups_path(&plan.spec)?;
+            let Placed { cgroup, shim_home } = self.host.cgroup(self.identity.run_dir.key(), path)?;
+            (self.disk.cgroup, self.disk.shim_home) = (cgroup, shim_home);
         }
         let log = self.log_config(&plan);
         let bundle = plan.request.bundle.clone();
@@ -74,6 +78,7 @@ impl Owner {
             oom: None,
             ready: Ready::new(plan.annotations.ready.clone()),
             motion: Motion::default(),
+            tenant: tenant.clone(),
             template: plan
                 .annotations
                 .template
@@ -89,6 +94,8 @@ impl Owner {
             config: self.config.clone(),
             host: self.host.clone(),
             plan,
+            tenant,
+            most: None,
             log,
             state: self.disk.clone(),
             joins,
@@ -96,6 +103,20 @@ impl Owner {
             events: self.events.clone(),
         };
         Ok((creation, aborted))
+    }
+
+    /// Whose the container is, if that may ask for what the plan says.
+    fn permit(&self, plan: &mut Plan) -> Result<Tenant, Error> {
+        let tenant = Tenant::of(&self.identity.namespace, &plan.spec);
+        if tenant.is_pod() {
+            let policy = &self.config.policy;
+            let names = spec::annotations(&plan.spec)?.into_iter().map(|(name, _)| name);
+            // A checkpoint that is restored names a snapshot just as the annotation does.
+            let restore = plan.restore.as_ref().map(|_| SNAPSHOT_RESTORE);
+            annotations::permit(names.chain(restore), policy)?;
+            plan.annotations.clamp(policy);
+        }
+        Ok(tenant)
     }
 
     /// A template is what becomes of one container, and has its log.
@@ -147,7 +168,7 @@ impl Owner {
                 return Err(e);
             }
         };
-        if let Some(Booted { guest, pid, backend, reason, hello, link, disks }) = booted {
+        if let Some(Booted { guest, pid, backend, reason, hello, link, disks, limited }) = booted {
             self.disks = disks;
             self.disk.vmm_pid = pid;
             self.disk.past_timelines.extend(restored.as_ref().and_then(|restored| restored.past));
@@ -156,7 +177,7 @@ impl Owner {
                 container.guest_id = Some(alias.1.clone());
             }
             self.disk.backend = backend.clone();
-            self.vm = Some(VmStatus::new(backend, reason, pid, &hello));
+            self.vm = Some(VmStatus::new(backend, reason, pid, &hello, limited));
             (self.pid, self.guest, self.link) = (pid, Some(guest), Some(link));
             self.state = SandboxState::Running;
             self.save();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{
     Message, Owner, SandboxState, answer_later, gone, init_of, not_found, status::refused, wrong_phase,
@@ -35,6 +35,9 @@ impl Owner {
             drop(reply.send(Ok(())));
             return;
         }
+        if self.known(id).is_ok_and(|process| process.is_held()) {
+            return self.kill_held(request, reply);
+        }
         let last_resort = id.is_init() && self.is_main(&id.container);
         let sigkill = request.signal == libc::SIGKILL as u32;
         let alive = self.known(id).and_then(|process| match process.exit() {
@@ -52,6 +55,9 @@ impl Owner {
                 });
             }
             Ok(guest) => {
+                if let Ok(process) = self.known(id) {
+                    process.signalled(request.signal);
+                }
                 if last_resort && sigkill {
                     self.expect_exit(request.process.clone());
                 }
@@ -59,6 +65,24 @@ impl Owner {
             }
             Err(e) => drop(reply.send(Err(e))),
         }
+    }
+
+    /// The process has exited, and its exit waits for a reader. A signal that asks for its end is the end of
+    /// that wait; no other does anything.
+    fn kill_held(&mut self, request: KillRequest, reply: Reply<()>) {
+        if let Ok(process) = self.known(&request.process) {
+            process.signalled(request.signal);
+        }
+        let guest = self.guest.clone().filter(|_| request.all && !self.state.is_pause());
+        answer_later(reply, async move {
+            if let Some(guest) = guest {
+                // What else may live in its container.
+                if let Err(e) = job::kill(guest, request, false).await {
+                    debug!("a signal to all of a container whose first process has exited: {}", chain(&e));
+                }
+            }
+            Ok(())
+        });
     }
 
     /// Whether it is known that no signal would reach the guest.
@@ -93,8 +117,8 @@ impl Owner {
     }
 
     pub(super) fn delete(&mut self, id: ProcessId, reply: Reply<Deleted>) {
-        let phase = match self.known(&id) {
-            Ok(process) => process.phase,
+        let (phase, held) = match self.known(&id) {
+            Ok(process) => (process.phase, process.is_held()),
             Err(e) => return drop(reply.send(Err(e))),
         };
         match phase {
@@ -103,6 +127,8 @@ impl Owner {
             Phase::Deleting(exit) => {
                 return self.joined_deletes.push((id, Deleted { pid: self.pid, exit }, reply));
             }
+            // It has exited, and nobody waits for its reader any more.
+            Phase::Running if held => {}
             Phase::Creating | Phase::Starting | Phase::Running => {
                 let needed = "it must have exited to be deleted";
                 return drop(reply.send(Err(wrong_phase(&id, phase, needed))));

@@ -48,6 +48,7 @@ use crate::{
     sandbox::Exit,
     snapshot::{Listed, Template},
     state::{FORMAT, State, now_ns},
+    tenant::Tenant,
     vmm::Disk,
 };
 
@@ -69,6 +70,7 @@ struct Container {
     ready: Ready,
     /// Whether it runs, apart from its sandbox.
     motion: Motion,
+    tenant: Tenant,
     /// If it is built for one.
     template: Option<Template>,
     /// Ends its creation; dropped afterwards.
@@ -166,6 +168,7 @@ impl Owner {
             namespace: identity.namespace.clone(),
             sandbox_id: identity.id.clone(),
             cgroup: PathBuf::new(),
+            shim_home: None,
             backend: String::new(),
             vmm_pid: 0,
             timeline: 0,
@@ -480,6 +483,12 @@ fn not_found(what: &'static str, id: &str) -> Error {
 fn gone(id: &ProcessId) -> Error {
     let (what, name) = name_of(id);
     Error::NotFound { what, id: name.into(), state: "has exited already" }
+}
+
+/// Of a container whose first process has exited, and waits for who reads its output.
+fn over(id: &str, needed: &'static str) -> Error {
+    let state = "over, with output that its reader has not taken";
+    Error::State { what: "container", id: id.into(), state, needed }
 }
 
 fn wrong_phase(id: &ProcessId, phase: Phase, needed: &'static str) -> Error {

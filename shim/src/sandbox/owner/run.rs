@@ -1,6 +1,6 @@
 //! Start and Exec, as the owner sees them.
 
-use super::{Owner, init_of, not_found, wrong_phase};
+use super::{Owner, init_of, not_found, over, wrong_phase};
 use crate::{
     errors::Error,
     events::TaskEvent,
@@ -116,6 +116,9 @@ impl Owner {
         let phase = self.known(&init)?.phase;
         if phase != Phase::Running {
             return Err(wrong_phase(&init, phase, "it must be running for an exec"));
+        }
+        if self.known(&init)?.is_held() {
+            return Err(over(&init.container, "it must be running for an exec"));
         }
         self.check_motion(&init.container)?;
         let exec = &request.process.exec;

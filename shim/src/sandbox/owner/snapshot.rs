@@ -4,7 +4,7 @@ use cube_protocol::version;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Owner, SandboxState, Waiting};
+use super::{Owner, SandboxState, Waiting, over};
 use crate::{
     events::TaskEvent,
     sandbox::{
@@ -16,10 +16,14 @@ use crate::{
     },
     snapshot::{Container, Listed, Manifest, Origin, Store, WrittenBy},
     state::now_ns,
+    tenant::Tenant,
 };
 
 impl Owner {
     pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<Listed>) {
+        if let Some(id) = self.over() {
+            return drop(reply.send(Err(over(id, "there is nothing to go on from"))));
+        }
         match (self.state, &self.guest) {
             (SandboxState::Running | SandboxState::Paused, Some(_)) => match self.template() {
                 Some(template) => self.snapshot_build(template.id.clone(), request, reply),
@@ -92,6 +96,11 @@ impl Owner {
         });
     }
 
+    /// A container whose first process has exited, which containerd is not told yet.
+    fn over(&self) -> Option<&str> {
+        self.containers.iter().find(|(_, container)| container.init.is_held()).map(|(id, _)| id.as_str())
+    }
+
     fn snapshot_name(&self) -> String {
         if let Some(template) = self.template() {
             return template.id.clone();
@@ -103,6 +112,12 @@ impl Owner {
 
     fn running(&self) -> impl Iterator<Item = (&String, &super::Container)> {
         self.containers.iter().filter(|(_, container)| container.init.phase == Phase::Running)
+    }
+
+    /// Whose the sandbox is: that of its main container, or of any one if that is gone.
+    fn tenant(&self) -> Option<Tenant> {
+        let main = self.containers.get(&self.identity.id).or_else(|| self.containers.values().next());
+        main.map(|container| container.tenant.clone())
     }
 
     fn manifest(&self, guest: &Guest, name: String) -> Manifest {
@@ -122,6 +137,7 @@ impl Owner {
                 timeline: self.disk.timeline,
                 backend: self.disk.backend.clone(),
             },
+            owner: self.tenant(),
             template: self.template().cloned(),
             containers: self
                 .running()

@@ -93,17 +93,24 @@ impl Owner {
 
     pub(super) fn process_exiting(&mut self, id: ProcessId, exit: Exit) {
         let container = self.containers.get_mut(&id.container);
-        match container.and_then(|container| container.process(&id.exec)?.exiting(exit)) {
-            None => self.process_exited(&id, exit),
-            Some(taken) => {
-                let owner = self.owner.clone();
-                tokio::spawn(async move {
-                    taken.await;
-                    // Fails only when the owner has ended, and containerd's interest with it.
-                    let _ = owner.send(Message::ProcessExited(id, exit)).await;
-                });
-            }
-        }
+        let taken = container.and_then(|container| container.process(&id.exec)?.exiting(exit));
+        self.tell_when(id, exit, taken);
+    }
+
+    /// Tells the exit of a process once its output is `taken`.
+    fn tell_when(
+        &mut self,
+        id: ProcessId,
+        exit: Exit,
+        taken: Option<impl Future<Output = ()> + Send + 'static>,
+    ) {
+        let Some(taken) = taken else { return self.process_exited(&id, exit) };
+        let owner = self.owner.clone();
+        tokio::spawn(async move {
+            taken.await;
+            // Fails only when the owner has ended, and containerd's interest with it.
+            let _ = owner.send(Message::ProcessExited(id, exit)).await;
+        });
     }
 
     pub(super) fn process_exited(&mut self, id: &ProcessId, exit: Exit) {
@@ -137,6 +144,16 @@ impl Owner {
         for id in processes {
             let Ok(process) = self.known(&id) else { continue };
             let exit = Exit::killed();
+            // What has come of its output is for its readers, if they are quick.
+            if process.phase == Phase::Running && process.is_behind() {
+                let held = process.is_held();
+                let taken = process.exiting(exit);
+                process.end_wanted();
+                if !held {
+                    self.tell_when(id, exit, taken);
+                }
+                continue;
+            }
             let news = match process.phase {
                 // It is not going to be started any more; containerd is told the exit all the same,
                 // for somebody may wait for it.

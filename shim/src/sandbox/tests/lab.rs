@@ -8,7 +8,7 @@ use tokio::{task::JoinHandle, time::timeout};
 use ttrpc::asynchronous::Server;
 
 use crate::{
-    config::{self, Config},
+    config::{self, Config, Policy},
     errors::Error,
     events::{Publisher, tests as containerd},
     sandbox::{
@@ -40,6 +40,10 @@ impl Lab {
 
     pub(super) async fn with(guest: Guest, boots: bool) -> Lab {
         Lab::configured(guest, boots, |_| ()).await
+    }
+
+    pub(super) async fn with_policy(guest: Guest, boots: bool, policy: Policy) -> Lab {
+        Lab::configured(guest, boots, |config| config.policy = policy).await
     }
 
     pub(super) async fn configured(guest: Guest, boots: bool, configure: impl FnOnce(&mut Config)) -> Lab {

@@ -15,6 +15,7 @@ pub(super) fn manifest(containers: &[(&str, bool)]) -> Manifest {
         protocol: version::CURRENT.to_string(),
         vmm: WrittenBy::default(),
         origin: Origin { namespace: "ns".into(), sandbox: "old".into(), timeline: 2, backend: "fake".into() },
+        owner: None,
         template: None,
         containers: containers
             .iter()

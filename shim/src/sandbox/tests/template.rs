@@ -4,6 +4,7 @@ use tokio::{task::JoinHandle, time::sleep};
 
 use super::*;
 use crate::{
+    config::Policy,
     sandbox::SnapshotRequest,
     snapshot::{Listed, Store},
 };
@@ -148,7 +149,8 @@ async fn a_snapshot_that_nobody_waits_for_any_more_is_not_taken() {
 
 #[tokio::test]
 async fn a_template_is_built_alone_and_with_a_log() {
-    let lab = Lab::new().await;
+    let policy = Policy { pod_annotations: vec!["cube.*".into()], ..Default::default() };
+    let lab = Lab::with_policy(Guest::new(), true, policy).await;
     let mut pod = build();
     pod["annotations"]["io.kubernetes.cri.sandbox-id"] = "c1".into();
     let error = lab.sandbox.create(lab.request("c1", pod)).await.unwrap_err();

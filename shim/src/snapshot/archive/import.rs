@@ -23,7 +23,7 @@ use super::{
     members::{Member, Members, lossy},
     room::{Counted, Room},
 };
-use crate::task::check_id;
+use crate::{task::check_id, tenant::Tenant};
 
 /// Longest manifest. One of a guest with hundreds of streams has some ten KiB.
 const MANIFEST_MAX: u64 = 4 << 20;
@@ -153,7 +153,9 @@ fn manifest(text: Vec<u8>, path: &Path, import: Import<'_>) -> Result<Manifest, 
         }
         None => {}
     }
+    // Whose it is here is not for an archive to say.
     manifest.origin.namespace = import.namespace.into();
+    manifest.owner = Some(Tenant { namespace: import.namespace.into(), pod_namespace: None });
     check::usable(&manifest.name, &manifest)?;
     Ok(manifest)
 }

@@ -194,27 +194,91 @@ async fn what_is_rotated_away_while_nobody_reads_is_lost_to_the_fifo_alone_and_c
     assert_same(&got[head..], &pattern(total - tail, tail));
 }
 
-#[tokio::test]
-async fn an_exit_waits_for_a_reader_that_is_at_work_and_not_for_long_for_another() {
+/// With a log and without; a terminal has the stream of the latter.
+async fn exited(bytes: usize, log: bool) -> (Place, ProcessIo, String) {
     let place = Place::new();
     let agent = FakeAgent::new(60_000);
-    written(&agent, 3 << 20);
-    let config = with_fifo(&place);
+    written(&agent, bytes);
+    let config = if log { with_fifo(&place) } else { exec(&place) };
     let path = config.stdout.clone();
     let io = started(config, &agent).await;
-    // Nobody reads, and all of it is in the log.
-    soon(agent.until(|a| a.acked(Stream::STDOUT) == 3 << 20)).await;
+    soon(until(|| output(&io, "stdout").received > 0)).await;
     io.process_exited();
-    soon(until(|| output(&io, "stdout").acknowledged == 3 << 20)).await;
-    let begun = std::time::Instant::now();
-    io.taken().await;
-    assert!(begun.elapsed() < TAKEN_PATIENCE * 2, "nobody reads: {:?}", begun.elapsed());
-    // Somebody does.
-    let reader = tokio::spawn(async move { read_to_end(&mut open_reader(&path)).await });
-    soon(until(|| output(&io, "stdout").written > 0)).await;
-    io.taken().await;
-    assert_eq!(output(&io, "stdout").written, 3 << 20);
-    assert_same(&soon(reader).await.unwrap(), &pattern(0, 3 << 20));
+    (place, io, path)
+}
+
+#[tokio::test]
+async fn an_exit_waits_for_no_reader_that_has_never_been_there() {
+    for log in [false, true] {
+        let (_place, io, path) = exited(300_000, log).await;
+        let begun = Instant::now();
+        io.taken().await;
+        assert!(begun.elapsed() < TAKEN_PATIENCE * 2, "nobody reads: {:?}", begun.elapsed());
+        // One that comes then gets everything all the same.
+        assert_same(&soon(read_to_end(&mut open_reader(&path))).await, &pattern(0, 300_000));
+    }
+}
+
+#[tokio::test]
+async fn an_exit_waits_for_a_reader_that_rests_for_as_long_as_it_does() {
+    for log in [false, true] {
+        let (_place, io, path) = exited(600_000, log).await;
+        let mut reader = open_reader(&path);
+        let mut got = soon(read_exactly(&mut reader, 10_000)).await;
+        // Longer than whoever is not there is waited for, and a guest that is silent.
+        let taken = io.taken();
+        tokio::pin!(taken);
+        let told = tokio::time::timeout(GUEST_PATIENCE + Duration::from_millis(500), &mut taken).await;
+        assert!(told.is_err(), "told with {} bytes written", output(&io, "stdout").written);
+        got.extend(soon(read_to_end(&mut reader)).await);
+        assert_same(&got, &pattern(0, 600_000));
+        soon(taken).await;
+        assert!(soon(io.finish(LIMIT)).await.complete);
+    }
+}
+
+#[tokio::test]
+async fn an_exit_is_told_with_the_last_bytes_in_the_pipe() {
+    for log in [false, true] {
+        let (_place, io, path) = exited(50_000, log).await;
+        let mut reader = open_reader(&path);
+        soon(io.taken()).await;
+        assert_same(&soon(read_to_end(&mut reader)).await, &pattern(0, 50_000));
+    }
+}
+
+#[tokio::test]
+async fn an_exit_is_told_at_once_when_its_reader_goes() {
+    for log in [false, true] {
+        let (_place, io, path) = exited(600_000, log).await;
+        let mut reader = open_reader(&path);
+        soon(read_exactly(&mut reader, 10_000)).await;
+        let taken = io.taken();
+        tokio::pin!(taken);
+        assert!(tokio::time::timeout(TAKEN_PATIENCE * 2, &mut taken).await.is_err());
+        let gone = Instant::now();
+        drop(reader);
+        soon(taken).await;
+        assert!(gone.elapsed() < TAKEN_PATIENCE, "told {:?} later", gone.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn whoever_wants_the_end_of_a_process_waits_2_s_for_its_reader() {
+    for log in [false, true] {
+        let (_place, io, path) = exited(600_000, log).await;
+        let _reader = open_reader(&path);
+        let taken = io.taken();
+        tokio::pin!(taken);
+        assert!(tokio::time::timeout(TAKEN_PATIENCE * 2, &mut taken).await.is_err());
+        let begun = Instant::now();
+        io.end_wanted();
+        soon(taken).await;
+        let told = begun.elapsed();
+        assert!(told > TAKEN_LIMIT - TAKEN_PATIENCE && told < TAKEN_LIMIT * 2, "told after {told:?}");
+        let report = soon(io.finish(LIMIT)).await;
+        assert!(!report.complete && report.discarded_bytes > 0, "{report:?}");
+    }
 }
 
 #[tokio::test]
@@ -238,7 +302,7 @@ async fn the_log_runs_ahead_of_a_reader_that_takes_nothing_only() {
 }
 
 #[tokio::test]
-async fn the_fifo_of_an_exited_process_is_closed_though_a_reader_takes_nothing() {
+async fn the_fifo_of_a_process_whose_end_is_wanted_is_closed_though_a_reader_takes_nothing() {
     for log in [false, true] {
         let place = Place::new();
         let agent = FakeAgent::new(5000);
@@ -248,6 +312,7 @@ async fn the_fifo_of_an_exited_process_is_closed_though_a_reader_takes_nothing()
         let io = started(config, &agent).await;
         soon(until(|| output(&io, "stdout").written > 0)).await;
         io.process_exited();
+        io.end_wanted();
         tokio::time::sleep(phase::READER_PATIENCE + Duration::from_millis(500)).await;
         let got = soon(read_to_end(&mut reader)).await;
         assert!(got.len() < 1_000_000);

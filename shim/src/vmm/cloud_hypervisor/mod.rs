@@ -32,6 +32,8 @@ use crate::{
     config::{Config, Guest, Tools},
 };
 
+pub use self::restore::size_in;
+
 /// How long a request may take that moves no memory. vm.boot is the longest: it reads the kernel and makes
 /// every device, and on nested virtualization takes seconds.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);

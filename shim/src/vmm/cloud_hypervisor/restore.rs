@@ -102,6 +102,13 @@ fn memory_bytes(config: &Map<String, Value>) -> Result<u64, SnapshotDefect> {
     size.ok_or(SnapshotDefect::Lacks { expected: "how much memory the VM has" })
 }
 
+/// Virtual CPUs and MiB of memory of the VM that was written to `snapshot`, if that says it.
+pub fn size_in(snapshot: &Path) -> Option<(u32, u64)> {
+    let config = read(snapshot).ok()?;
+    let vcpus = config.get("cpus")?["boot_vcpus"].as_u64()?;
+    Some((u32::try_from(vcpus).ok()?, memory_bytes(&config).ok()?.div_ceil(1 << 20)))
+}
+
 /// The configuration for this sandbox.
 ///
 /// A snapshot may come from another host, and a configuration can name any file, socket or device of

@@ -1,6 +1,6 @@
 //! A status for programs. The names are an interface: `docs/operations.md` lists them, and they stay.
 
-use cube_shim::control::sandbox::{Exit, Guest, Log, Process, Ready, StatusResponse, Stream, Vmm};
+use cube_shim::control::sandbox::{Exit, Guest, Limits, Log, Process, Ready, StatusResponse, Stream, Vmm};
 use serde_json::{Value, json};
 
 use crate::time;
@@ -20,6 +20,7 @@ pub(super) fn value(status: &StatusResponse) -> Value {
             "open_files": shim.open_files,
         },
         "vmm": status.vmm.as_ref().map(vmm),
+        "limits": status.limits.as_ref().map(limits),
         "guest": status.guest.as_ref().map(guest),
         "guest_error": (!status.guest_error.is_empty()).then_some(&status.guest_error),
         "control": {
@@ -44,6 +45,18 @@ fn vmm(vmm: &Vmm) -> Value {
         "agent_version": vmm.agent_version,
         "agent_protocol": vmm.agent_protocol,
         "kernel_release": vmm.kernel_release,
+    })
+}
+
+fn limits(limits: &Limits) -> Value {
+    let in_force = |value: u64| (value != 0).then_some(value);
+    json!({
+        "cgroup": limits.cgroup,
+        "memory_bytes": in_force(limits.memory_bytes),
+        "cpu_percent": in_force(limits.cpu_percent),
+        "pids": in_force(limits.pids),
+        "io": limits.io,
+        "missing": limits.missing,
     })
 }
 

@@ -54,6 +54,9 @@ fn facts(status: &StatusResponse) -> Vec<[String; 2]> {
             fact("timeline", format!("{:016x}", vmm.timeline)),
         ]);
     }
+    if let Some(limits) = status.limits.as_ref() {
+        facts.push(fact("limits", format!("{}, of {}", limits.text, limits.cgroup)));
+    }
     facts.push(fact(
         "shim",
         format!(

@@ -5,6 +5,7 @@ mod guest;
 mod host;
 mod log;
 mod real;
+mod rests;
 mod wire;
 
 use std::{fmt, future::Future, io::Write, time::Duration};
@@ -350,15 +351,15 @@ fn every_byte_arrives_once_and_in_time_whatever_happens_in_whatever_order() {
     if let Err(failure) = result {
         panic!("{failure}");
     }
-    record(cases, began.elapsed());
+    record("stream protocol, random histories", cases, began.elapsed());
 }
 
 /// Puts the count into the table of `make soak`, as the end-to-end tests do theirs.
-fn record(cases: u32, took: Duration) {
+fn record(what: &str, cases: u32, took: Duration) {
     let Some(path) = std::env::var_os("CUBE_SOAK_FIGURES") else { return };
     let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
     let figures = [("histories", u64::from(cases)), ("seconds", took.as_secs())];
     for (figure, value) in figures {
-        file.write_all(format!("stream protocol, random histories\t{figure}\t{value}\n").as_bytes()).unwrap();
+        file.write_all(format!("{what}\t{figure}\t{value}\n").as_bytes()).unwrap();
     }
 }
