@@ -115,7 +115,7 @@ impl LogWriter {
             last: index.last,
             owed: None,
         };
-        mend(&mut segment, index.header != Some(header))
+        mend(&mut segment, index.header != Some(header), self.limits.segment_bytes)
             .map_err(|e| self.dir.error("cannot write the log index", &index_name(self.stream), e))?;
         self.adopt(&index, data_len);
         self.next_number = header.number.saturating_add(1);
@@ -132,8 +132,9 @@ impl LogWriter {
     }
 }
 
-/// Cuts off what is not valid in the index, and indexes the tail of the data that no record covers.
-fn mend(segment: &mut Segment, wrong_header: bool) -> io::Result<()> {
+/// Cuts off what is not valid in the index, and indexes the tail of the data that no record covers, unless the
+/// segment would outgrow `limit` by that: it would cost an older one.
+fn mend(segment: &mut Segment, wrong_header: bool, limit: u64) -> io::Result<()> {
     segment.index.set_len(segment.index_len)?;
     if wrong_header {
         segment.rewrite_header(segment.header)?;
@@ -144,7 +145,7 @@ fn mend(segment: &mut Segment, wrong_header: bool) -> io::Result<()> {
         }
         None => (0, segment.header.first_offset, segment.header.created_ns),
     };
-    if covered < segment.data_len {
+    if covered < segment.data_len && segment.size() + RECORD_LEN as u64 <= limit {
         // File times are those of the last tick, milliseconds behind the clock that records are made with;
         // but times in an index never go back.
         let time_ns = modified_ns(&segment.data).max(since);

@@ -172,11 +172,11 @@ mod tests {
             fs::write(dir.join("stdout"), vec![1; 1 << 20]).unwrap();
             age_by_hours(&dir, hours);
         }
-        let age = ("old".to_owned(), Reason::Age);
+        let age = || ("old".to_owned(), Reason::Age);
         let total = |id: &str| (id.to_owned(), Reason::Total);
-        assert_eq!(due_in(root.path(), 24, 5 << 20), [age.clone()], "what expires anyway does not count");
+        assert_eq!(due_in(root.path(), 24, 5 << 20), [age()], "what expires anyway does not count");
         let two_and_a_half = (2 << 20) + (1 << 19);
-        assert_eq!(due_in(root.path(), 24, two_and_a_half), [total("c"), total("d"), age]);
+        assert_eq!(due_in(root.path(), 24, two_and_a_half), [total("c"), total("d"), age()]);
         assert_eq!(due_in(root.path(), 99, 0).len(), 5);
     }
 

@@ -179,6 +179,18 @@ fn the_removal_of_a_segment_that_was_cut_short_is_completed() {
     assert!(!log.path().join(index_name(&closed_name("stdout", oldest))).exists());
 }
 
+#[test]
+fn a_full_segment_that_is_reopened_does_not_outgrow_its_size_and_cost_another() {
+    let mut log = Log::create(LIMITS);
+    append_pattern(&mut log.writer, 150_000);
+    let left = LIMITS.segment_bytes - log.writer.current.as_ref().unwrap().size();
+    append_pattern(&mut log.writer, left as usize - RECORD_LEN);
+    let mut writer = recover(&log.path());
+    assert_eq!(writer.current.as_ref().unwrap().size(), LIMITS.segment_bytes);
+    writer.gap(writer.next_offset() + 1).unwrap();
+    assert!(stream(&log.path()).len() >= 2 * 60_000);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
