@@ -6,9 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::container;
+
 pub mod cgroup;
 pub mod cmdline;
 pub mod console;
+mod executable;
+mod hardening;
+mod limits;
 pub mod modules;
 mod mounts;
 pub mod power;
@@ -66,7 +71,10 @@ pub fn guest() -> Result<(), BootError> {
         tracing::warn!("the kernel command line has {option}, which is unknown: ignored");
     }
     mounts::all()?;
+    hardening::apply();
+    limits::lift();
     cgroup::set_up()?;
     power::keep_ctrl_alt_del_from_resetting();
+    container::set_stage_executable(executable::protect()?);
     Ok(())
 }

@@ -81,11 +81,21 @@ impl Fixture {
         spec: Value,
         allow_vsock: bool,
     ) -> Result<(Container, Spawned, Output), ContainerError> {
+        self.create_in(self.rootfs(), spec, allow_vsock).await
+    }
+
+    pub(crate) async fn create_in(
+        &self,
+        rootfs: PathBuf,
+        spec: Value,
+        allow_vsock: bool,
+    ) -> Result<(Container, Spawned, Output), ContainerError> {
         let (stdio, output) = stdio(&spec["process"]);
         let config = Config {
             id: "c1".into(),
             spec: parse(spec.to_string().as_bytes())?,
-            rootfs: self.rootfs(),
+            rootfs,
+            proc: self.directory.path().join("proc/c1"),
             cgroup_parent: self.cgroup.clone(),
             allow_vsock,
         };
