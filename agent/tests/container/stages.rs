@@ -5,6 +5,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use nix::sys::wait::WaitStatus;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     push,
-    support::{Fixture, default_spec, reap_any, stdio, wait, within},
+    support::{Fixture, LIMIT, default_spec, reap_stages, stdio, wait, within},
 };
 
 /// What [`probe_every_process_in_sight`] says at its end.
@@ -65,8 +66,7 @@ async fn a_process_that_may_trace_finds_nothing_in_a_stage_that_is_not_the_conta
         let process: Process = serde_json::from_value(process).unwrap();
         let spawned = within(container.exec(&process, pipes)).await.unwrap();
         assert!(matches!(wait(&spawned), WaitStatus::Exited(_, 0)));
-        // The stage.
-        reap_any();
+        reap_stages();
     }
     fs::write(fixture.rootfs().join("stop"), "").unwrap();
     let seen = within(seen).await.unwrap();
@@ -93,7 +93,7 @@ async fn nor_in_one_that_waits_in_the_pid_namespace_of_another_container() {
     let mut joined = default_spec();
     joined["linux"]["namespaces"][0]["path"] = json!(format!("/proc/{}/ns/pid", init.pid));
     let (mut second, waiting, _output) = other.create_in(fixture.rootfs(), joined, false).await.unwrap();
-    reap_any();
+    reap_stages();
     until_exists(&fixture.rootfs().join("seen")).await;
     fs::write(fixture.rootfs().join("stop"), "").unwrap();
     let seen = within(seen).await.unwrap();
@@ -131,7 +131,8 @@ fn probe_every_process_in_sight() {
     let (mut stages, mut told) = (0, HashSet::new());
     println!();
     fs::write("/probing", "").unwrap();
-    while !Path::new("/stop").exists() {
+    let began = Instant::now();
+    while !Path::new("/stop").exists() && began.elapsed() < LIMIT {
         for entry in fs::read_dir("/proc").unwrap().flatten() {
             let path = entry.path();
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {

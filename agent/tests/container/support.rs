@@ -22,7 +22,7 @@ use nix::{
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Everything a container needs. Removed when dropped.
 pub(crate) struct Fixture {
@@ -183,6 +183,12 @@ pub(crate) fn wait(spawned: &Spawned) -> WaitStatus {
 /// Reaps one child of this thread, which is one of this test.
 pub(crate) fn reap_any() {
     waitpid(None, Some(WaitPidFlag::__WNOTHREAD)).unwrap();
+}
+
+/// Reaps the stages that have ended, whose children the processes of this test were.
+pub(crate) fn reap_stages() {
+    let flags = WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
+    while matches!(waitpid(None, Some(flags)), Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))) {}
 }
 
 /// Text of an error and its causes.
