@@ -10,7 +10,7 @@ use std::{
 };
 
 use cube_agent::{
-    boot::{self, BootError, cgroup, console, power, process as process_backend},
+    boot::{self, BootError, cgroup, console, limits, power, process as process_backend},
     container,
     errors::chain,
     server::{self, Config, ServeError, listen::Listener},
@@ -98,6 +98,7 @@ fn process_backend(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn serve_process_backend(options: process_backend::Options) -> Result<(), Error> {
+    limits::raise();
     let (listener, host_run) = process_backend::set_up(&options)?;
     serve(Config { listener: Listener::Unix(listener), cgroup: options.cgroup, host_run: Some(host_run) })
 }

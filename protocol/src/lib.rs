@@ -13,6 +13,7 @@ pub mod frame;
 pub mod fuzzing;
 pub mod hybrid;
 pub mod ports;
+pub mod spec;
 pub mod version;
 
 /// Messages of `proto/guest.proto`.

@@ -14,7 +14,7 @@ pub struct Version {
 }
 
 /// The version that this build speaks.
-pub const CURRENT: Version = Version { major: 1, minor: 3 };
+pub const CURRENT: Version = Version { major: 1, minor: 4 };
 
 /// The peer speaks a protocol that this build does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -126,6 +126,8 @@ pub struct Snapshot {
     /// The snapshot store: as large as the memory of the sandboxes, so not on a tmpfs. Mode 0700. On the
     /// file system of `rootfs.cache_dir`, packed layers are shared, and disks where it can share blocks.
     pub dir: PathBuf,
+    /// Bytes of data that a snapshot may have that is imported; at least 1.
+    pub import_limit: u64,
 }
 
 impl Default for Config {
@@ -145,7 +147,7 @@ impl Default for Config {
 
 impl Default for Snapshot {
     fn default() -> Self {
-        Snapshot { dir: "/var/lib/cube/snapshots".into() }
+        Snapshot { dir: "/var/lib/cube/snapshots".into(), import_limit: 64 << 30 }
     }
 }
 
@@ -258,7 +260,7 @@ impl Config {
             if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
         let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
-        let Config { vm, log, rootfs, .. } = self;
+        let Config { vm, log, rootfs, snapshot, .. } = self;
         // A log below log.dir would be taken for that of a container of the namespace "template".
         let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
         let rule = "an absolute path outside of log.dir";
@@ -267,7 +269,8 @@ impl Config {
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
         range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")?;
-        range("rootfs.cache_limit", rootfs.cache_limit, rootfs.cache_limit >= 1, "at least 1")
+        range("rootfs.cache_limit", rootfs.cache_limit, rootfs.cache_limit >= 1, "at least 1")?;
+        range("snapshot.import_limit", snapshot.import_limit, snapshot.import_limit >= 1, "at least 1")
     }
 }
 
@@ -297,6 +300,7 @@ mod tests {
             ("[log]\nsegments = 0", "at least 2"),
             ("[log]\nsegment_bytes = 0", "at least 65536"),
             ("[rootfs]\ncache_limit = 0", "at least 1"),
+            ("[snapshot]\nimport_limit = 0", "at least 1"),
             ("[log]\ntemplate_dir = 'templates'", "an absolute path"),
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),

@@ -243,6 +243,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         SnapshotError::Name(_) | SnapshotError::Outside { .. } | SnapshotError::Archive { .. } => {
             Code::INVALID_ARGUMENT
         }
+        SnapshotError::Limit { .. } | SnapshotError::Space { .. } => Code::RESOURCE_EXHAUSTED,
         SnapshotError::Exists { .. } => Code::ALREADY_EXISTS,
         SnapshotError::NotFound { .. } => Code::NOT_FOUND,
         SnapshotError::Manifest { .. }
@@ -251,6 +252,9 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         | SnapshotError::Foreign { .. }
         | SnapshotError::Length { .. }
         | SnapshotError::Damaged { .. }
+        | SnapshotError::Many { .. }
+        | SnapshotError::NoDigest { .. }
+        | SnapshotError::Spec { .. }
         | SnapshotError::InUse { .. } => Code::FAILED_PRECONDITION,
         SnapshotError::Io { .. } | SnapshotError::Input(_) | SnapshotError::Output(_) => Code::UNKNOWN,
     }
@@ -273,6 +277,7 @@ fn agent_code(error: &AgentError) -> Code {
         AgentError::Refused { status, .. } => status.code(),
         AgentError::Deadline { .. } => Code::DEADLINE_EXCEEDED,
         AgentError::Version(_) => Code::FAILED_PRECONDITION,
+        AgentError::Large { .. } => Code::INVALID_ARGUMENT,
         AgentError::Unreachable { .. }
         | AgentError::Dial(_)
         | AgentError::Transport { .. }

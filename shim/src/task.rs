@@ -9,7 +9,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{self, Empty, Status as TaskStatus},
-    protobuf::MessageField,
+    protobuf::{Message as _, MessageField, well_known_types::any::Any},
     shim_async::{Task, create_task},
 };
 use tracing::{debug, info};
@@ -28,6 +28,9 @@ use crate::{
 /// The service name that `create_task` of containerd-shim-protos uses, and the one before it.
 const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
+
+/// Name of [`api::ProcessInfo`] for containerd's clients.
+const PROCESS_INFO: &str = "containerd.v1.types.ProcessInfo";
 
 /// Longest id that containerd accepts.
 const ID_MAX: usize = 76;
@@ -74,6 +77,16 @@ fn process(container: String, exec: String) -> Result<ProcessId, Error> {
 
 fn init(container: String) -> Result<ProcessId, Error> {
     process(container, String::new())
+}
+
+/// A process of the guest. Its pid means nothing on the host, where the VMM is what runs it; it is in the info,
+/// in a message that every client of containerd knows.
+fn process_info(reported: u32, in_guest: u32) -> api::ProcessInfo {
+    let inner = api::ProcessInfo { pid: in_guest, ..Default::default() };
+    // Encoding into memory fails only for a message beyond 2 GiB.
+    let value = inner.write_to_bytes().unwrap_or_default();
+    let info = Any { type_url: PROCESS_INFO.into(), value, ..Default::default() };
+    api::ProcessInfo { pid: reported, info: MessageField::some(info), ..Default::default() }
 }
 
 /// containerd takes Unimplemented from Create for a shim of version 2, and tries again in vain.
@@ -210,10 +223,9 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
-        let pid = self.sandbox.pid(init(request.id)?.container).await?;
-        // Pids of the guest mean nothing on the host; the VMM is what runs the container here.
-        let process = api::ProcessInfo { pid, ..Default::default() };
-        Ok(api::PidsResponse { processes: vec![process], ..Default::default() })
+        let pids = self.sandbox.pids(init(request.id)?.container).await?;
+        let processes = pids.guest.into_iter().map(|pid| process_info(pids.reported, pid)).collect();
+        Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {

@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::unistd::Pid;
+
 /// Bytes that a thread reads while a test looks at them.
 #[derive(Debug, Clone, Default)]
 pub struct Capture(Arc<(Mutex<Captured>, Condvar)>);
@@ -124,6 +126,11 @@ impl Running {
         let mut stdin = self.stdin();
         // A program that ends early does not read it all: its exit status tells.
         thread::spawn(move || stdin.write_all(&bytes).ok());
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
     }
 
     /// Whether it still runs.

@@ -2,7 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "all of this is tests")]
 
-use std::{fs, path::Path, process::ExitCode, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
 
 use cube_protocol::{
     frame::{Header, Kind},
@@ -25,6 +30,7 @@ use serde_json::json;
 fn main() -> ExitCode {
     runner::main(cases![Backend::Process =>
         a_spec_that_is_not_json_is_refused_with_the_place,
+        a_spec_that_is_too_long_is_refused_with_its_size_and_the_limit,
         a_spec_that_is_missing_is_refused_with_its_path,
         a_rootfs_that_does_not_exist_is_refused_with_its_path,
         an_id_that_is_a_path_is_refused,
@@ -62,6 +68,16 @@ fn a_spec_that_is_not_json_is_refused_with_the_place(backend: Backend) {
     direct.start_shim();
     fs::write(direct.bundle.join("config.json"), "{\"ociVersion\": \"1.0.2\",\n  oops }").unwrap();
     create_fails(&lab, direct, &rootfs, &["config.json", "line 2"]);
+}
+
+fn a_spec_that_is_too_long_is_refused_with_its_size_and_the_limit(backend: Backend) {
+    let lab = Lab::new(backend);
+    let mut direct = Direct::new(&lab, "c", &["true"]);
+    let rootfs = direct.unpack_image();
+    direct.start_shim();
+    let file = File::options().write(true).open(direct.bundle.join("config.json")).unwrap();
+    file.set_len(40_000_000).unwrap();
+    create_fails(&lab, direct, &rootfs, &["config.json", "40000000 bytes", "33554432"]);
 }
 
 fn a_spec_that_is_missing_is_refused_with_its_path(backend: Backend) {

@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         exits::orphans_are_reaped,
         isolation::a_container_sees_its_own_system,
         isolation::what_the_spec_asks_of_a_process_is_done,
+        isolation::a_spec_without_rlimits_gets_those_of_containerds_service,
         isolation::a_container_writes_to_its_own_layer_only,
         isolation::a_bind_mount_of_the_host_is_shared,
         isolation::a_container_cannot_open_a_vsock,

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{copy, ending, exits, isolation, lifecycle, output, pods, store, survival},
 };
 
 fn main() -> ExitCode {
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,
         lifecycle::a_created_task_can_be_killed,
+        lifecycle::a_config_json_of_16_megabytes_works,
         output::output_lands_in_the_log_and_on_stdout,
         output::output_arrives_while_the_process_runs,
         output::stdin_is_piped_in_and_its_end_is_seen,
@@ -41,7 +42,16 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
+        copy::a_tree_goes_into_a_container_and_out_again,
+        copy::a_hostile_container_writes_nowhere_else,
+        ending::kill_and_rm_go_through_containerd,
+        ending::another_containerd_with_the_same_id_is_left_alone,
+        ending::kill_and_rm_need_no_containerd,
+        ending::kill_and_rm_need_neither_containerd_nor_shim,
+        ending::a_shim_that_does_not_answer_holds_up_no_kill,
         store::a_restore_that_fails_leaves_no_container,
+        store::an_import_that_is_interrupted_leaves_nothing,
+        store::what_an_archive_says_is_printable,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,
         pods::a_member_is_paused_and_resumed_alone,
         pods::deleting_the_sandbox_of_a_pod_removes_everything,

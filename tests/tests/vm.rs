@@ -7,7 +7,8 @@ use cube_tests::{
     needs::Backend,
     runner,
     scenarios::{
-        exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, terminal,
+        ending, exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival,
+        terminal,
     },
 };
 
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     runner::main(cases![Backend::Qemu =>
         lifecycle::a_running_sandbox_has_what_the_leftover_check_looks_for,
         lifecycle::a_task_can_be_listed_measured_killed_and_deleted,
+        lifecycle::a_config_json_of_16_megabytes_works,
         lifecycle::another_process_runs_in_a_container,
         lifecycle::an_id_that_is_taken_is_refused,
         lifecycle::events_come_in_order_with_the_fields_of_containerds_own_shim,
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
         exits::orphans_are_reaped,
         isolation::a_container_sees_its_own_system,
         isolation::what_the_spec_asks_of_a_process_is_done,
+        isolation::a_spec_without_rlimits_gets_those_of_containerds_service,
         isolation::a_container_writes_to_its_own_layer_only,
         isolation::a_bind_mount_of_the_host_is_shared,
         isolation::a_container_cannot_open_a_vsock,
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         survival::a_kernel_that_panics_is_an_exit_with_137,
+        ending::a_task_without_a_container_is_removed,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,

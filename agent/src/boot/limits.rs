@@ -1,31 +1,41 @@
-//! How much of everything the agent may use, and with it every container whose spec has no limits.
+//! Resource limits of the agent, which containers inherit whose spec has none.
+//!
+//! A kernel gives PID 1 1024 open files, 4096 at most, and in a small VM some hundred processes. Under
+//! containerd's own service, a container has neither limit (`LimitNOFILE`, `LimitNPROC`), and the agent needs
+//! descriptors for each process that it starts.
+
+use std::fs;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
 
-/// As many as `fs.nr_open` allows in a kernel that nobody has configured, and as systemd gives containerd.
-const OPEN_FILES: rlim_t = 1 << 20;
+/// The most open files that Linux lets a process have, unless fs.nr_open says otherwise.
+const FILES: rlim_t = 1 << 20;
 
-/// In a guest: the kernel gives its first process 4096 descriptors, and as many processes as fill half of the
-/// threads that a machine of this size may have.
-pub(super) fn lift() {
-    set(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES);
-    set(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY);
-}
+/// Threads that the kernel of a VM may have: `PID_MAX_DEFAULT`. By itself it reckons with the memory, and comes
+/// to a few hundred; what a container may have is for its memory and its `pids.max` to say.
+const THREADS: &str = "32768";
 
-/// On a host: as far as whoever started it lets the agent go.
-pub(super) fn raise() {
-    for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_NPROC] {
-        match getrlimit(resource) {
-            Ok((soft, hard)) if soft < hard => set(resource, hard, hard),
-            Ok(_) => {}
-            Err(errno) => tracing::warn!("cannot read {resource:?}: {errno}"),
+/// Raises them as far as that is allowed: in a VM as above, on a host up to the hard limit.
+pub fn raise() {
+    for (name, resource, wanted) in
+        [("open files", Resource::RLIMIT_NOFILE, FILES), ("processes", Resource::RLIMIT_NPROC, RLIM_INFINITY)]
+    {
+        if let Err(error) = raise_one(resource, wanted) {
+            tracing::warn!("cannot raise the limit of {name}: {error}");
         }
     }
 }
 
-/// What cannot be had is done without: it is needed by many processes at once, if at all.
-fn set(resource: Resource, soft: rlim_t, hard: rlim_t) {
-    if let Err(errno) = setrlimit(resource, soft, hard) {
-        tracing::warn!("cannot raise {resource:?} to {hard}: {errno}");
+fn raise_one(resource: Resource, wanted: rlim_t) -> nix::Result<()> {
+    let (_, hard) = getrlimit(resource)?;
+    let limit = hard.max(wanted);
+    setrlimit(resource, limit, limit).or_else(|_| setrlimit(resource, hard, hard))
+}
+
+/// Lets the kernel have as many threads as it has pids for. It is the guest's own.
+pub(super) fn raise_threads() {
+    let file = "/proc/sys/kernel/threads-max";
+    if let Err(error) = fs::write(file, THREADS) {
+        tracing::warn!("cannot write {THREADS} to {file}: {error}");
     }
 }

@@ -13,7 +13,7 @@ pub mod cmdline;
 pub mod console;
 mod executable;
 mod hardening;
-mod limits;
+pub mod limits;
 pub mod modules;
 mod mounts;
 pub mod power;
@@ -72,8 +72,9 @@ pub fn guest() -> Result<(), BootError> {
     }
     mounts::all()?;
     hardening::apply();
-    limits::lift();
     cgroup::set_up()?;
+    limits::raise_threads();
+    limits::raise();
     power::keep_ctrl_alt_del_from_resetting();
     container::set_stage_executable(executable::protect()?);
     Ok(())

@@ -19,7 +19,7 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::{BootError, cgroup, executable, limits};
+use super::{BootError, cgroup, executable};
 use crate::{container, guest::paths};
 
 /// The command line of `cube-agent process`. Every path is absolute.
@@ -110,7 +110,6 @@ pub fn set_up(options: &Options) -> Result<(UnixListener, HostRun), BootError> {
     mount(Some(&fd_path(&state)), paths::CONTAINERS, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(BootError::sys("cannot bind the state directory to", paths::CONTAINERS))?;
     container::set_stage_executable(executable::protect()?);
-    limits::raise();
     Ok((listener, HostRun(host_run)))
 }
 

@@ -28,7 +28,7 @@ use std::{
 };
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Process, Spec};
 use tokio::{net::TcpSocket, time::timeout};
 
 use self::{
@@ -94,6 +94,8 @@ pub struct Container {
     state: State,
     allow_vsock: bool,
     proc: Option<Kept>,
+    /// The device rules that it was created with.
+    device_rules: Vec<LinuxDeviceCgroup>,
 }
 
 #[derive(Debug)]
@@ -122,10 +124,16 @@ impl Container {
     /// `spec.root.path` and `spec.linux.cgroupsPath` are the host's and play no part. A container
     /// always gets a mount and a cgroup namespace of its own; a `network` namespace without a path is
     /// the guest's network.
-    pub async fn create(config: Config, stdio: ChildStdio) -> Result<(Container, Spawned), ContainerError> {
+    pub async fn create(
+        mut config: Config,
+        stdio: ChildStdio,
+    ) -> Result<(Container, Spawned), ContainerError> {
+        spec::clean(&mut config.spec);
+        spec::settle_devices(&mut config.spec)?;
         check_terminal(spec::check(&config.spec)?, &stdio)?;
         let cgroup = Cgroup::create(&config.cgroup_parent, &config.id)?;
         let (id, allow_vsock) = (config.id.clone(), config.allow_vsock);
+        let device_rules = device_rules(&config.spec).to_vec();
         let made = in_time(spawn_init(&cgroup, config, stdio)).await;
         let (child, terminal, proc) = match made {
             Ok(made) => made,
@@ -138,7 +146,8 @@ impl Container {
         };
         let init = duplicate(&child.pidfd)?;
         let (spawned, control) = child.release(terminal);
-        Ok((Container { cgroup, init, state: State::Created(control), allow_vsock, proc }, spawned))
+        let state = State::Created(control);
+        Ok((Container { cgroup, init, state, allow_vsock, proc, device_rules }, spawned))
     }
 
     /// Lets the init process go on to `execve`, and returns when that has happened. Once. An init process
@@ -210,9 +219,11 @@ impl Container {
         self.cgroup.stats()
     }
 
-    /// Changes the limits of the cgroup. What `resources` does not name stays as it is.
+    /// Changes the limits of the cgroup. What `resources` does not name stays as it is. Clients send the
+    /// device rules of the create along.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
-        if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+        let rules = resources.devices().as_deref().unwrap_or_default();
+        if !rules.is_empty() && rules != self.device_rules {
             return Err(ContainerError::Unsupported {
                 field: "linux.resources.devices".into(),
                 hint: Some("the device rules of a container are fixed when it is created"),
@@ -281,8 +292,7 @@ async fn spawn_init(
 ) -> Result<(Child, Option<OwnedFd>, Option<Kept>), ContainerError> {
     let mut namespaces = Namespaces::from_spec(&config.spec)?;
     let resources = config.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let rules = resources.and_then(|resources| resources.devices().as_deref());
-    cgroup.restrict_devices(rules.unwrap_or_default())?;
+    cgroup.restrict_devices(device_rules(&config.spec))?;
     if let Some(resources) = resources {
         cgroup.limit(resources)?;
     }
@@ -327,6 +337,11 @@ async fn spawn_init(
         kept.publish(child.pid);
     }
     Ok((child, terminal, kept))
+}
+
+fn device_rules(spec: &Spec) -> &[LinuxDeviceCgroup] {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default()
 }
 
 /// What the last report of a stage that was told to go says.

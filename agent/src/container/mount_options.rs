@@ -22,6 +22,8 @@ pub(super) struct MountOptions {
     pub(super) propagation: Vec<Propagation>,
     /// Options for the file system itself.
     pub(super) data: Vec<String>,
+    /// `tmpcopyup`: a tmpfs begins with a copy of what it covers.
+    pub(super) copy_up: bool,
 }
 
 /// `MOUNT_ATTR_…` bits to set and to clear.
@@ -66,12 +68,19 @@ impl MountOptions {
             recursive_attributes: Attributes::default(),
             propagation: Vec::new(),
             data: Vec::new(),
+            copy_up: false,
         };
         for option in mount.options().iter().flatten() {
             parsed.add(index, option)?;
         }
         if is_cgroup(typ) && !mount.options().iter().flatten().any(|option| option == "rw") {
             parsed.flags |= MsFlags::MS_RDONLY;
+        }
+        if parsed.copy_up && (typ != "tmpfs" || parsed.bind) {
+            return Err(ContainerError::Unsupported {
+                field: format!("mounts[{index}].options \"tmpcopyup\" of type {typ:?}"),
+                hint: Some("only a tmpfs can begin with a copy of what it covers"),
+            });
         }
         if parsed.bind && !parsed.data.is_empty() {
             let reason = "it is not an option of bind mounts";
@@ -93,7 +102,8 @@ impl MountOptions {
             "" | "defaults" => {}
             "bind" => self.bind = true,
             "rbind" => (self.bind, self.recursive_bind) = (true, true),
-            "tmpcopyup" | "idmap" | "ridmap" => {
+            "tmpcopyup" => self.copy_up = true,
+            "idmap" | "ridmap" => {
                 return Err(ContainerError::unsupported(format!("mounts[{index}].options {option:?}")));
             }
             _ => {
@@ -222,6 +232,16 @@ mod tests {
         let parsed = parse("tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]).unwrap();
         assert_eq!(parsed.flags, MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME);
         assert_eq!(parsed.data, ["mode=755", "size=65536k"]);
+    }
+
+    #[test]
+    fn only_a_tmpfs_copies_what_it_covers() {
+        let parsed = parse("tmpfs", &["nosuid", "tmpcopyup"]).unwrap();
+        assert!(parsed.copy_up && parsed.data.is_empty());
+        for (typ, options) in [("proc", vec!["tmpcopyup"]), ("tmpfs", vec!["bind", "tmpcopyup"])] {
+            let error = parse(typ, &options).unwrap_err().to_string();
+            assert!(error.contains("tmpcopyup"), "{error}");
+        }
     }
 
     #[test]

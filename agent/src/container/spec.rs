@@ -1,9 +1,11 @@
 //! What of a spec is honoured. Everything else is refused by name: a container must never run with less
 //! isolation, or in another way, than its author asked for.
 
+use std::path::{Component, Path, PathBuf};
+
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxPersonality, LinuxPersonalityDomain,
-    LinuxResources, Mount, Process, Spec,
+    Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxPersonality,
+    LinuxPersonalityDomain, LinuxResources, Mount, Process, Spec,
 };
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -68,6 +70,73 @@ where
     for<'a> &'a T: IntoIterator,
 {
     field.as_ref().is_some_and(|items| items.into_iter().next().is_some())
+}
+
+/// Unix98 pseudo terminals.
+const PTS_MAJOR: i64 = 136;
+
+/// Makes the destinations of mounts absolute and without `.` and `..`, as runc does: by their text, and never
+/// above the root.
+pub(super) fn clean(spec: &mut Spec) {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        // An empty one is refused.
+        if !mount.destination().as_os_str().is_empty() {
+            let destination = lexically_clean(mount.destination());
+            mount.set_destination(destination);
+        }
+    }
+}
+
+/// Looks whether the guest has the devices of the spec: a node without a driver is no device. A privileged
+/// container, which may use all, goes without those that are not there.
+pub(super) fn settle_devices(spec: &mut Spec) -> Result<(), ContainerError> {
+    const KNOWN: &str = "/sys/dev/char";
+    let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
+    let is_for_all = |rule: &LinuxDeviceCgroup| {
+        let of_all_kinds = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        let any = |number: Option<i64>| matches!(number, None | Some(-1));
+        rule.allow() && of_all_kinds && any(rule.major()) && any(rule.minor())
+    };
+    let privileged = rules.iter().flatten().any(is_for_all);
+    let Some(devices) = linux.devices_mut() else { return Ok(()) };
+    let is_missing = |device: &LinuxDevice| {
+        let character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+        let number = format!("{KNOWN}/{}:{}", device.major(), device.minor());
+        // Pseudo terminals come and go, and are not in sysfs.
+        character && device.major() != PTS_MAJOR && Path::new(KNOWN).exists() && !Path::new(&number).exists()
+    };
+    if privileged {
+        devices.retain(|device| {
+            let missing = is_missing(device);
+            if missing {
+                log::warn!("{} is left out: the guest has no such device", device.path().display());
+            }
+            !missing
+        });
+        return Ok(());
+    }
+    match devices.iter().enumerate().find(|(_, device)| is_missing(device)) {
+        Some((index, device)) => Err(ContainerError::Unsupported {
+            field: format!("linux.devices[{index}] ({})", device.path().display()),
+            hint: Some(
+                "the guest's kernel has no such device; a module can be added with build-guest --module",
+            ),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn lexically_clean(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => drop(clean.pop()),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    clean
 }
 
 /// Checks a whole spec, and gives its process.
@@ -231,10 +300,9 @@ fn check_mount(index: usize, mount: &Mount) -> Result<(), ContainerError> {
         ],
     )?;
     let destination = mount.destination();
-    let climbs = destination.components().any(|part| part == std::path::Component::ParentDir);
-    if climbs || destination.as_os_str().is_empty() {
+    if destination.as_os_str().is_empty() {
         let field = format!("{prefix}destination");
-        return Err(ContainerError::invalid(field, destination.display(), "it must be a path without .."));
+        return Err(ContainerError::invalid(field, "", "it must be a path"));
     }
     let options = MountOptions::parse(index, mount)?;
     if options.bind && !mount.source().as_ref().is_some_and(|source| source.is_absolute()) {
@@ -420,6 +488,46 @@ mod tests {
         ] {
             assert_eq!(outcome(pointer, value.clone()), "accepted", "{pointer} = {value}");
         }
+    }
+
+    #[test]
+    fn destinations_are_cleaned_by_their_text_and_stay_below_the_root() {
+        for (given, expected) in [
+            ("/a/../b", "/b"),
+            ("/../../etc/x", "/etc/x"),
+            ("relative/./path", "/relative/path"),
+            ("/proc/", "/proc"),
+            ("/..", "/"),
+        ] {
+            assert_eq!(lexically_clean(Path::new(given)), Path::new(expected), "{given}");
+        }
+        let mut spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.0.2", "mounts": [{"destination": "/x/../dev", "type": "tmpfs"}],
+        }))
+        .unwrap();
+        clean(&mut spec);
+        assert_eq!(spec.mounts().as_ref().unwrap()[0].destination(), Path::new("/dev"));
+    }
+
+    #[test]
+    fn a_device_that_the_guest_does_not_have_is_refused_and_left_out_of_a_privileged_container() {
+        let device =
+            |minor: i64| json!({"path": format!("/dev/d{minor}"), "type": "c", "major": 10, "minor": minor});
+        let spec = |privileged: bool| {
+            let rules = if privileged { json!([{"allow": true, "access": "rwm"}]) } else { json!([]) };
+            let mut spec = minimal();
+            // No kernel has this one.
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}, device(999_999)]);
+            spec["linux"]["resources"] = json!({"devices": rules});
+            serde_json::from_value::<Spec>(spec).unwrap()
+        };
+        let error = settle_devices(&mut spec(false)).unwrap_err().to_string();
+        assert!(error.contains("linux.devices[1] (/dev/d999999)"), "{error}");
+        let mut privileged = spec(true);
+        settle_devices(&mut privileged).unwrap();
+        let kept = privileged.linux().as_ref().unwrap().devices().as_ref().unwrap();
+        assert_eq!((kept.len(), kept[0].path().as_path()), (1, Path::new("/dev/null")));
     }
 
     #[test]

@@ -66,6 +66,34 @@ pub enum Error {
     /// The id is taken.
     #[error("{} already exists", describe(.0))]
     AlreadyExists(ProcessId),
+    /// A config.json that is longer than any may be.
+    #[error("config.json has {bytes} bytes, {max} are possible", max = cube_protocol::spec::BYTES_MAX)]
+    SpecTooLong {
+        /// Its length.
+        bytes: u64,
+    },
+    /// A config.json that the guest cannot work with.
+    #[error(
+        "config.json has {bytes} bytes, for which the {available} bytes of memory that the guest has left are not enough: give the sandbox more memory"
+    )]
+    SpecNeedsMemory {
+        /// Its length.
+        bytes: u64,
+        /// Memory that the guest has.
+        available: u64,
+    },
+    /// A part of a config.json that does not follow what is here.
+    #[error(
+        "of the config.json of {container:?} {have} bytes are here, what follows {offset} was given or asked for"
+    )]
+    SpecPart {
+        /// The container.
+        container: String,
+        /// Where the part begins, or should end.
+        offset: u64,
+        /// Bytes that are here.
+        have: u64,
+    },
     /// Not in this state.
     #[error("{} is {state}: {needed}", describe(.process))]
     State {
@@ -188,6 +216,9 @@ impl Error {
             | Error::NotQuiesced { .. }
             | Error::Timeline { .. }
             | Error::Version(_) => Code::FAILED_PRECONDITION,
+            Error::SpecTooLong { .. } => Code::INVALID_ARGUMENT,
+            Error::SpecNeedsMemory { .. } => Code::RESOURCE_EXHAUSTED,
+            Error::SpecPart { .. } => Code::FAILED_PRECONDITION,
             Error::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Error::Timeout { .. } => Code::DEADLINE_EXCEEDED,
             Error::System { source, .. } => io_code(source),

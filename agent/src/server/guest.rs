@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use cube_protocol::{
     guest::{
         EventsRequest, EventsResponse, HelloRequest, HelloResponse, InfoRequest, InfoResponse,
-        PrepareSandboxRequest, PrepareSandboxResponse, ProbeRequest, ProbeResponse, QuiesceRequest,
-        QuiesceResponse, SharedMount, ThawRequest, ThawResponse,
+        PrepareSandboxRequest, PrepareSandboxResponse, ProbeRequest, ProbeResponse, PutSpecRequest,
+        PutSpecResponse, QuiesceRequest, QuiesceResponse, SharedMount, ThawRequest, ThawResponse,
     },
     guest_ttrpc::Guest,
     version,
@@ -20,7 +20,7 @@ use cube_protocol::{
 use tokio::{sync::Mutex, task::spawn_blocking};
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{Refused, detached, error::Error, events::Events, probe, rest, tasks::Tasks};
+use super::{Refused, detached, error::Error, events::Events, ids, probe, rest, specs::Specs, tasks::Tasks};
 use crate::{
     boot::process::{HostRun, fd_path},
     guest::{
@@ -42,6 +42,7 @@ pub(super) struct Parts {
     pub(super) quiescence: Arc<Quiescence>,
     pub(super) refused: Arc<Refused>,
     pub(super) host_run: Option<HostRun>,
+    pub(super) specs: Arc<Specs>,
 }
 
 /// The service.
@@ -226,5 +227,13 @@ impl Guest for GuestService {
         // It changes nothing that would have to be carried out to its end: dropped with its connection, it
         // ends.
         Ok(probe::probe(&self.parts, request).await?)
+    }
+
+    async fn put_spec(&self, _: &TtrpcContext, request: PutSpecRequest) -> ttrpc::Result<PutSpecResponse> {
+        ids::container(&request.container_id)?;
+        let memory =
+            info::memory().map_err(|source| Error::System { action: "read the memory figures", source })?;
+        self.parts.specs.put(request, memory.available)?;
+        Ok(PutSpecResponse::default())
     }
 }

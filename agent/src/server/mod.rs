@@ -9,6 +9,7 @@ pub mod ids;
 pub mod listen;
 mod probe;
 mod rest;
+mod specs;
 mod task;
 pub mod tasks;
 
@@ -31,7 +32,9 @@ use tokio::{
 };
 use ttrpc::asynchronous::{Server, transport};
 
-use self::{events::Events, guest::GuestService, listen::Listener, task::TaskService, tasks::Tasks};
+use self::{
+    events::Events, guest::GuestService, listen::Listener, specs::Specs, task::TaskService, tasks::Tasks,
+};
 use crate::{
     boot::{process::HostRun, reaper::Reaper},
     container::Freezer,
@@ -138,6 +141,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         tracing::warn!("no loopback network: {}", crate::errors::chain(&error));
     }
 
+    let specs = Arc::new(Specs::default());
     let guest = GuestService::new(guest::Parts {
         boot_id: identity.boot_id,
         ring_budget,
@@ -147,8 +151,9 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         events,
         refused: refused.clone(),
         host_run: config.host_run,
+        specs: specs.clone(),
     });
-    let task = TaskService::new(tasks.clone(), hub.clone(), quiescence, shutdown.clone());
+    let task = TaskService::new(tasks.clone(), hub.clone(), quiescence, specs, shutdown.clone());
     let control = listen::start(config.listener, hub, refused).map_err(ServeError::system("listen"))?;
     let control =
         stream::unfold(control, async |mut control| control.recv().await.map(|next| (Ok(next), control)));

@@ -27,6 +27,7 @@ use super::{
     detached,
     error::Error,
     ids,
+    specs::Specs,
     tasks::{NewTask, State, Streams, Tasks},
 };
 use crate::{
@@ -51,6 +52,7 @@ pub(super) struct TaskService {
     tasks: Arc<Tasks>,
     hub: Arc<Hub>,
     quiescence: Arc<Quiescence>,
+    specs: Arc<Specs>,
     shutdown: Arc<Notify>,
 }
 
@@ -59,9 +61,10 @@ impl TaskService {
         tasks: Arc<Tasks>,
         hub: Arc<Hub>,
         quiescence: Arc<Quiescence>,
+        specs: Arc<Specs>,
         shutdown: Arc<Notify>,
     ) -> TaskService {
-        TaskService { tasks, hub, quiescence, shutdown }
+        TaskService { tasks, hub, quiescence, specs, shutdown }
     }
 
     /// To be held for as long as `call` changes anything.
@@ -77,7 +80,11 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let new = new_task(request)?;
+        let new = new_task(request, |id, bytes| {
+            // A repeated request learns what the first one has done: that has taken the parts.
+            self.tasks.check_free(id)?;
+            self.specs.take(id, bytes)
+        })?;
         let (pass, tasks) = (self.pass("Create")?, self.tasks.clone());
         let pid = detached(pass, async move { tasks.create(new).await }).await?;
         Ok(CreateTaskResponse { pid: wire_pid(pid), ..Default::default() })
@@ -221,7 +228,12 @@ impl Task for TaskService {
     }
 }
 
-fn new_task(request: CreateTaskRequest) -> Result<NewTask, Error> {
+/// What a Create asks for. `brought` gives the config.json of this container that came in parts, and has this
+/// length.
+fn new_task(
+    request: CreateTaskRequest,
+    brought: impl FnOnce(&str, u64) -> Result<Vec<u8>, Error>,
+) -> Result<NewTask, Error> {
     ids::container(&request.id)?;
     for (field, checkpoint) in
         [("checkpoint", &request.checkpoint), ("parent_checkpoint", &request.parent_checkpoint)]
@@ -242,7 +254,8 @@ fn new_task(request: CreateTaskRequest) -> Result<NewTask, Error> {
             return Err(Error::Invalid { field: "options.log_mode", value, reason: "no such mode" });
         }
     };
-    let spec: Spec = container::parse(&options.spec)?;
+    let json = if options.spec_bytes == 0 { options.spec } else { brought(&request.id, options.spec_bytes)? };
+    let spec: Spec = container::parse(&json)?;
     if let Some(process) = spec.process() {
         check_terminal(process, streams)?;
     }
@@ -364,7 +377,7 @@ mod tests {
     }
 
     fn refused(request: CreateTaskRequest) -> String {
-        let error = new_task(request).unwrap_err();
+        let error = new_task(request, |_, _| unreachable!()).unwrap_err();
         assert_eq!(error.code(), Code::INVALID_ARGUMENT);
         crate::errors::chain(&error)
     }
@@ -373,7 +386,7 @@ mod tests {
     fn a_plain_request_is_taken() {
         let mut plain = request(SPEC);
         plain.stdout = STREAM.into();
-        let new = new_task(plain).unwrap();
+        let new = new_task(plain, |_, _| unreachable!()).unwrap();
         assert_eq!(new.streams, Streams { terminal: false, stdin: false, stdout: true, stderr: false });
         assert_eq!((new.policy, new.allow_vsock), (Policy::Block, false));
     }

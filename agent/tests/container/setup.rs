@@ -1,12 +1,16 @@
 //! What the spec says is what the process finds.
 
-use std::fs;
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+};
 
+use cube_agent::container::parse;
 use serde_json::json;
 
 use crate::{
     push,
-    support::{Fixture, chain, default_spec, wait, within},
+    support::{Fixture, chain, default_spec, reap_any, stdio, wait, within},
 };
 
 #[tokio::test]
@@ -213,6 +217,104 @@ async fn namespaces_with_a_path_are_joined() {
         .script(spec, "hostname; cat /proc/1/comm; (readlink /proc/1/ns/ipc; readlink /proc/self/ns/ipc) | uniq | wc -l")
         .await;
     assert_eq!(seen, "box\nsleep\n1\n");
+    within(container.delete()).await.unwrap();
+    wait(&init);
+}
+
+#[tokio::test]
+async fn a_tmpfs_has_the_mode_of_the_directory_that_it_covers() {
+    let fixture = Fixture::new();
+    let private = fixture.rootfs().join("private");
+    fs::create_dir(&private).unwrap();
+    fs::set_permissions(&private, fs::Permissions::from_mode(0o1750)).unwrap();
+    let mut spec = default_spec();
+    for (destination, options) in
+        [("/private", json!(["nosuid"])), ("/new", json!(["nosuid"])), ("/run", json!(["mode=700"]))]
+    {
+        let mount =
+            json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options});
+        push(&mut spec, "/mounts", mount);
+    }
+    // As with runc: a directory that is made for the mount has no mode to pass on, and tmpfs has its own.
+    assert_eq!(fixture.script(spec, "stat -c %a /private /new /run").await, "1750\n1777\n700\n");
+}
+
+#[tokio::test]
+async fn a_destination_with_dots_is_cleaned_and_stays_inside() {
+    let fixture = Fixture::new();
+    let mut spec = default_spec();
+    for destination in ["/no/such/../../cleaned", "/../../../../inside", "relative"] {
+        let mount = json!({"destination": destination, "type": "tmpfs", "source": "tmpfs"});
+        push(&mut spec, "/mounts", mount);
+    }
+    let seen = fixture
+        .script(spec, "grep -c -E '^tmpfs /(cleaned|inside|relative) ' /proc/mounts; ls -d /no 2>&1; true")
+        .await;
+    assert!(seen.starts_with("3\n") && seen.contains("No such file"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_tmpfs_with_tmpcopyup_begins_with_what_it_covers_and_changes_stay_in_it() {
+    let fixture = Fixture::new();
+    let covered = fixture.rootfs().join("covered");
+    fs::create_dir_all(covered.join("below")).unwrap();
+    fs::write(covered.join("below/file"), "text\n").unwrap();
+    symlink("/etc/passwd", covered.join("link")).unwrap();
+    let mut spec = default_spec();
+    let options = json!(["nosuid", "tmpcopyup", "ro"]);
+    let mount = json!({"destination": "/covered", "type": "tmpfs", "source": "tmpfs", "options": options});
+    push(&mut spec, "/mounts", mount.clone());
+    let script = "cat /covered/below/file; readlink /covered/link; touch /covered/x 2>&1; true";
+    let seen = fixture.script(spec.clone(), script).await;
+    assert_eq!(seen, "text\n/etc/passwd\ntouch: /covered/x: Read-only file system\n");
+    spec["mounts"].as_array_mut().unwrap().last_mut().unwrap()["options"] = json!(["tmpcopyup"]);
+    fixture.script(spec, "echo other > /covered/below/file").await;
+    assert_eq!(fs::read_to_string(covered.join("below/file")).unwrap(), "text\n");
+}
+
+#[tokio::test]
+async fn the_home_is_found_among_names_that_are_not_utf_8() {
+    let fixture = Fixture::new();
+    let users = b"m:x:9:9:M\xfcller:/home/m:/bin/sh\nuser:x:1000:1000:\xff:/home/user:/bin/sh\n";
+    fs::write(fixture.rootfs().join("etc/passwd"), users).unwrap();
+    let mut spec = default_spec();
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    assert_eq!(fixture.script(spec, "echo $HOME").await, "/home/user\n");
+}
+
+#[tokio::test]
+async fn an_exec_in_a_directory_that_does_not_exist_is_an_error_and_makes_none() {
+    let fixture = Fixture::new();
+    let mut spec = default_spec();
+    spec["process"]["args"] = json!(["sleep", "1000"]);
+    let (mut container, init, _output) = fixture.create(spec.clone()).await.unwrap();
+    within(container.start()).await.unwrap();
+    let mut process = spec["process"].clone();
+    process["cwd"] = json!("/no/such/directory");
+    let (stdio, _output) = stdio(&process);
+    let process = parse(process.to_string().as_bytes()).unwrap();
+    let error = within(container.exec(&process, stdio)).await.unwrap_err();
+    let text = chain(&error);
+    assert!(text.contains("/no/such/directory") && text.contains("No such file"), "{text}");
+    assert!(!fixture.rootfs().join("no").exists());
+    // A pid namespace lives on until all its zombies are reaped.
+    reap_any();
+    within(container.delete()).await.unwrap();
+    wait(&init);
+}
+
+#[tokio::test]
+async fn an_update_takes_the_device_rules_of_the_create_and_no_others() {
+    let fixture = Fixture::new();
+    let mut spec = default_spec();
+    spec["process"]["args"] = json!(["sleep", "1000"]);
+    let (mut container, init, _output) = fixture.create(spec.clone()).await.unwrap();
+    within(container.start()).await.unwrap();
+    let mut resources = json!({"devices": spec["linux"]["resources"]["devices"]});
+    container.update(&parse(resources.to_string().as_bytes()).unwrap()).unwrap();
+    push(&mut resources, "/devices", json!({"allow": true, "access": "rwm"}));
+    let error = container.update(&parse(resources.to_string().as_bytes()).unwrap()).unwrap_err();
+    assert!(error.to_string().contains("linux.resources.devices"), "{error}");
     within(container.delete()).await.unwrap();
     wait(&init);
 }

@@ -200,7 +200,8 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    // Other tests may mount on paths that are not UTF-8.
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
     let line = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("these tests need cgroup v2");
     Path::new(line.split(' ').nth(4).unwrap()).to_owned()
 }

@@ -50,6 +50,8 @@ impl Agent {
             .args(&command[1..])
             .args(["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "unchanged"])
             .args(["--uts", "--ipc", "--net", "--cgroup"])
+            // As a shim that has 1024 open files would start it.
+            .args(["prlimit", "--nofile=1024:"])
             .arg(program)
             .args(["process", "--listen"])
             .arg(directory.path().join("agent.sock"))
@@ -111,12 +113,27 @@ impl Agent {
         }
     }
 
-    /// Registers an exec that runs `args`.
+    /// Registers an exec that runs `args`, with stdout.
     pub(crate) async fn exec(&self, id: &str, exec_id: &str, args: &[&str]) -> ttrpc::Result<Empty> {
+        self.exec_with(id, exec_id, args, [false, true, false]).await
+    }
+
+    /// Registers an exec that runs `args`, with those of stdin, stdout and stderr that are `wanted`.
+    pub(crate) async fn exec_with(
+        &self,
+        id: &str,
+        exec_id: &str,
+        args: &[&str],
+        wanted: [bool; 3],
+    ) -> ttrpc::Result<Empty> {
+        let [stdin, stdout, stderr] =
+            wanted.map(|wanted| if wanted { "stream".to_owned() } else { String::new() });
         let request = ExecProcessRequest {
             id: id.into(),
             exec_id: exec_id.into(),
-            stdout: "stream".into(),
+            stdin,
+            stdout,
+            stderr,
             spec: any(
                 "types.containerd.io/opencontainers/runtime-spec/1/Process",
                 process(args).to_string().into_bytes(),
@@ -247,7 +264,8 @@ fn remove_cgroup(path: &Path) {
 }
 
 fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    // Other tests may mount on paths that are not UTF-8.
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     let mount =
         mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields[2] == "cgroup2");
     mount.expect("cgroup2 is mounted")[1].into()

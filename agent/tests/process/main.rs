@@ -45,6 +45,38 @@ async fn a_container_runs_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn three_hundred_processes_with_all_streams_run_at_once() {
+    let agent = Agent::start().await;
+    agent.create("c1", SLEEP).await.unwrap();
+    agent.start_process("c1", "").await.unwrap();
+    let ids: Vec<_> = (1..300).map(|n| format!("e{n}")).collect();
+    let started = ids.iter().map(async |id| {
+        agent.exec_with("c1", id, SLEEP, [true; 3]).await.map_err(|error| format!("{id}: {error}"))?;
+        agent.start_process("c1", id).await.map_err(|error| format!("{id}: {error}"))
+    });
+    for started in futures::future::join_all(started).await {
+        started.unwrap();
+    }
+    agent.kill("c1", "", libc::SIGKILL).await.unwrap();
+    agent.exit("c1", "").await;
+}
+
+#[tokio::test]
+async fn a_container_without_rlimits_has_what_the_agent_may_have() {
+    let agent = Agent::start().await;
+    let hard = |resource| nix::sys::resource::getrlimit(resource).unwrap().1;
+    let script = "ulimit -Sn; ulimit -Hn; ulimit -Su";
+    agent.create("c1", &["/bin/sh", "-c", &format!("({script}) > /tmp/limits")]).await.unwrap();
+    agent.start_process("c1", "").await.unwrap();
+    assert_eq!(agent.exit("c1", "").await.exit_status, 0);
+    let limits = std::fs::read_to_string(agent.rootfs().join("tmp/limits")).unwrap();
+    let limits: Vec<u64> = limits.lines().map(|line| line.parse().unwrap_or(u64::MAX)).collect();
+    let files = hard(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    let processes = hard(nix::sys::resource::Resource::RLIMIT_NPROC);
+    assert!(limits[0] == limits[1] && limits[1] >= files && limits[2] >= processes, "{limits:?}");
+}
+
+#[tokio::test]
 async fn calls_that_the_state_forbids_are_refused_as_containerd_expects() {
     let agent = Agent::start().await;
     agent.create("c1", SLEEP).await.unwrap();

@@ -151,32 +151,6 @@ async fn a_start_ends_with_its_container() {
     assert_eq!(agent.leftovers(), [""; 0]);
 }
 
-/// Each takes a few descriptors of the agent while it starts, and as long as it lives.
-#[tokio::test]
-async fn descriptors_for_as_many_processes_as_there_may_be_come_from_the_hard_limit() {
-    const EXECS: usize = 147;
-    let agent = Agent::start_by(&["prlimit", "--nofile=256:8192", "--nproc=4096:8192"]).await;
-    agent.run("c1", SLEEP).await;
-    // Of a container without limits of its own.
-    agent.exec("c1", "limits", &["/bin/cat", "/proc/self/limits"]).await.unwrap();
-    agent.start_process("c1", "limits").await.unwrap();
-    let mut host = Host::open_exec(&agent, "c1", "limits", Stream::STDOUT, 1, 0).await;
-    let limits = String::from_utf8(host.drain().await).unwrap();
-    for name in ["Max open files", "Max processes"] {
-        let limit = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-        assert_eq!(limit.split_whitespace().take(2).collect::<Vec<_>>(), ["8192", "8192"], "{name}");
-    }
-    let starts = (0..EXECS).map(async |number| {
-        let exec = format!("e{number}");
-        agent.exec("c1", &exec, SLEEP).await.unwrap();
-        agent.start_process("c1", &exec).await.unwrap();
-    });
-    futures::future::join_all(starts).await;
-    agent.kill("c1", "", libc::SIGKILL).await.unwrap();
-    agent.exit("c1", "").await;
-    agent.delete("c1", "").await.unwrap();
-}
-
 /// CVE-2019-5736 and its like: the file must stay out of reach when no agent runs any more, too.
 #[tokio::test]
 async fn the_agents_binary_cannot_be_written_to_by_who_finds_it() {

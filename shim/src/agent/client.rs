@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use containerd_shim_protos::protobuf::Message;
 use cube_protocol::guest::HelloResponse;
 use tokio::{
     sync::watch,
@@ -28,6 +29,9 @@ use crate::errors::chain;
 /// How long after the loss of its connection a request is made again: a guest that lives is back at
 /// once, and a caller should hear soon of one that does not.
 const REPEAT: Duration = Duration::from_secs(5);
+
+/// Longest request: what ttrpc carries, less what it adds. A longer one would cost the connection.
+const REQUEST_MAX: u64 = ttrpc::proto::MESSAGE_LENGTH_MAX as u64 - 1024;
 
 /// The agent of one sandbox. Clones share the connection.
 #[derive(Clone)]
@@ -161,11 +165,15 @@ impl Agent {
         send: F,
     ) -> Result<T, AgentError>
     where
-        Q: Clone,
+        Q: Message,
         F: Fn(Clients, Context, Q) -> R,
         R: Future<Output = ttrpc::Result<T>> + Send + 'static,
         T: Send + 'static,
     {
+        let size = request.compute_size();
+        if size > REQUEST_MAX {
+            return Err(AgentError::Large { call, size, limit: REQUEST_MAX });
+        }
         let deadline = Instant::now() + limit;
         let mut lost: Option<(Instant, AgentError)> = None;
         loop {

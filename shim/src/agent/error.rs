@@ -39,6 +39,16 @@ pub enum AgentError {
         /// The deadline.
         limit: Duration,
     },
+    /// A request that no connection would carry.
+    #[error("the request of {call} has {size} bytes, a message to the guest can have {limit}")]
+    Large {
+        /// Name of the method.
+        call: &'static str,
+        /// Its length.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// The connection ended during a call, whose effect is unknown.
     #[error("the connection to the guest was lost during {call}")]
     Transport {

@@ -19,12 +19,6 @@ const TEXT_MAX: usize = 1000;
 
 /// What the guest says, fit for a log and a terminal: not at any length, and without control characters.
 pub fn printable(text: &str) -> String {
-    let mut printable = String::new();
-    for c in text.chars().take(TEXT_MAX) {
-        match c.is_control() {
-            true => printable.extend(c.escape_default()),
-            false => printable.push(c),
-        }
-    }
-    printable
+    let shortened: String = text.chars().take(TEXT_MAX).collect();
+    crate::text::printable(&shortened).into_owned()
 }

@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -23,6 +24,7 @@ use ttrpc::{
 
 use super::{ADDRESS_FILE, BootstrapError, Flags, drain, io_error, load_config, ttrpc_address};
 use crate::{
+    config::Config,
     events::timestamp,
     sandbox::{Exit, Host, LinuxHost, spec},
     state::{RunDir, RunDirLock, StateError},
@@ -66,16 +68,41 @@ fn clean(flags: &Flags, host: &dyn Host) -> Result<u32, BootstrapError> {
         return Ok(state.vmm_pid);
     }
     let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(state.vmm_pid) };
-    // Another `delete` may have been here while we waited for the lock.
-    if run_dir.load()?.is_some() {
-        // Without a readable configuration the defaults say how logs rotate.
-        let config = load_config(None).unwrap_or_default();
-        cube_fault::point("cleanup.begun");
-        runtime.block_on(drain::drain(&run_dir, &state, &config.log));
-        cube_fault::point("cleanup.drained");
-        host.destroy(&run_dir, &state.cgroup)?;
-    }
+    // Without a readable configuration the defaults say how logs rotate.
+    let config = load_config(None).unwrap_or_default();
+    runtime.block_on(destroy(&run_dir, &config, host))?;
     Ok(state.vmm_pid)
+}
+
+/// Removes the sandbox in `run_dir`, as [`run`] does, unless it has a shim. May be repeated.
+///
+/// # Errors
+///
+/// [`BootstrapError::Lives`] if there is one, and what cannot be removed.
+pub async fn clean_up(run_dir: &RunDir, config: &Config) -> Result<(), BootstrapError> {
+    let Some(_lock) = run_dir.lock(LOCK_LIMIT)? else { return Ok(()) };
+    let socket = run_dir.path().join("shim.sock");
+    if !is_silent(&socket) {
+        return Err(BootstrapError::Lives(socket));
+    }
+    destroy(run_dir, config, &LinuxHost).await
+}
+
+/// Whether nobody listens on `socket`. In doubt somebody does.
+fn is_silent(socket: &Path) -> bool {
+    let nobody = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+    std::os::unix::net::UnixStream::connect(socket).is_err_and(|e| nobody.contains(&e.kind()))
+}
+
+/// Removes the sandbox in `run_dir`, which is locked, unless another one has done so meanwhile.
+async fn destroy(run_dir: &RunDir, config: &Config, host: &dyn Host) -> Result<(), BootstrapError> {
+    if let Some(state) = run_dir.load()? {
+        cube_fault::point("cleanup.begun");
+        drain::drain(run_dir, &state, &config.log).await;
+        cube_fault::point("cleanup.drained");
+        host.destroy(run_dir, &state.cgroup)?;
+    }
+    Ok(())
 }
 
 /// The run directory: of the shim that the bundle names, else of the sandbox that the spec names.
@@ -155,7 +182,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::Config,
         errors::Error,
         rootfs::block::Staged,
         sandbox::{Rootfs, RootfsRequest, Selected},

@@ -28,6 +28,7 @@ use crate::{
     state::StateError,
 };
 
+pub use delete::clean_up;
 pub use reply::Protocol;
 
 /// Name under which containerd's configuration knows this runtime.
@@ -106,6 +107,9 @@ pub enum BootstrapError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// What is to be cleaned up is somebody's.
+    #[error("the shim with the socket {0} lives: it has to remove its sandbox itself")]
+    Lives(PathBuf),
     /// The runtime options cannot be used.
     #[error(transparent)]
     Options(#[from] OptionsError),

@@ -15,7 +15,10 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    sys::socket::{Backlog, listen},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{Backlog, listen},
+    },
     unistd::{dup2_stdout, setsid},
 };
 use tracing::{info, warn};
@@ -71,6 +74,16 @@ pub(super) fn run(flags: &Flags) -> Result<(), BootstrapError> {
     runtime.block_on(daemon.serve(listener))
 }
 
+/// Each stream of each process is a connection, a FIFO and a log with its index: 1024 open files, which is what
+/// a process has by default, are used up by some hundred execs.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        warn!("cannot raise the limit of open files: {errno}");
+    }
+}
+
 struct Daemon {
     identity: Identity,
     config: crate::config::Config,
@@ -108,6 +121,7 @@ fn inherited_listener() -> Result<UnixListener, BootstrapError> {
 
 impl Daemon {
     async fn serve(self, listener: UnixListener) -> Result<(), BootstrapError> {
+        raise_open_files();
         survive_file_size_limit()?;
         let listener = Listener::try_from(listener).map_err(io_error("cannot listen on", "the socket"))?;
         let publisher = Publisher::new(&self.events, &self.identity.namespace);

@@ -17,6 +17,15 @@ nix::ioctl_write_int_bad!(ficlone, libc::FICLONE);
 /// Copies the file `from` to the new file `to`, mode 0600: by reflink (ioctl_ficlone(2)) if both are on
 /// a file system that can, else what is not a hole of it.
 pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    copy_told(from, to, &mut |_| Ok(()))
+}
+
+/// As [`copy`]; `told` is told how many bytes were copied, and may end it.
+pub(crate) fn copy_told(
+    from: &Path,
+    to: &Path,
+    told: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
     let source = File::open(from)?;
     let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     // SAFETY: FICLONE takes the number of a descriptor, and both live.
@@ -27,15 +36,24 @@ pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
     }
     let len = source.metadata()?.len();
     target.set_len(len)?;
-    copy_data(&source, &target, len)
+    copy_data(&source, &target, len, told)
 }
 
-fn copy_data(source: &File, target: &File, len: u64) -> io::Result<()> {
+/// Bytes between two looks at whether to go on.
+const STEP: i64 = 16 << 20;
+
+fn copy_data(
+    source: &File,
+    target: &File,
+    len: u64,
+    told: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
     let mut at = 0;
     while let Some(begin) = seek(source, at, Whence::SeekData)? {
         let end = seek(source, begin, Whence::SeekHole)?.unwrap_or(len as i64);
-        copy_range(source, target, begin, end)?;
-        at = end;
+        at = end.min(begin + STEP);
+        copy_range(source, target, begin, at)?;
+        told((at - begin).unsigned_abs())?;
     }
     Ok(())
 }

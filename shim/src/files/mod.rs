@@ -1,6 +1,7 @@
 //! Directories and large files on the host's disks, for the stores that are there: packed layers, snapshots.
 
 mod copy;
+mod lock;
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -9,7 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use copy::{copy, seek};
+pub(crate) use copy::{copy, copy_told, seek};
+pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
 
 /// Makes `dir` with its parents, mode 0700, unless it is there.
 pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {

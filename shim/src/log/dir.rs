@@ -18,6 +18,8 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
+use crate::files::{self, LOCK_LIMIT, Lock};
+
 /// Streams that a log directory may hold. Any file named after one makes the directory a log.
 const STREAMS: [&str; 2] = ["stdout", "stderr"];
 
@@ -66,8 +68,8 @@ impl LogDir {
         let open = || open_parent(above).map_err(error("cannot open the parent of the log directory"));
         // Between the look at the old directory and the claim on the new one nobody else may do the same.
         // Held for a few system calls, so that it is not long in coming.
-        let _turn = Flock::lock(open()?, FlockArg::LockExclusive)
-            .map_err(|(_, e)| error("cannot lock the parent of the log directory")(e.into()))?;
+        let _turn = files::lock(open()?, Lock::Exclusive, LOCK_LIMIT)
+            .map_err(error("cannot lock the parent of the log directory"))?;
         let parent = open()?;
         match LogDir::open_alone(path) {
             Err(e) if e.source.kind() != io::ErrorKind::NotFound => return Err(e),

@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::reader::{Dir, ReadError, Stream};
+use crate::text::printable;
 
 /// The value of `log.dir` that puts logs into the containers' bundles.
 pub const BUNDLE: &str = "bundle";
@@ -33,7 +34,8 @@ pub struct Name {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.id)
+        // The names of directories may be anything.
+        write!(f, "{}/{}", printable(&self.namespace), printable(&self.id))
     }
 }
 

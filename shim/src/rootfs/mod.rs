@@ -88,6 +88,24 @@ pub enum RootfsError {
         /// What it printed first.
         output: String,
     },
+    /// More than may be packed.
+    #[error(
+        "the rootfs has more than {limit} bytes, which is rootfs.cache_limit: raise that, or use cube.rootfs.mode=share"
+    )]
+    TooLarge {
+        /// `rootfs.cache_limit`.
+        limit: u64,
+    },
+    /// No room for what is to be packed.
+    #[error("packing the rootfs takes {needed} bytes, and {dir} has {available} left")]
+    NoRoom {
+        /// Bytes that the files have.
+        needed: u64,
+        /// Bytes that are free.
+        available: u64,
+        /// `rootfs.cache_dir`.
+        dir: PathBuf,
+    },
     /// It took too long.
     #[error("{what} took longer than {limit:?}")]
     Slow {

@@ -1,9 +1,9 @@
 //! From a container's mounts to what is done on the host and what the guest is told.
 
 use std::{
-    fs::{self, FileType},
+    fs::{self, FileType, Metadata},
     io,
-    os::unix::fs::FileTypeExt,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Component, Path, PathBuf},
 };
 
@@ -16,7 +16,7 @@ use super::{
     block::{BlockRequest, Layers},
     share::GUEST_SHARE,
 };
-use crate::vmm::Disk;
+use crate::{device, vmm::Disk};
 
 /// File systems that are taken as a disk, from a block device or from a file. The guest needs the
 /// file system's module: the image of `build-guest` has those of ext4 and erofs.
@@ -76,6 +76,15 @@ pub struct Plan {
     pub rootfs: Rootfs,
     /// The volumes, in the order of the spec.
     pub volumes: Vec<Volume>,
+    /// Bind mounts of what the guest has itself, `/dev/null` over a file for example: index in the spec, and
+    /// its path in the guest.
+    own_devices: Vec<(usize, &'static str)>,
+}
+
+/// What a mount of the spec is.
+enum Bound {
+    Volume(Volume),
+    Device(usize, &'static str),
 }
 
 impl Plan {
@@ -97,15 +106,22 @@ impl Plan {
         };
         if let Rootfs::Shared(mounts) = &rootfs {
             for mount in mounts.iter().filter(|mount| mount.is_bind()) {
-                file_type(&mount.source, || "the rootfs".into())?;
+                metadata(&mount.source, || "the rootfs".into())?;
             }
             if let Some(request) = packing {
                 rootfs = Rootfs::Packed { layers: Layers::of(mounts)?, request };
             }
         }
         let mounts = spec["mounts"].as_array().into_iter().flatten().enumerate();
-        let volumes = mounts.filter_map(|(index, mount)| volume(index, mount).transpose());
-        Ok(Plan { id: id.into(), rootfs, volumes: volumes.collect::<Result<_, _>>()? })
+        let (mut volumes, mut own_devices) = (Vec::new(), Vec::new());
+        for (index, mount) in mounts {
+            match bound(index, mount)? {
+                Some(Bound::Volume(volume)) => volumes.push(volume),
+                Some(Bound::Device(index, path)) => own_devices.push((index, path)),
+                None => {}
+            }
+        }
+        Ok(Plan { id: id.into(), rootfs, volumes, own_devices })
     }
 
     /// Whether the VM needs a virtiofs device for this container.
@@ -144,12 +160,23 @@ impl Plan {
     }
 
     /// Points the bind mounts of `spec`, the one that the plan was made from, to where the guest
-    /// finds their sources.
+    /// finds their sources. Device nodes below a volume are the host's, and would open another device, or
+    /// none, in the guest: there are none.
     pub fn rewrite_spec(&self, spec: &mut Value) {
-        for volume in &self.volumes {
-            if let Some(mount) = spec.get_mut("mounts").and_then(|mounts| mounts.get_mut(volume.index)) {
-                mount["source"] = guest_path(&self.volume_dir(volume)).into();
+        let mut mount = |index, source: &str, without: Option<&str>| {
+            let Some(mount) = spec.get_mut("mounts").and_then(|mounts| mounts.get_mut(index)) else { return };
+            mount["source"] = source.into();
+            if let (Some(option), Some(options)) = (without, mount["options"].as_array_mut()) {
+                options.push(option.into());
+            } else if let Some(option) = without {
+                mount["options"] = vec![option].into();
             }
+        };
+        for volume in &self.volumes {
+            mount(volume.index, &guest_path(&self.volume_dir(volume)), Some("rnodev"));
+        }
+        for (index, path) in &self.own_devices {
+            mount(*index, path, None);
         }
     }
 
@@ -222,7 +249,7 @@ fn shared(mount: &Mount) -> Result<HostMount, RootfsError> {
 
 fn block(id: &str, mount: &Mount) -> Result<Rootfs, RootfsError> {
     let what = || format!("the {} rootfs", mount.type_);
-    let kind = file_type(&mount.source, what)?;
+    let kind = metadata(&mount.source, what)?.file_type();
     if !kind.is_block_device() && !kind.is_file() {
         return Err(RootfsError::Unsupported {
             what: format!("a rootfs of type {:?} from {:?}", mount.type_, mount.source),
@@ -245,8 +272,8 @@ pub(super) fn serial(id: &str, role: &str) -> String {
     hash.iter().take(10).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The volume that a mount of the spec is, if it is one.
-fn volume(index: usize, mount: &Value) -> Result<Option<Volume>, RootfsError> {
+/// What a mount of the spec binds, if it does.
+fn bound(index: usize, mount: &Value) -> Result<Option<Bound>, RootfsError> {
     let text = |key: &str| mount[key].as_str().unwrap_or("").to_owned();
     let options = mount["options"].as_array().into_iter().flatten();
     let options: Vec<String> = options.filter_map(|option| option.as_str().map(str::to_owned)).collect();
@@ -254,26 +281,56 @@ fn volume(index: usize, mount: &Value) -> Result<Option<Volume>, RootfsError> {
         return Ok(None);
     }
     let (source, target) = (text("source"), text("destination"));
-    let kind = file_type(&source, || format!("the volume {target}"))?;
-    if !kind.is_dir() && !kind.is_file() {
-        return Err(RootfsError::Unsupported {
-            what: format!("the volume {target} from {source:?}, a socket, FIFO or device,"),
-            hint: "only directories and files of the host can be seen from a guest",
-        });
+    let found = metadata(&source, || format!("the volume {target}"))?;
+    let kind = found.file_type();
+    let number = (u64::from(libc::major(found.rdev())), u64::from(libc::minor(found.rdev())));
+    if let (true, Some(path)) = (kind.is_char_device(), device::in_guest(false, number.0, number.1)) {
+        return Ok(Some(Bound::Device(index, path)));
+    }
+    if let Some((what, hint)) = foreign(&found, kind) {
+        let what = format!("the volume {target} from {source:?}, which is {what},");
+        return Err(RootfsError::Unsupported { what, hint });
     }
     // Of its options, the host takes those that protect it and those that need it; the guest gets all.
     let kept = ["rbind", "bind", "ro", "rro", "rw", "slave", "rslave", "shared", "rshared"];
     let kept = options.into_iter().filter(|option| kept.contains(&option.as_str())).collect();
     let mount = HostMount { fs_type: "bind".into(), source, options: kept };
     mount.check()?;
-    Ok(Some(Volume { index, mount }))
+    Ok(Some(Bound::Volume(Volume { index, mount })))
+}
+
+/// What cannot be a volume because its other side is the host's kernel: what it is, and what to do.
+fn foreign(found: &Metadata, kind: FileType) -> Option<(&'static str, &'static str)> {
+    if kind.is_socket() {
+        let hint = "who listens is on the host, where a guest does not get to. Run the server in the container \
+                    or its pod, or leave the volume out";
+        return Some(("a socket", hint));
+    }
+    if kind.is_fifo() {
+        let hint = "a FIFO has two ends in one kernel only. Use stdin and stdout of the container, or a file";
+        return Some(("a FIFO", hint));
+    }
+    if kind.is_block_device() || kind.is_char_device() {
+        let hint = "the device is the host's. Of devices, null, zero, full, random, urandom, kmsg, tty, console, \
+                    ptmx, net/tun and fuse can be bound, which the guest has itself";
+        return Some(("a device", hint));
+    }
+    // devtmpfs is one file system, wherever it is looked at; /dev/shm and its like are others.
+    let device_of = |path: &str| fs::metadata(path).map(|found| found.dev()).ok();
+    let devices = device_of("/dev").filter(|device| Some(*device) != device_of("/"));
+    if kind.is_dir() && devices == Some(found.dev()) {
+        let hint = "they are the host's. The container has a /dev of its own; single nodes of it, null for \
+                    example, can be bound";
+        return Some(("a directory of devices", hint));
+    }
+    None
 }
 
 /// What `source`, an absolute path, is.
-fn file_type(source: &str, what: impl FnOnce() -> String) -> Result<FileType, RootfsError> {
+fn metadata(source: &str, what: impl FnOnce() -> String) -> Result<Metadata, RootfsError> {
     let path = Path::new(source);
     let found = match path.is_absolute() {
-        true => fs::metadata(path).map(|meta| meta.file_type()),
+        true => fs::metadata(path),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not an absolute path")),
     };
     found.map_err(|source| RootfsError::Source { path: path.into(), what: what(), source })
@@ -351,7 +408,49 @@ mod tests {
         plan.rewrite_spec(&mut spec);
         assert_eq!(spec["mounts"][0]["source"], "proc");
         assert_eq!(spec["mounts"][1]["source"], "/run/cube/shared/c1/mounts/1");
+        // What is a device on the host is another one in the guest, or none.
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro", "nosuid", "rnodev"]));
+    }
+
+    #[test]
+    fn a_file_is_masked_with_the_guests_own_null_device() {
+        let mut spec = spec(&[("/dev/null", "/etc/secret"), ("/dev/urandom", "/srv/random")]);
+        let plan = plan(&[mount("ext4", "/dev/null", &[])], &spec);
+        assert!(plan.is_err(), "a rootfs is no device");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let plan = self::plan(&[mount("ext4", file.path().to_str().unwrap(), &[])], &spec).unwrap();
+        assert!(plan.volumes.is_empty() && !plan.needs_share());
+        plan.rewrite_spec(&mut spec);
+        assert_eq!(spec["mounts"][1]["source"], "/dev/null");
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro", "nosuid"]));
+        assert_eq!(spec["mounts"][2]["source"], "/dev/urandom");
+    }
+
+    #[test]
+    fn what_has_its_other_side_in_the_hosts_kernel_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let _listener = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        nix::unistd::mkfifo(Path::new(&path("fifo")), nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let node = nix::sys::stat::SFlag::S_IFCHR;
+        let kvm = nix::sys::stat::makedev(10, 232);
+        nix::sys::stat::mknod(Path::new(&path("kvm")), node, nix::sys::stat::Mode::S_IRUSR, kvm).unwrap();
+        for (name, words) in [
+            ("socket", ["a socket", "Run the server in the container"]),
+            ("fifo", ["a FIFO", "Use stdin and stdout"]),
+            ("kvm", ["a device", "null, zero"]),
+        ] {
+            let error = plan(&[mount("overlay", "overlay", &[])], &spec(&[(&path(name), "/v")])).unwrap_err();
+            let error = error.to_string();
+            assert!(error.contains(&path(name)) && words.iter().all(|word| error.contains(word)), "{error}");
+        }
+        // Of a host whose /dev is a file system of its own.
+        let dev = |path: &str| fs::metadata(path).unwrap().dev();
+        if dev("/dev") != dev("/") {
+            let error =
+                plan(&[mount("overlay", "overlay", &[])], &spec(&[("/dev", "/host/dev")])).unwrap_err();
+            assert!(error.to_string().contains("a directory of devices"), "{error}");
+        }
     }
 
     #[test]

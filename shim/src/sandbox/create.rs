@@ -6,7 +6,7 @@ use containerd_shim_protos::{
     api,
     protobuf::{Message as _, MessageField, well_known_types::any::Any},
 };
-use cube_protocol::guest::{CreateOptions, HelloResponse, PrepareSandboxRequest, SharedMount};
+use cube_protocol::guest::{HelloResponse, PrepareSandboxRequest, SharedMount};
 use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -206,11 +206,9 @@ impl Creation {
         };
         let mut steps = Steps::begin();
         let wanted = io.wanted();
-        let options = CreateOptions {
-            spec: self.plan.spec.to_string().into_bytes(),
-            log_mode: self.plan.annotations.log_mode.into(),
-            ..Default::default()
-        };
+        let spec = self.plan.spec.to_string().into_bytes();
+        let mut options = job::bring_spec(&guest.agent, &self.plan.request.id, spec).await?;
+        options.log_mode = self.plan.annotations.log_mode.into();
         let options = Any {
             type_url: OPTIONS_TYPE.into(),
             // Encoding into memory fails only for a message beyond 2 GiB.
@@ -256,7 +254,8 @@ impl Creation {
         let shared_mounts = if share { vec![shared_mount] } else { Vec::new() };
         // From now on it is the link that connects again.
         let link = link.run(self.events.clone());
-        let prepared = prepare_guest(&agent, spec::hostname(&self.plan.spec), shared_mounts).await;
+        let hostname = spec::hostname_or(&self.plan.spec, &self.identity.id);
+        let prepared = prepare_guest(&agent, hostname, shared_mounts).await;
         prepared.inspect_err(|_| link.abort())?;
         cube_fault::point("create.guest_ready");
         steps.done("guest prepared");

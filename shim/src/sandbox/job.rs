@@ -5,9 +5,13 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api::{self, Status},
-    protobuf::{MessageField, well_known_types::any::Any},
+    cgroups_v2::metrics::Metrics,
+    protobuf::{Message as _, MessageField, well_known_types::any::Any},
 };
-use cube_protocol::guest::QuiesceResponse;
+use cube_protocol::{
+    guest::{CreateOptions, PutSpecRequest, QuiesceResponse},
+    spec::{PART, WHOLE_MAX},
+};
 use futures::future::join_all;
 use tokio::{
     task::spawn_blocking,
@@ -57,6 +61,9 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 /// How long it may take then: the agent gives file systems 5 s to be written out, and a VM that is
 /// killed meanwhile loses what was written to its disks.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(6);
+
+/// The metrics of every guest.
+const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// How a job ended.
 #[allow(clippy::large_enum_variant, reason = "there is one at a time, in the box that Message has for it")]
@@ -220,6 +227,37 @@ pub(super) async fn start(guest: Guest, process: ProcessId) -> Result<u32, Error
     }
 }
 
+/// Brings the `config.json` of `container` into the guest, in parts if it has to be, and gives what its Create
+/// says of it.
+pub(super) async fn bring_spec(
+    agent: &Agent,
+    container: &str,
+    spec: Vec<u8>,
+) -> Result<CreateOptions, AgentError> {
+    if spec.len() <= WHOLE_MAX {
+        return Ok(CreateOptions { spec, ..Default::default() });
+    }
+    let total_bytes = spec.len() as u64;
+    for (index, part) in spec.chunks(PART).enumerate() {
+        let call = PutSpecRequest {
+            container_id: container.into(),
+            total_bytes,
+            offset: (index * PART) as u64,
+            part: part.into(),
+            ..Default::default()
+        };
+        agent
+            .call(
+                "PutSpec",
+                CALL_LIMIT,
+                call,
+                |c, ctx, call| async move { c.guest.put_spec(ctx, &call).await },
+            )
+            .await?;
+    }
+    Ok(CreateOptions { spec_bytes: total_bytes, ..Default::default() })
+}
+
 /// Makes a container with an init process that does not run yet; gives its pid in the guest.
 pub(super) async fn create(agent: &Agent, call: api::CreateTaskRequest) -> Result<u32, AgentError> {
     let deadline = Instant::now() + CREATE_LIMIT;
@@ -296,7 +334,34 @@ pub(super) async fn stats(guest: Guest, id: String) -> Result<Any, Error> {
         .agent
         .call("Stats", STATS_LIMIT, call, |c, ctx, call| async move { c.task.stats(ctx, &call).await })
         .await?;
-    Ok(answer.stats.unwrap_or_default())
+    Ok(whole(answer.stats.unwrap_or_default()))
+}
+
+/// Puts empty messages where metrics have none: clients read their fields without looking whether they are
+/// there, and a guest must not be able to make them crash.
+fn whole(stats: Any) -> Any {
+    // What cannot be read has no figures.
+    let mut metrics = Metrics::parse_from_bytes(&stats.value).unwrap_or_else(|e| {
+        warn!("the guest's metrics cannot be read: {e}");
+        Metrics::default()
+    });
+    metrics.pids.mut_or_insert_default();
+    metrics.cpu.mut_or_insert_default();
+    metrics.memory.mut_or_insert_default();
+    metrics.rdma.mut_or_insert_default();
+    metrics.io.mut_or_insert_default();
+    metrics.memory_events.mut_or_insert_default();
+    // Encoding into memory fails only for a message beyond 2 GiB.
+    let value = metrics.write_to_bytes().unwrap_or_default();
+    Any { type_url: METRICS_TYPE.into(), value, ..Default::default() }
+}
+
+/// Pids in the guest of every process of a container.
+pub(super) async fn pids(guest: Guest, id: String) -> Result<Vec<u32>, Error> {
+    let call = api::PidsRequest { id: guest.inside(id), ..Default::default() };
+    let send = |c: Clients, ctx, call| async move { c.task.pids(ctx, &call).await };
+    let answer = guest.agent.call("Pids", STATS_LIMIT, call, send).await?;
+    Ok(answer.processes.iter().map(|process| process.pid).collect())
 }
 
 /// Freezes the processes of a container. If that fails, they run.

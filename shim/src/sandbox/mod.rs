@@ -149,6 +149,15 @@ pub struct Deleted {
     pub exit: Exit,
 }
 
+/// The processes of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pids {
+    /// Pid that containerd is told: the VMM's.
+    pub reported: u32,
+    /// Pids in the guest.
+    pub guest: Vec<u32>,
+}
+
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
 /// What the Task service asks of the owner.
@@ -169,6 +178,7 @@ enum Request {
     Wait(ProcessId, Reply<Exit>),
     State(ProcessId, Reply<ProcessState>),
     Pid(String, Reply<u32>),
+    Pids(String, Reply<Pids>),
     Stats(String, Reply<Any>),
     Update(String, Any, Reply<()>),
     Resize(ProcessId, u32, u32, Reply<()>),
@@ -305,6 +315,12 @@ impl Sandbox {
     /// The pid that containerd is told for container `id`, from memory; never 0.
     pub async fn pid(&self, id: String) -> Result<u32, Error> {
         self.ask(|reply| Request::Pid(id, reply)).await
+    }
+
+    /// The processes of a container: fresh if the guest answers within a second, else those that were started
+    /// through containerd.
+    pub async fn pids(&self, id: String) -> Result<Pids, Error> {
+        self.ask(|reply| Request::Pids(id, reply)).await
     }
 
     /// Metrics of a container: fresh if the guest answers within a second, else the last known.

@@ -5,13 +5,20 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
+use cube_protocol::spec::BYTES_MAX;
 use nix::sched::{CloneFlags, setns};
-use serde_json::Value;
+use serde_json::{Value, json};
+use tracing::info;
 use ttrpc::Code;
+
+use crate::device::{self, Foreign};
+
+/// Longest label of a host name, RFC 1123.
+const HOSTNAME_MAX: usize = 63;
 
 /// Pod that a CRI container belongs to: the id of its sandbox container.
 pub const SANDBOX_ID_ANNOTATION: &str = "io.kubernetes.cri.sandbox-id";
@@ -26,6 +33,14 @@ pub enum SpecError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// The file is longer than any may be.
+    #[error("{path} has {bytes} bytes, {max} are possible", max = cube_protocol::spec::BYTES_MAX)]
+    Long {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
     },
     /// The file is not JSON.
     #[error("{path} is not a valid OCI spec")]
@@ -43,6 +58,13 @@ pub enum SpecError {
         /// The type.
         expected: &'static str,
     },
+    /// A device of the host.
+    #[error(
+        "{} asks for {}, which the VM does not have: its number there means another device, or none. Leave it \
+         out; a guest has null, zero, full, random, urandom, kmsg, tty, console, ptmx, net/tun and fuse",
+        .0.field, .0.what
+    )]
+    Device(Foreign),
     /// The host's network was asked for.
     #[error(
         "the container asks for the host's network, which a VM does not have: linux.namespaces in config.json must have a \"network\" entry (with ctr, run without --net-host)"
@@ -91,7 +113,14 @@ pub struct Pod {
 /// Reads `config.json` of `bundle`.
 pub fn load(bundle: &Path) -> Result<Value, SpecError> {
     let path = bundle.join("config.json");
-    let text = fs::read(&path).map_err(|source| SpecError::Read { path: path.clone(), source })?;
+    let failed = |source| SpecError::Read { path: path.clone(), source };
+    let file = File::open(&path).map_err(failed)?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    if bytes > BYTES_MAX as u64 {
+        return Err(SpecError::Long { path, bytes });
+    }
+    let mut text = Vec::new();
+    file.take(BYTES_MAX as u64).read_to_end(&mut text).map_err(failed)?;
     let spec: Value = serde_json::from_slice(&text).map_err(|source| SpecError::Json { path, source })?;
     if spec.is_object() {
         Ok(spec)
@@ -123,10 +152,20 @@ pub fn hostname(spec: &Value) -> &str {
     spec.get("hostname").and_then(Value::as_str).unwrap_or_default()
 }
 
+/// The `hostname` of `spec`, or one made of the sandbox's `id`: a kernel's own is "(none)".
+pub fn hostname_or<'a>(spec: &'a Value, id: &'a str) -> &'a str {
+    match hostname(spec) {
+        // An id has ASCII only, and may be longer than a label of a host name.
+        "" => id.get(..HOSTNAME_MAX).unwrap_or(id).trim_end_matches(['.', '-', '_']),
+        name => name,
+    }
+}
+
 /// Rewrites what means something else in the guest:
 ///
 /// - `linux.cgroupsPath` is the host's: the agent places containers itself;
-/// - the VM is its container's network namespace, and its pod's;
+/// - devices are the host's: see [`device::settle`];
+/// - the VM is its container's network namespace, and its pod's: one without a path, for the agent;
 /// - `/proc/<reported pid>/ns/x` of a pod's sandbox container is `/proc/<guest pid>/ns/x` in there.
 ///
 /// Blocks: it looks into the network namespace that the spec names.
@@ -135,6 +174,12 @@ pub fn rewrite(spec: &mut Value, pod: Option<Pod>) -> Result<(), SpecError> {
         return Err(SpecError::HostNetwork);
     };
     linux.remove("cgroupsPath");
+    if let Some(devices) = device::settle(linux).map_err(SpecError::Device)? {
+        info!(
+            devices,
+            "a privileged container goes without the devices of the host, which its VM does not have"
+        );
+    }
     let namespaces = match linux.get_mut("namespaces") {
         Some(Value::Array(namespaces)) => namespaces,
         None | Some(Value::Null) => return Err(SpecError::HostNetwork),
@@ -145,7 +190,8 @@ pub fn rewrite(spec: &mut Value, pod: Option<Pod>) -> Result<(), SpecError> {
     let kind_of =
         |namespace: &Value| namespace.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
     let network = namespaces.iter().position(|namespace| kind_of(namespace) == "network");
-    let network = namespaces.remove(network.ok_or(SpecError::HostNetwork)?);
+    let network = network.and_then(|index| namespaces.get_mut(index)).ok_or(SpecError::HostNetwork)?;
+    let network = std::mem::replace(network, json!({"type": "network"}));
     match path_of(&network) {
         Some(path) if namespace_of(path, pod).is_none() => check_network(Path::new(path))?,
         _ => {}
@@ -241,7 +287,7 @@ mod tests {
             "process": {"args": ["sh"], "fieldOfTheFuture": 1},
             "linux": {
                 "resources": {"memory": {"limit": 1}},
-                "namespaces": [{"type": "pid"}, {"type": "ipc", "path": ""}]
+                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc", "path": ""}]
             }
         });
         assert_eq!(spec, expected);
@@ -256,6 +302,7 @@ mod tests {
         ]}});
         rewrite(&mut spec, Some(POD)).unwrap();
         let expected = json!({"linux": {"namespaces": [
+            {"type": "network"},
             {"type": "ipc", "path": "/proc/17/ns/ipc"},
             {"type": "uts", "path": "/proc/17/ns/uts"},
         ]}});
@@ -271,6 +318,28 @@ mod tests {
             let error = rewrite(&mut spec, pod).unwrap_err().to_string();
             assert!(error.contains("/proc/424/ns/pid"), "{error}");
         }
+    }
+
+    #[test]
+    fn without_a_host_name_there_is_one_made_of_the_id() {
+        assert_eq!(hostname_or(&json!({"hostname": "box"}), "c1"), "box");
+        assert_eq!(hostname_or(&json!({"hostname": ""}), "c1"), "c1");
+        let long = format!("{}.{}", "x".repeat(62), "y".repeat(10));
+        assert_eq!(hostname_or(&json!({}), &long), "x".repeat(62));
+    }
+
+    #[test]
+    fn a_device_of_the_host_is_refused_and_one_of_a_privileged_container_left_out() {
+        let mut spec = json!({"linux": {
+            "namespaces": [{"type": "network"}],
+            "devices": [{"path": "/dev/vda", "type": "b", "major": 254, "minor": 0}],
+        }});
+        let error = rewrite(&mut spec.clone(), None).unwrap_err();
+        assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+        assert!(error.to_string().contains("(/dev/vda)"), "{error}");
+        spec["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+        rewrite(&mut spec, None).unwrap();
+        assert_eq!(spec["linux"]["devices"], json!([]));
     }
 
     #[test]

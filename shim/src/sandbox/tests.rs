@@ -2,6 +2,10 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use containerd_shim_protos::{
+    cgroups_v2::metrics::Metrics,
+    protobuf::{Message, well_known_types::any::Any},
+};
 use cube_protocol::version::{self, Version};
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -102,6 +106,41 @@ async fn a_create_that_fails_leaves_nothing() {
     assert!(lab.events().await.is_empty());
     lab.sandbox.shutdown().await.unwrap();
     within(lab.over).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_fits_no_message_is_refused_and_costs_no_connection() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let resources = Any { value: vec![b' '; 5 << 20], ..Default::default() };
+    let error = lab.sandbox.update("c1".into(), resources).await.unwrap_err();
+    assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+    assert!(error.to_string().contains("Update has 5242"), "{error}");
+    assert_eq!(lab.sandbox.status().await.unwrap().vm.unwrap().link.reconnects, 0);
+}
+
+#[tokio::test]
+async fn every_process_of_the_guest_is_listed_and_those_that_were_started_if_it_does_not_answer() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    *lab.guest().pids.lock().unwrap() = vec![17, 21, 22];
+    let pids = lab.sandbox.pids("c1".into()).await.unwrap();
+    assert_eq!((pids.reported, pids.guest), (PID, vec![17, 21, 22]));
+    lab.guest().fault("Pids", Fault::Hang);
+    assert_eq!(lab.sandbox.pids("c1".into()).await.unwrap().guest, [17]);
+    lab.sandbox.pause("c1".into()).await.unwrap();
+    assert_eq!(lab.sandbox.pids("c1".into()).await.unwrap().guest, [17]);
+    assert!(matches!(lab.sandbox.pids("c2".into()).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn metrics_that_the_guest_does_not_give_are_empty_and_never_absent() {
+    let lab = Lab::new().await;
+    lab.run("c1").await;
+    let stats = lab.sandbox.stats("c1".into()).await.unwrap();
+    let metrics = Metrics::parse_from_bytes(&stats.value).unwrap();
+    assert!(metrics.pids.is_some() && metrics.cpu.is_some() && metrics.memory.is_some(), "{metrics:?}");
+    assert!(metrics.io.is_some() && metrics.rdma.is_some() && metrics.memory_events.is_some(), "{metrics:?}");
 }
 
 #[tokio::test]
@@ -294,7 +333,7 @@ async fn a_member_of_a_pod_comes_and_goes_alone_and_the_pod_takes_all_with_it() 
         lab.sandbox.create(lab.request(id, joins.clone())).await.unwrap();
         lab.sandbox.start(init(id)).await.unwrap();
     }
-    let expected = json!([{"type": "ipc", "path": "/proc/17/ns/ipc"}]);
+    let expected = json!([{"type": "network"}, {"type": "ipc", "path": "/proc/17/ns/ipc"}]);
     assert_eq!(lab.guest().specs.lock().unwrap()[1]["linux"]["namespaces"], expected);
 
     lab.kill(init("m1"), 15).await.unwrap();

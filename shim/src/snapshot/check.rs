@@ -37,22 +37,58 @@ pub(super) fn parse(name: &str, path: &Path, text: &[u8]) -> Result<Manifest, Sn
     }
 }
 
+/// Most files, disks and containers of a snapshot. One has four files of its VMM, and two disks for each container.
+const MANY: usize = 64;
+
+/// Longest name of a file: with its directory it fits into the header of a tar archive.
+const NAME_MAX: usize = 90;
+
+/// Longest file: the largest memory that a sandbox can have, and a disk has less.
+const FILE_MAX: u64 = 16 << 40;
+
 /// Checks that this build can go on from such a snapshot, and that it leads to no file but its own.
 ///
 /// # Errors
 ///
-/// [`SnapshotError::Protocol`] for an agent that could not be talked to, [`SnapshotError::Foreign`].
+/// [`SnapshotError::Protocol`] for an agent that could not be talked to, [`SnapshotError::Foreign`],
+/// [`SnapshotError::Many`], [`SnapshotError::Spec`], and [`SnapshotError::Limit`] for a file that none can be.
 pub(super) fn usable(name: &str, manifest: &Manifest) -> Result<(), SnapshotError> {
     let ours = version::CURRENT;
     if manifest.protocol.split('.').next() != Some(&ours.major.to_string()) {
-        let (found, known) = (manifest.protocol.clone(), ours.to_string());
+        let (found, known) = (shortened(&manifest.protocol), ours.to_string());
         return Err(SnapshotError::Protocol { name: name.into(), found, known });
     }
-    let foreign = |path: &str| Err(SnapshotError::Foreign { name: name.into(), path: path.into() });
+    let counts = [
+        ("files", manifest.files.len()),
+        ("disks", manifest.disks.len()),
+        ("containers", manifest.containers.len()),
+    ];
+    for (what, found) in counts {
+        if found > MANY {
+            return Err(SnapshotError::Many { name: name.into(), what, found, max: MANY });
+        }
+    }
+    for container in &manifest.containers {
+        is_spec(&container.spec).map_err(|field| SnapshotError::Spec {
+            name: name.into(),
+            container: shortened(&container.id),
+            field,
+        })?;
+    }
+    let foreign = |path: &str| Err(SnapshotError::Foreign { name: name.into(), path: shortened(path) });
     for (number, file) in manifest.files.iter().enumerate() {
         let twice = manifest.files[..number].iter().any(|other| other.path == file.path);
         if twice || !is_path(&file.path) {
             return foreign(&file.path);
+        }
+        if file.sha256.len() != 64 || !file.sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(SnapshotError::NoDigest { name: name.into(), path: file.path.clone() });
+        }
+        if file.bytes > FILE_MAX || file.data.is_some_and(|data| data > file.bytes) {
+            return Err(SnapshotError::Limit {
+                needed: file.bytes.max(file.data.unwrap_or(0)),
+                limit: FILE_MAX,
+            });
         }
     }
     for disk in &manifest.disks {
@@ -83,12 +119,30 @@ pub(super) fn lengths(name: &str, manifest: &Manifest, dir: &Path) -> Result<(),
     Ok(())
 }
 
+/// Checks that what is set in a spec before it is given to containerd can be set; else gives what cannot.
+fn is_spec(spec: &Value) -> Result<(), &'static str> {
+    let object = |field: &'static str, value: Option<&Value>| match value {
+        None | Some(Value::Null | Value::Object(_)) => Ok(()),
+        Some(_) => Err(field),
+    };
+    if !spec.is_object() {
+        return Err("the whole");
+    }
+    object("annotations", spec.get("annotations"))?;
+    object("process", spec.get("process"))
+}
+
+/// What a manifest says, for messages.
+fn shortened(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
 /// Whether it can be the path of a file of a snapshot, below it: a plain name in one of its two directories.
 fn is_path(path: &str) -> bool {
     let name = [VM, DISKS].iter().find_map(|sub| path.strip_prefix(sub)?.strip_prefix('/'));
     name.is_some_and(|name| {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        (1..=128).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(plain)
+        (1..=NAME_MAX).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(plain)
     })
 }
 

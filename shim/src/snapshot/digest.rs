@@ -18,7 +18,21 @@ static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// Digest of a file that goes by block by block.
 #[derive(Default)]
-pub(super) struct Digest(Sha256);
+pub(super) struct Digest {
+    sha: Sha256,
+    data: u64,
+}
+
+/// What there is to know of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Digested {
+    /// Its length.
+    pub(super) bytes: u64,
+    /// Bytes of the blocks that are not all zero.
+    pub(super) data: u64,
+    /// The digest, in hex.
+    pub(super) sha256: String,
+}
 
 impl Digest {
     /// Takes block `number`, if there is anything in it; tells whether there was.
@@ -26,20 +40,27 @@ impl Digest {
         // A memcmp(3), many times as fast as looking at each byte.
         let has_data = ZEROS.get(..block.len()) != Some(block);
         if has_data {
-            self.0.update(number.to_le_bytes());
-            self.0.update(block);
+            self.sha.update(number.to_le_bytes());
+            self.sha.update(block);
+            self.data += block.len() as u64;
         }
         has_data
     }
 
-    /// In hex.
-    pub(super) fn finish(self) -> String {
-        self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    /// Bytes of the blocks that had anything in them.
+    pub(super) fn data(&self) -> u64 {
+        self.data
+    }
+
+    /// That of a file of so many bytes.
+    pub(super) fn finish(self, bytes: u64) -> Digested {
+        let sha256 = self.sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Digested { bytes, data: self.data, sha256 }
     }
 }
 
-/// Length and digest of `file`, the latter in hex. `read` is told how many bytes were read, and may end it.
-pub(super) fn digest(file: &File, read: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<(u64, String)> {
+/// The digest of `file`. `read` is told how many bytes were read, and may end it.
+pub(super) fn digest(file: &File, read: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<Digested> {
     let len = file.metadata()?.len();
     let (mut digest, mut block, mut next) = (Digest::default(), vec![0; BLOCK as usize], 0);
     while let Some(data) = seek(file, (next * BLOCK) as i64, Whence::SeekData)? {
@@ -52,7 +73,7 @@ pub(super) fn digest(file: &File, read: &mut dyn FnMut(u64) -> io::Result<()>) -
         }
         next = end.div_ceil(BLOCK);
     }
-    Ok((len, digest.finish()))
+    Ok(digest.finish(len))
 }
 
 #[cfg(test)]
@@ -68,7 +89,7 @@ mod tests {
         file
     }
 
-    fn of(file: &File) -> io::Result<(u64, String)> {
+    fn of(file: &File) -> io::Result<Digested> {
         digest(file, &mut |_| Ok(()))
     }
 
@@ -78,23 +99,25 @@ mod tests {
         let zeros = vec![0; 3 * BLOCK as usize];
         let dense = file(1 << 40, &[(BLOCK, &zeros), (5, b"a"), (BLOCK * 7 - 1, b"bc"), (1 << 39, b"d")]);
         assert_eq!(of(&sparse).unwrap(), of(&dense).unwrap());
-        assert_eq!(of(&sparse).unwrap().0, 1 << 40);
+        let Digested { bytes, data, .. } = of(&sparse).unwrap();
+        // Of two of them, "bc" has a byte each.
+        assert_eq!((bytes, data), (1 << 40, 4 * BLOCK));
     }
 
     #[test]
     fn every_byte_and_its_place_counts() {
-        let base = of(&file(10 * BLOCK, &[(BLOCK, b"x")])).unwrap().1;
+        let base = of(&file(10 * BLOCK, &[(BLOCK, b"x")])).unwrap().sha256;
         for other in [
             file(10 * BLOCK, &[(BLOCK, b"y")]),
             file(10 * BLOCK, &[(BLOCK + 1, b"x")]),
             file(10 * BLOCK, &[(2 * BLOCK, b"x")]),
             file(10 * BLOCK, &[(BLOCK, b"x"), (10 * BLOCK - 1, b"x")]),
         ] {
-            assert_ne!(of(&other).unwrap().1, base);
+            assert_ne!(of(&other).unwrap().sha256, base);
         }
         // A last block that is not whole.
         assert_ne!(of(&file(7, &[(6, b"x")])).unwrap(), of(&file(6, &[(5, b"x")])).unwrap());
         // printf "" | sha256sum
-        assert!(of(&file(0, &[])).unwrap().1.starts_with("e3b0c44298fc1c14"));
+        assert!(of(&file(0, &[])).unwrap().sha256.starts_with("e3b0c44298fc1c14"));
     }
 }

@@ -10,7 +10,7 @@ use nix::fcntl::Flock;
 
 use super::{
     DISKS, DiskFile, FileDigest, Listed, MANIFEST, Manifest, SnapshotError, VM, WrittenBy,
-    digest::digest,
+    digest::{Digested, digest},
     failed,
     store::{list, make_dir, remove},
     verify,
@@ -160,9 +160,9 @@ impl Draft {
             file.sync_all()?;
             digest(&file, &mut |_| Ok(()))
         });
-        let (bytes, sha256) = hashed.map_err(failed("cannot read", path))?;
+        let Digested { bytes, data, sha256 } = hashed.map_err(failed("cannot read", path))?;
         let below = path.strip_prefix(&self.dir).unwrap_or(path);
-        Ok(FileDigest { path: below.to_string_lossy().into_owned(), bytes, sha256 })
+        Ok(FileDigest { path: below.to_string_lossy().into_owned(), bytes, data: Some(data), sha256 })
     }
 }
 

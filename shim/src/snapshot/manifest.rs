@@ -166,6 +166,10 @@ pub struct FileDigest {
     pub path: String,
     /// Length in bytes; files may be sparse.
     pub bytes: u64,
+    /// Bytes of its blocks of 64 KiB that are not all zero: what it takes on a disk. Not known of snapshots that
+    /// older versions have made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<u64>,
     /// SHA-256 in hex, of what is not zero: the blocks of 64 KiB that are not all zero, each preceded by its
     /// number as 64 bits, little-endian.
     pub sha256: String,

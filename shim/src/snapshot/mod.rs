@@ -28,6 +28,7 @@ mod verify;
 use std::{io, path::PathBuf};
 
 pub use self::{
+    archive::Import,
     draft::{Copies, Draft},
     manifest::{
         Container, DiskFile, FileDigest, MANIFEST, Manifest, Origin, StreamPosition, Template, WrittenBy,
@@ -111,7 +112,7 @@ pub enum SnapshotError {
     },
     /// The agent in the snapshot speaks a protocol that this build does not.
     #[error(
-        "the agent in the snapshot {name:?} speaks protocol {found}, this version of Cubebox speaks {known}"
+        "the agent in the snapshot {name:?} speaks protocol {found:?}, this version of Cubebox speaks {known:?}"
     )]
     Protocol {
         /// The snapshot.
@@ -161,6 +162,58 @@ pub enum SnapshotError {
     Archive {
         /// What is wrong with it.
         what: String,
+    },
+    /// What is to be imported is larger than imports may be.
+    #[error(
+        "the snapshot has {needed} bytes of data, and an import may have {limit}: if it is meant to be so large, raise snapshot.import_limit"
+    )]
+    Limit {
+        /// Its size.
+        needed: u64,
+        /// That of the configuration.
+        limit: u64,
+    },
+    /// What is to be imported is larger than what is free.
+    #[error("the snapshot has {needed} bytes of data, and {free} are free on the file system of {dir}")]
+    Space {
+        /// The store.
+        dir: PathBuf,
+        /// Its size.
+        needed: u64,
+        /// What is free.
+        free: u64,
+    },
+    /// The manifest has more of something than a snapshot can have.
+    #[error("the manifest of the snapshot {name:?} names {found} {what}, and a snapshot has {max} at most")]
+    Many {
+        /// The snapshot.
+        name: String,
+        /// "files", for example.
+        what: &'static str,
+        /// How many.
+        found: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// The manifest says nothing by which the content of a file could be known.
+    #[error("the manifest of the snapshot {name:?} is damaged: the digest of {path:?} is none")]
+    NoDigest {
+        /// The snapshot.
+        name: String,
+        /// The file.
+        path: String,
+    },
+    /// The spec of a container is none.
+    #[error(
+        "the manifest of the snapshot {name:?} is damaged: {field} of the spec of its container {container:?} is no object"
+    )]
+    Spec {
+        /// The snapshot.
+        name: String,
+        /// The container.
+        container: String,
+        /// What is not.
+        field: &'static str,
     },
     /// What is to be imported cannot be read.
     #[error("cannot read what is to be imported")]

@@ -32,6 +32,11 @@ impl Store {
         Store { dir: dir.into() }
     }
 
+    /// Its directory.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Where the snapshot `name` is, or would be.
     ///
     /// # Errors

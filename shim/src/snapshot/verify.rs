@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
@@ -21,7 +21,10 @@ use super::{
     failed,
     meter::{Meter, Told, data_bytes},
 };
-use crate::errors::chain;
+use crate::{
+    errors::chain,
+    files::{self, LOCK_LIMIT, Lock},
+};
 
 /// Name of the stamp.
 const STAMP: &str = "verified.json";
@@ -102,8 +105,7 @@ impl Store {
             _ => failed("cannot open", &dir)(source),
         })?;
         // Waits for one that is being given its name, or removed: then it is gone when this has the lock.
-        let lock = Flock::lock(file, FlockArg::LockShared)
-            .map_err(|(_, errno)| failed("cannot lock", &dir)(errno.into()))?;
+        let lock = files::lock(file, Lock::Shared, LOCK_LIMIT).map_err(failed("cannot lock", &dir))?;
         let (manifest, dir) = self.open(name)?;
         Ok(Held { manifest, dir, _lock: lock })
     }
@@ -115,7 +117,7 @@ fn compare(dir: &Path, files: &[&FileDigest], told: Told<'_>) -> Result<(), Snap
     for file in files {
         let path = dir.join(&file.path);
         let digested = File::open(&path).and_then(|file| digest(&file, &mut |bytes| meter.add(bytes)));
-        let (_, found) = digested.map_err(failed("cannot read", &path))?;
+        let found = digested.map_err(failed("cannot read", &path))?.sha256;
         if found != file.sha256 {
             return Err(SnapshotError::Damaged { path, found, expected: file.sha256.clone() });
         }

@@ -1,9 +1,14 @@
 //! What a process in a container sees, and what it is kept from.
 
-use std::fs;
+use std::{fs, io::Read};
 
 use super::lab_with_waiting_container;
-use crate::{command::start, lab::Lab, needs::Backend};
+use crate::{
+    command::start,
+    direct::{Direct, bind_mount},
+    lab::Lab,
+    needs::Backend,
+};
 
 /// cgroup v2 and its own namespaces; in a VM a kernel of its own too.
 pub fn a_container_sees_its_own_system(backend: Backend) {
@@ -43,6 +48,25 @@ pub fn what_the_spec_asks_of_a_process_is_done(backend: Backend) {
     assert_eq!(seen, "1000\n1000\n/bin\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n");
     lab.ctr(&["task", "kill", "--signal", "SIGKILL", "c"]).succeeds();
     running.wait(lab.limit()).exits_with(137);
+    lab.nothing_is_left();
+}
+
+/// As below containerd's own service, which has no limit (`LimitNOFILE`, `LimitNPROC`), and as CRI's specs have
+/// none. In a VM, that is.
+pub fn a_spec_without_rlimits_gets_those_of_containerds_service(backend: Backend) {
+    let lab = Lab::new(backend);
+    let mut direct = Direct::new(&lab, "c", &["sh", "-c", "ulimit -n; ulimit -u"]);
+    let mut stdout = direct.read_fifos();
+    let rootfs = direct.unpack_image();
+    direct.start_shim();
+    direct.create(bind_mount(&rootfs)).unwrap();
+    direct.start().unwrap();
+    let mut seen = String::new();
+    stdout[0].read_to_string(&mut seen).unwrap();
+    assert_eq!(seen, "1048576\nunlimited\n");
+    direct.wait().unwrap();
+    direct.delete().unwrap();
+    direct.finish();
     lab.nothing_is_left();
 }
 

@@ -6,11 +6,12 @@ use containerd_shim_protos::{
     events::task::{TaskDelete, TaskExit, TaskStart},
     ttrpc::{Code, Error},
 };
+use serde_json::json;
 
 use super::{WAIT, lab_with_waiting_container};
 use crate::{
     command::{poll, start},
-    direct::{Direct, bind_mount},
+    direct::{Direct, bind_mount, spec},
     lab::{Lab, Setup},
     leftovers,
     needs::Backend,
@@ -108,6 +109,27 @@ pub fn events_come_in_order_with_the_fields_of_containerds_own_shim(backend: Bac
     assert_eq!((delete.pid, delete.exit_status), (pid, 5));
     let topics = direct.topics();
     assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    direct.finish();
+    lab.nothing_is_left();
+}
+
+/// More than a message of ttrpc takes, in many fields and in a large one.
+pub fn a_config_json_of_16_megabytes_works(backend: Backend) {
+    let lab = Lab::new(backend);
+    let mut direct = Direct::new(&lab, "c", &[]);
+    let mut spec = spec(&["sh", "-c", "exit $LAST"]);
+    let small = (0..10_000).map(|n| (format!("example.com/{n}"), "x".repeat(100).into()));
+    let large = ("example.com/large".to_owned(), "y".repeat(15 << 20).into());
+    spec["annotations"] = small.chain([large]).collect::<serde_json::Map<_, _>>().into();
+    spec["process"]["env"] = json!(["PATH=/bin:/usr/bin", "LAST=7"]);
+    assert!(spec.to_string().len() > 16 << 20);
+    direct.write_spec(&spec);
+    let rootfs = direct.unpack_image();
+    direct.start_shim();
+    direct.create(bind_mount(&rootfs)).unwrap();
+    direct.start().unwrap();
+    assert_eq!(direct.wait().unwrap(), 7);
+    direct.delete().unwrap();
     direct.finish();
     lab.nothing_is_left();
 }

@@ -1,9 +1,11 @@
 //! What runs on more than one backend. Each function is a test, and its name is the contract.
 
 pub mod block;
+pub mod copy;
 pub mod counters;
 pub mod demo;
 pub mod disks;
+pub mod ending;
 pub mod exactness;
 pub mod exits;
 pub mod faults;

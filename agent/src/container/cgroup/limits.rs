@@ -1,6 +1,6 @@
 //! The limits of the spec, which are those of cgroup version 1, as files of version 2.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, ops::RangeInclusive, path::Path};
 
 use oci_spec::runtime::{
     LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
@@ -63,6 +63,10 @@ pub(crate) fn check(resources: &LinuxResources) -> Result<(), ContainerError> {
 /// Writes the limits into the files of `cgroup`, after checking that it has all the controllers.
 pub(super) fn apply(cgroup: &Path, resources: &LinuxResources) -> Result<(), ContainerError> {
     let settings = settings(resources)?;
+    if let Some(cpu) = resources.cpu() {
+        tell_of_missing("linux.resources.cpu.cpus", cpu.cpus(), "cpu");
+        tell_of_missing("linux.resources.cpu.mems", cpu.mems(), "node");
+    }
     let available = controllers(cgroup)
         .map_err(|source| ContainerError::cgroup("cannot list the controllers of", cgroup, source))?;
     let has = |setting: &Setting| available.iter().any(|name| name == setting.controller());
@@ -174,12 +178,15 @@ fn add_cpu(settings: &mut Vec<Setting>, cpu: &LinuxCpu) -> Result<(), ContainerE
     if let Some(idle) = cpu.idle() {
         settings.push(Setting::new("linux.resources.cpu.idle", "cpu.idle", idle));
     }
-    for (field, file, list) in [
-        ("linux.resources.cpu.cpus", "cpuset.cpus", cpu.cpus()),
-        ("linux.resources.cpu.mems", "cpuset.mems", cpu.mems()),
+    for (field, file, list, kind) in [
+        ("linux.resources.cpu.cpus", "cpuset.cpus", cpu.cpus(), "cpu"),
+        ("linux.resources.cpu.mems", "cpuset.mems", cpu.mems(), "node"),
     ] {
         if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
-            settings.push(Setting::new(field, file, list));
+            let has = of_guest(field, list, &online(kind))?;
+            if !has.is_empty() {
+                settings.push(Setting::new(field, file, has).asked(list));
+            }
         }
     }
     Ok(())
@@ -201,28 +208,66 @@ fn add_block_io(settings: &mut Vec<Setting>, block_io: &LinuxBlockIo) -> Result<
         let value = format!("default {}", io_weight(weight));
         settings.push(Setting::new("linux.resources.blockIO.weight", "io.weight", value).asked(weight));
     }
-    for (index, device) in block_io.weight_device().iter().flatten().enumerate() {
-        let field = format!("blockIO.weightDevice[{index}]");
-        refuse(&format!("{field}.leafWeight"), device.leaf_weight().is_some_and(|weight| weight != 0))?;
-        if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
-            let value = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight));
-            settings.push(Setting::new(format!("linux.resources.{field}"), "io.weight", value).asked(weight));
-        }
-    }
-    let none: &[LinuxThrottleDevice] = &[];
-    for (field, key, devices) in [
-        ("throttleReadBpsDevice", "rbps", block_io.throttle_read_bps_device()),
-        ("throttleWriteBpsDevice", "wbps", block_io.throttle_write_bps_device()),
-        ("throttleReadIOPSDevice", "riops", block_io.throttle_read_iops_device()),
-        ("throttleWriteIOPSDevice", "wiops", block_io.throttle_write_iops_device()),
+    // Numbers of the host's devices, which mean other devices here, or none.
+    let throttle =
+        |devices: &Option<Vec<LinuxThrottleDevice>>| devices.as_ref().is_some_and(|d| !d.is_empty());
+    for (field, set) in [
+        ("weightDevice", block_io.weight_device().as_ref().is_some_and(|devices| !devices.is_empty())),
+        ("throttleReadBpsDevice", throttle(block_io.throttle_read_bps_device())),
+        ("throttleWriteBpsDevice", throttle(block_io.throttle_write_bps_device())),
+        ("throttleReadIOPSDevice", throttle(block_io.throttle_read_iops_device())),
+        ("throttleWriteIOPSDevice", throttle(block_io.throttle_write_iops_device())),
     ] {
-        for device in devices.as_deref().unwrap_or(none) {
-            let value = format!("{}:{} {key}={}", device.major(), device.minor(), device.rate());
-            let setting = Setting::new(format!("linux.resources.blockIO.{field}"), "io.max", value);
-            settings.push(setting.asked(device.rate()));
+        if set {
+            return Err(ContainerError::Unsupported {
+                field: format!("linux.resources.blockIO.{field}"),
+                hint: Some("it names devices of the host by their numbers, and the guest has others"),
+            });
         }
     }
     Ok(())
+}
+
+/// What of a list of CPUs or memory nodes, of the host's numbers, the guest has: it may be less than all, and
+/// nothing. The guest's processors are not pinned to those of the host that have their numbers.
+fn of_guest(field: &str, list: &str, online: &str) -> Result<String, ContainerError> {
+    let reason = "it must be a list of numbers and ranges, like 0-3,8";
+    let wanted = ranges(list).ok_or_else(|| ContainerError::invalid(field, list, reason))?;
+    let there = ranges(online).unwrap_or_default();
+    let both = wanted.iter().flat_map(|wanted| {
+        there.iter().map(move |there| (*wanted.start().max(there.start()), *wanted.end().min(there.end())))
+    });
+    let both = both.filter(|(first, last)| first <= last);
+    let both: Vec<String> = both.map(|(first, last)| format!("{first}-{last}")).collect();
+    Ok(both.join(","))
+}
+
+/// A list as cpuset.cpus has it.
+fn ranges(list: &str) -> Option<Vec<RangeInclusive<u32>>> {
+    let number = |text: &str| text.trim().parse::<u32>().ok();
+    let parts = list.trim().split(',').filter(|part| !part.trim().is_empty());
+    let range = |part: &str| match part.split_once('-') {
+        None => number(part).map(|only| only..=only),
+        Some((first, last)) => Some(number(first)?..=number(last)?).filter(|range| !range.is_empty()),
+    };
+    parts.map(range).collect()
+}
+
+fn tell_of_missing(field: &str, list: &Option<String>, kind: &str) {
+    let count = |list: &str| {
+        let ranges = ranges(list).unwrap_or_default();
+        ranges.iter().map(|range| u64::from(range.end() - range.start()) + 1).sum::<u64>()
+    };
+    let Some(list) = list.as_deref().filter(|list| !list.is_empty()) else { return };
+    let online = online(kind);
+    if of_guest(field, list, &online).is_ok_and(|has| count(&has) < count(list)) {
+        log::warn!("{field} is {list:?}: the guest has {} only, and the rest is left out", online.trim());
+    }
+}
+
+/// What the guest has; node and processor 0 are everywhere.
+fn online(kind: &str) -> String {
+    fs::read_to_string(format!("/sys/devices/system/{kind}/online")).unwrap_or_else(|_| "0".into())
 }
 
 fn hugepages(index: usize, limit: &LinuxHugepageLimit) -> Result<Setting, ContainerError> {
@@ -286,7 +331,7 @@ mod tests {
         assert_eq!(written(json!({"cpu": {"shares": 262144}})).unwrap(), ["cpu.weight=10000"]);
         assert_eq!(written(json!({"cpu": {"quota": 50000}})).unwrap(), ["cpu.max=50000 100000"]);
         assert_eq!(written(json!({"cpu": {"quota": -1, "period": 20000}})).unwrap(), ["cpu.max=max 20000"]);
-        assert_eq!(written(json!({"cpu": {"cpus": "0-1", "mems": ""}})).unwrap(), ["cpuset.cpus=0-1"]);
+        assert_eq!(written(json!({"cpu": {"cpus": "0", "mems": ""}})).unwrap(), ["cpuset.cpus=0-0"]);
     }
 
     #[test]
@@ -296,12 +341,44 @@ mod tests {
     }
 
     #[test]
-    fn block_and_huge_page_limits_name_device_and_size() {
+    fn processors_and_nodes_that_the_guest_does_not_have_are_left_out() {
+        let of = |list: &str| of_guest("f", list, "0-1\n").unwrap();
+        assert_eq!(
+            (of("0-1"), of("1"), of("0,8-15"), of("0-127")),
+            ("0-1".into(), "1-1".into(), "0-0".into(), "0-1".into())
+        );
+        assert_eq!((of("4-5"), of("77")), (String::new(), String::new()));
+        for wrong in ["0-", "a", "3-1", "-1", "0-4294967296"] {
+            let error = of_guest("linux.resources.cpu.cpus", wrong, "0").unwrap_err().to_string();
+            assert!(error.contains("linux.resources.cpu.cpus"), "{error}");
+        }
+        assert_eq!(written(json!({"cpu": {"cpus": "60000-60001", "mems": "60000"}})).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn limits_of_devices_by_the_hosts_numbers_are_refused_by_the_fields_name() {
+        let device = json!([{"major": 8, "minor": 16, "rate": 4096}]);
+        for field in [
+            "throttleReadBpsDevice",
+            "throttleWriteBpsDevice",
+            "throttleReadIOPSDevice",
+            "throttleWriteIOPSDevice",
+        ] {
+            let error = written(json!({"blockIO": {field: device}})).unwrap_err();
+            assert!(error.contains(&format!("linux.resources.blockIO.{field}")), "{error}");
+            assert_eq!(written(json!({"blockIO": {field: []}})).unwrap(), [""; 0]);
+        }
+        let weights = json!({"blockIO": {"weightDevice": [{"major": 8, "minor": 16, "weight": 100}]}});
+        assert!(written(weights).unwrap_err().contains("blockIO.weightDevice"));
+    }
+
+    #[test]
+    fn block_weights_and_huge_page_limits_become_files() {
         let resources = json!({
-            "blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 16, "rate": 4096}]},
+            "blockIO": {"weight": 1000},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
         });
-        let expected = ["io.weight=default 10000", "io.max=8:16 rbps=4096", "hugetlb.2MB.max=4194304"];
+        let expected = ["io.weight=default 10000", "hugetlb.2MB.max=4194304"];
         assert_eq!(written(resources).unwrap(), expected);
         assert!(written(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 1}]})).is_err());
     }

@@ -10,18 +10,24 @@ use containerd_shim_protos::protobuf::MessageField;
 use super::is_gone;
 use crate::container::ContainerError;
 
-/// Reads the figures of a cgroup. What a missing controller would tell stays unset.
+/// Reads the figures of a cgroup. What a missing controller would tell is an empty message, never an absent
+/// one: clients read its fields without looking whether it is there.
 pub(super) fn metrics(cgroup: &Path) -> Result<Metrics, ContainerError> {
     let files = Files(cgroup);
     Ok(Metrics {
-        pids: MessageField(pids(&files)?.map(Box::new)),
-        cpu: MessageField(cpu(&files)?.map(Box::new)),
-        memory: MessageField(memory(&files)?.map(Box::new)),
-        memory_events: MessageField(memory_events(&files)?.map(Box::new)),
-        io: MessageField(io_stat(&files)?.map(Box::new)),
+        pids: present(pids(&files)?),
+        cpu: present(cpu(&files)?),
+        memory: present(memory(&files)?),
+        memory_events: present(memory_events(&files)?),
+        io: present(io_stat(&files)?),
+        rdma: present(None),
         hugetlb: hugetlb(&files)?,
         ..Metrics::default()
     })
+}
+
+fn present<T: Default>(figures: Option<T>) -> MessageField<T> {
+    MessageField::some(figures.unwrap_or_default())
 }
 
 struct Files<'a>(&'a Path);
@@ -185,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_come_from_the_files_that_exist_and_only_from_those() {
+    fn figures_come_from_the_files_that_exist_and_the_others_are_empty_not_absent() {
         let cgroup = tempfile::tempdir().unwrap();
         for (name, text) in [
             ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\n"),
@@ -205,6 +211,7 @@ mod tests {
         assert_eq!((metrics.io.usage[0].major, metrics.io.usage[0].wios), (254, 2));
         assert_eq!(metrics.memory_events.oom_kill, 1);
         assert_eq!(metrics.hugetlb.len(), 1);
-        assert!(metrics.memory.is_none());
+        assert!(metrics.memory.is_some() && metrics.rdma.is_some(), "{metrics:?}");
+        assert_eq!(metrics.memory.usage, 0);
     }
 }

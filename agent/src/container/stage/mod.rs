@@ -7,6 +7,7 @@
 //! first process; or it stays in the agent's, and only a child that it makes as the last step
 //! ([`program`]) is born into the container's.
 
+mod copy_up;
 mod devices;
 mod identity;
 mod mounts;
@@ -177,7 +178,6 @@ fn become_exec(control: &StageEnd, exec: &Exec, init: OwnedFd) -> Result<Infalli
     drop(init);
     let terminal = {
         let root = Root::open("/".as_ref()).step(|| "open the container's root".into())?;
-        root.ensure_directory(process.cwd()).step(|| format!("make {}", process.cwd().display()))?;
         open_terminal(control, &root, process)?
     };
     program::execute(control, process, terminal, exec.allow_vsock, Becoming::Child)

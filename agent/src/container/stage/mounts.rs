@@ -8,12 +8,14 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     mount::{MsFlags, mount},
+    sys::stat::fstat,
 };
 use oci_spec::runtime::{Mount, Spec};
 
 use super::{
-    Failure, Result, Step,
+    Failure, Result, Step, copy_up,
     protocol::Proc,
     root::{Kind, Root, proc_path},
 };
@@ -72,6 +74,8 @@ fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions, proc: &
     let destination = entry.destination();
     let typ = entry.typ().as_deref().unwrap_or_default();
     let action = || format!("mount {typ} on {}", destination.display());
+    // Of a directory that is there before, its mode is what the tmpfs over it gets.
+    let mode = root.locate(destination).and_then(|fd| fstat(&fd)).ok().map(|found| found.st_mode & 0o7777);
     let target = match typ {
         // Masked and read-only paths rely on /proc and /sys being where they are said to be.
         "proc" | "sysfs" => {
@@ -84,7 +88,16 @@ fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions, proc: &
     if let ("proc", Proc::Kept(kept)) = (typ, proc) {
         return bind_proc(kept, root, entry, &target, options).step(action);
     }
-    let data = options.data.join(",");
+    let mut data = options.data.clone();
+    if let Some(mode) = mode.filter(|_| typ == "tmpfs") {
+        // As runc does. An option of the spec comes after it, and counts.
+        data.insert(0, format!("mode={mode:04o}"));
+    }
+    let covered = match options.copy_up {
+        true => Some(root.open_at(destination, OFlag::O_RDONLY | OFlag::O_DIRECTORY).step(action)?),
+        false => None,
+    };
+    let data = data.join(",");
     let (fs_type, data) = match typ {
         // Options of the version 1 hierarchies ("memory", "name=systemd") mean nothing here.
         typ if is_cgroup(typ) => ("cgroup2", ""),
@@ -93,6 +106,11 @@ fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions, proc: &
     let source = entry.source().as_deref().unwrap_or(Path::new(fs_type));
     mount(Some(source), proc_path(&target).as_str(), Some(fs_type), options.flags, Some(data))
         .step(action)?;
+    if let Some(covered) = covered {
+        let mounted = root.open_at(destination, OFlag::O_RDONLY | OFlag::O_DIRECTORY).step(action)?;
+        copy_up::copy(covered.as_fd(), mounted.as_fd())
+            .step(|| format!("copy what is in {} into its tmpfs", destination.display()))?;
+    }
     if options.propagation.is_empty() && options.recursive_attributes.is_empty() {
         return Ok(());
     }

@@ -3,7 +3,7 @@
 
 use std::{
     convert::Infallible,
-    ffi::{CString, OsStr},
+    ffi::{CString, OsStr, OsString},
     fs::File,
     io::{self, Read},
     os::{
@@ -142,16 +142,18 @@ fn c_string(text: &OsStr) -> nix::Result<CString> {
     CString::new(text.as_bytes()).map_err(|_| Errno::EINVAL)
 }
 
-fn c_strings(texts: &[String]) -> nix::Result<Vec<CString>> {
+fn c_strings<T: AsRef<OsStr>>(texts: &[T]) -> nix::Result<Vec<CString>> {
     texts.iter().map(|text| c_string(text.as_ref())).collect()
 }
 
 /// The variables of the spec, and HOME, which programs expect and login would set.
-fn environment(process: &Process) -> Vec<String> {
-    let mut variables = process.env().clone().unwrap_or_default();
-    if !variables.iter().any(|variable| variable.starts_with("HOME=")) {
+fn environment(process: &Process) -> Vec<OsString> {
+    let given = process.env().iter().flatten();
+    let mut variables: Vec<OsString> = given.map(OsString::from).collect();
+    if !variables.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
         let users = read_users(Path::new("/etc/passwd")).unwrap_or_default();
-        variables.push(format!("HOME={}", home_of(process.user().uid(), &users).unwrap_or("/".into())));
+        let home = home_of(process.user().uid(), &users).unwrap_or(b"/");
+        variables.push(OsStr::from_bytes(&[b"HOME=", home].concat()).to_owned());
     }
     variables
 }
@@ -171,23 +173,25 @@ fn read_users(path: &Path) -> io::Result<Vec<u8>> {
     Ok(users)
 }
 
-/// Names of people need not be UTF-8.
-fn home_of(uid: u32, passwd: &[u8]) -> Option<String> {
+/// Whatever bytes the other fields have: names of people need not be UTF-8.
+fn home_of(uid: u32, passwd: &[u8]) -> Option<&[u8]> {
     let uid = uid.to_string();
     let mut lines = passwd.split(|byte| *byte == b'\n').map(|line| line.split(|byte| *byte == b':'));
     let mut entry = lines.find(|fields| fields.clone().nth(2) == Some(uid.as_bytes()))?;
-    let home = String::from_utf8(entry.nth(5)?.to_vec()).ok()?;
-    Some(home).filter(|home| !home.is_empty())
+    entry.nth(5).filter(|home| !home.is_empty())
 }
 
 /// Finds a program as a shell does. Run as the container's user, so that permissions are the user's.
-fn find(name: &str, environment: &[String]) -> Result<PathBuf> {
+fn find(name: &str, environment: &[OsString]) -> Result<PathBuf> {
     if name.contains('/') {
         executable(Path::new(name)).step(|| format!("exec {name}"))?;
         return Ok(name.into());
     }
-    let search =
-        environment.iter().rev().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or_default();
+    let search = environment
+        .iter()
+        .rev()
+        .find_map(|variable| variable.to_str()?.strip_prefix("PATH="))
+        .unwrap_or_default();
     let mut outcome = Errno::ENOENT;
     for directory in search.split(':').filter(|directory| directory.starts_with('/')) {
         let candidate = Path::new(directory).join(name);
@@ -217,13 +221,12 @@ mod tests {
 
     #[test]
     fn home_is_that_of_the_user_id() {
-        let passwd = b"root:x:0:0:r\xf6\xf6t:/root:/bin/sh\nnobody:x:65534:65534::/nowhere:/bin/false\n\
-            odd:x:7\nempty:x:8:8:::/bin/sh";
-        assert_eq!(home_of(65534, passwd).as_deref(), Some("/nowhere"));
-        assert_eq!(home_of(0, passwd).as_deref(), Some("/root"));
-        for unknown in [7, 8, 1] {
-            assert_eq!(home_of(unknown, passwd), None);
-        }
+        let passwd = b"root:x:0:0:root:/root:/bin/sh\nm:x:9:9:M\xfcller:/h\xf6me:/bin/sh\n\
+            nobody:x:65534:65534::/nowhere:/bin/false\nodd:x:7\n";
+        assert_eq!(home_of(65534, passwd), Some(&b"/nowhere"[..]));
+        assert_eq!(home_of(9, passwd), Some(&b"/h\xf6me"[..]));
+        assert_eq!(home_of(7, passwd), None);
+        assert_eq!(home_of(1, passwd), None);
     }
 
     #[test]
@@ -243,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_program_is_found_in_the_last_path_given_and_its_absence_is_named() {
-        let environment = ["PATH=/nowhere".to_owned(), "PATH=/nowhere:relative:/bin".to_owned()];
+        let environment = ["PATH=/nowhere", "PATH=/nowhere:relative:/bin"].map(OsString::from);
         assert_eq!(find("sh", &environment).unwrap(), Path::new("/bin/sh"));
         let failure = find("nosuch", &environment).unwrap_err();
         assert_eq!(failure.action, "exec \"nosuch\": executable file not found in $PATH");

@@ -275,6 +275,14 @@ struct Reservation<'a> {
 }
 
 impl Tasks {
+    /// Refuses an id that is taken, or being taken.
+    pub fn check_free(&self, id: &str) -> Result<(), Error> {
+        match lock(&self.slots).contains_key(id) {
+            true => Err(Error::AlreadyExists(ProcessId { container: id.to_owned(), exec: String::new() })),
+            false => Ok(()),
+        }
+    }
+
     fn reserve<'a>(&'a self, id: &'a str) -> Result<Reservation<'a>, Error> {
         match lock(&self.slots).entry(id.to_owned()) {
             Entry::Occupied(_) => {

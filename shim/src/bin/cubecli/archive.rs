@@ -3,15 +3,20 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, IsTerminal, Write, stdin},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::Path,
 };
 
-use cube_shim::{config::Config, snapshot::Store};
+use cube_shim::{
+    config::Config,
+    snapshot::{Import, Store},
+    task::check_id,
+};
 
 use crate::{
     args::{ExportArgs, ImportArgs},
     error::CliError,
+    interrupt::Interrupts,
     progress::Progress,
 };
 
@@ -21,37 +26,53 @@ const STANDARD: &str = "-";
 pub(crate) fn export(config: &Config, args: &ExportArgs, output: File) -> Result<(), CliError> {
     let store = Store::at(&config.snapshot.dir);
     let (name, file) = (&args.name, &args.file);
-    let progress = Progress::of(format!("exporting {name}"));
-    let mut told = |done, total| progress.told(done, total);
     if file == Path::new(STANDARD) {
-        return match output.is_terminal() {
-            true => Err(CliError::Terminal),
-            false => Ok(store.export(name, output, &mut told)?),
-        };
+        if output.is_terminal() {
+            return Err(CliError::Terminal);
+        }
+        let progress = Progress::of(format!("exporting {name}"));
+        return Ok(store.export(name, output, &mut |done, total| progress.told(done, total))?);
     }
     let failed = |action| move |source| CliError::File { action, path: file.clone(), source };
     // Of a snapshot that is not there, there is no file either.
     store.open(name)?;
+    let interrupts = Interrupts::watch()?;
+    let progress = Progress::of(format!("exporting {name}"));
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
     let made = made.map_err(failed("make"))?;
-    let exported = store.export(name, &made, &mut told).map_err(CliError::from);
+    let mut told = |done, total| {
+        progress.bytes(done, total);
+        interrupts.check()
+    };
+    let exported = store.export(name, &made, &mut told).map_err(|e| interrupts.explain(e));
     let complete = exported.and_then(|()| made.sync_all().map_err(failed("write out")));
     complete.inspect_err(|_| drop(fs::remove_file(file)))
 }
 
 pub(crate) fn import(config: &Config, args: &ImportArgs, mut output: File) -> Result<(), CliError> {
     let store = Store::at(&config.snapshot.dir);
-    let (file, name) = (&args.file, args.name.as_deref());
+    check_id("namespace", &args.namespace).map_err(|_| CliError::NoNamespace(args.namespace.clone()))?;
+    let limit = config.snapshot.import_limit;
+    let import = Import { name: args.name.as_deref(), namespace: &args.namespace, limit };
+    let file = &args.file;
+    // A FIFO is waited for here, when there is nothing yet to be removed.
+    let input = match file == Path::new(STANDARD) {
+        true => stdin().as_fd().try_clone_to_owned().map(File::from),
+        false => File::open(file),
+    };
+    let input = input.map_err(|source| CliError::File { action: "open", path: file.clone(), source })?;
+    let is_dir = input.metadata().is_ok_and(|meta| meta.is_dir());
+    let interrupts = Interrupts::watch()?;
     let progress = Progress::of("importing");
-    let mut told = |done, total| progress.told(done, total);
-    let imported = match file {
-        _ if file == Path::new(STANDARD) => store.import(stdin().lock(), name, &mut told)?,
-        _ if file.is_dir() => store.import_dir(file, name, &mut told)?,
-        _ => {
-            let failed = |source: io::Error| CliError::File { action: "open", path: file.clone(), source };
-            store.import(File::open(file).map_err(failed)?, name, &mut told)?
-        }
+    let mut told = |done, total| -> io::Result<()> {
+        progress.bytes(done, total);
+        interrupts.check()
+    };
+    let imported = match is_dir {
+        true => store.import_dir(file, import, &mut told),
+        false => store.import(interrupts.input(input), import, &mut told),
     };
     drop(progress);
+    let imported = imported.map_err(|e| interrupts.explain(e))?;
     writeln!(output, "{}", imported.manifest.name).map_err(CliError::Output)
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::Signal;
 
 use crate::time::Since;
 
@@ -13,7 +14,7 @@ Exit codes:
   2    the command line is wrong
   3    no container, sandbox or log with this ID
   4    the ID is ambiguous; the candidates are on standard error
-  130  interrupted (Ctrl-C), as shells report the end by SIGINT";
+  130  interrupted (Ctrl-C), as shells report the end by SIGINT; 129 and 143: by SIGHUP and SIGTERM";
 
 const LOGS: &str = "\
 Print the output of a container, running or deleted
@@ -62,6 +63,30 @@ containerd gets a container without an image: its files are in the snapshot. It 
 snapshot's original never was. Its output is in its log, as `cubecli logs ID` shows it; `ctr task` and
 others take it from there.";
 
+const CP: &str = "\
+Copy files out of a running container, or into it
+
+`cp ID:PATH LOCAL` and `cp LOCAL ID:PATH` copy a file, or a directory with all in it, into a directory that exists,
+else under the name given; of `DIR/.`, what is in it. `-` is standard output or input, as a tar stream. Modes, owners
+(by number) and symbolic links are kept; out of a container, hard links are, too, and neither set-user-ID bits nor
+devices, FIFOs and sockets. Nothing is written outside of LOCAL, whatever the container sends.
+
+The container's own tar is run as its root, and into it its own test, as the other tools do it: a container without
+them has no cp.";
+
+const KILL: &str = "\
+Send a signal to a container, SIGKILL unless told otherwise
+
+containerd is asked first. If it does not answer or does not know the task, its shim is asked; and if that is
+gone or silent, SIGKILL ends the whole sandbox by what is on disk.";
+
+const RM: &str = "\
+Remove a container, or a whole sandbox with the ID of its main container
+
+containerd is asked first. What it does not know, or while it does not answer, is removed with the shim, and
+without one from what is on disk, as containerd would have it done. The log stays, and so does the image. With
+--force, what runs is ended by SIGKILL first.";
+
 const EXPORT: &str = "\
 Write a snapshot into an archive, for another host
 
@@ -72,7 +97,9 @@ const IMPORT: &str = "\
 Make a snapshot from an archive; prints its name
 
 Every file is compared with its digest before the snapshot gets its name. Of an archive that is not whole,
-or is of no snapshot, nothing is left. Only import what you would run: a snapshot is a whole machine.";
+or is of no snapshot, nothing is left, nor of one that is interrupted. It may have as much data as
+snapshot.import_limit of the configuration allows. Only import what you would run: a snapshot is a whole
+machine.";
 
 /// Operator tool of Cubebox: containers in microVMs under containerd.
 #[derive(Debug, Parser)]
@@ -117,6 +144,15 @@ pub(crate) enum CubeboxCommand {
     Pause(PauseArgs),
     /// Let a paused sandbox go on, from memory or from disk
     Resume(ResumeArgs),
+    /// Copy files out of a running container, or into it
+    #[command(long_about = CP)]
+    Cp(CpArgs),
+    /// Send a signal to a container, SIGKILL unless told otherwise
+    #[command(long_about = KILL)]
+    Kill(KillArgs),
+    /// Remove a container, or a whole sandbox
+    #[command(long_about = RM)]
+    Rm(RmArgs),
     /// Take a snapshot of a sandbox, which runs on; prints the snapshot's name
     #[command(long_about = SNAPSHOT)]
     Snapshot(SnapshotArgs),
@@ -203,6 +239,71 @@ pub(crate) struct ResumeArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
+pub(crate) struct CpArgs {
+    /// What to copy: ID:PATH, or a local path
+    pub(crate) src: String,
+    /// Where to: a local path, or ID:PATH
+    pub(crate) dst: String,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct KillArgs {
+    /// Container ID, or a prefix of it that no other container has
+    pub(crate) id: String,
+    /// Signal, by its name or number
+    #[arg(long, short, default_value = "SIGKILL", value_parser = signal)]
+    pub(crate) signal: u32,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct RmArgs {
+    /// Container ID, or a prefix of it that no other container has
+    pub(crate) id: String,
+    /// End what runs, by SIGKILL
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// containerd namespace of the container [default: all]
+    #[arg(long, short, value_name = "NS")]
+    pub(crate) namespace: Option<String>,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ContainerdArgs {
+    /// Socket of containerd
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(crate) address: PathBuf,
+}
+
+/// A signal by its name, with or without SIG, or its number.
+fn signal(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| (1..=64).contains(number));
+    let name = text.to_ascii_uppercase();
+    let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let named = name.parse::<Signal>().ok().map(|signal| signal as u32);
+    number.or(named).ok_or_else(|| "not a signal: give a name, such as SIGTERM, or a number up to 64".into())
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub(crate) struct SnapshotArgs {
     /// ID of a sandbox or of a container in it, or a prefix that no other one has
     pub(crate) id: String,
@@ -247,17 +348,12 @@ pub(crate) struct RestoreArgs {
     /// ID of the new sandbox [default: the snapshot's name and the time]
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<String>,
-    /// containerd namespace of the new sandbox [default: that of the snapshot's original]
+    /// containerd namespace of the new sandbox [default: that of the snapshot's original; of a snapshot that was
+    /// imported, the one that it was imported for]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
-    /// Socket of containerd
-    #[arg(
-        long,
-        value_name = "PATH",
-        env = "CONTAINERD_ADDRESS",
-        default_value = "/run/containerd/containerd.sock"
-    )]
-    pub(crate) address: PathBuf,
+    #[command(flatten)]
+    pub(crate) containerd: ContainerdArgs,
 }
 
 #[derive(Debug, Args)]
@@ -276,6 +372,9 @@ pub(crate) struct ImportArgs {
     pub(crate) file: PathBuf,
     /// Name of the snapshot [default: the one that it had]
     pub(crate) name: Option<String>,
+    /// containerd namespace that it is for: `restore` makes sandboxes there unless told otherwise
+    #[arg(long, short, value_name = "NS", env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    pub(crate) namespace: String,
 }
 
 #[derive(Debug, Args)]
@@ -325,4 +424,26 @@ pub(crate) struct LogsArgs {
     /// containerd namespace of the container [default: all]
     #[arg(long, short, value_name = "NS")]
     pub(crate) namespace: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_has_a_name_or_a_number() {
+        for (text, number) in
+            [("SIGTERM", 15), ("term", 15), ("9", 9), ("KILL", 9), ("64", 64), ("sigusr1", 10)]
+        {
+            assert_eq!(signal(text), Ok(number), "{text}");
+        }
+        for text in ["", "0", "65", "SIG", "-9", "nothing"] {
+            signal(text).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
 }

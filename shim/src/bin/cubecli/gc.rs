@@ -11,7 +11,6 @@ use std::{
 use cube_shim::{
     cgroup::SandboxCgroup,
     config::Config,
-    errors::chain,
     log::{
         locate::{self, Name},
         retention::{self, Expired},
@@ -23,10 +22,18 @@ use cube_shim::{
     },
     snapshot::{SnapshotError, Store, Suspended},
     state::{RunDir, StateError},
+    text::printable,
 };
 use nix::mount::{MntFlags, umount2};
 
-use crate::{args::GcArgs, error::CliError, progress::Progress, sandboxes, task::Tasks, time};
+use crate::{
+    args::GcArgs,
+    error::{CliError, complain},
+    progress::Progress,
+    sandboxes,
+    task::Tasks,
+    time,
+};
 
 /// Time that the kernel has to let go of a cgroup without processes.
 const CGROUP_LIMIT: Duration = Duration::from_secs(2);
@@ -188,12 +195,12 @@ impl Gc {
     }
 
     fn line(&mut self, line: &str) -> io::Result<()> {
-        self.progress.aside(|| writeln!(self.output, "{line}"))
+        self.progress.aside(|| writeln!(self.output, "{}", printable(line)))
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) {
         self.failures += 1;
-        self.progress.aside(|| eprintln!("cubecli: {}", chain(error)));
+        self.progress.aside(|| complain(error));
     }
 }
 

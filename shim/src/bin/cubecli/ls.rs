@@ -7,7 +7,7 @@ use std::{
 };
 
 use containerd_shim_protos::api::Status;
-use cube_shim::config::Config;
+use cube_shim::{config::Config, text::printable_json};
 use serde::Serialize;
 
 use crate::{
@@ -49,7 +49,7 @@ pub(crate) fn run(config: &Config, args: &LsArgs, mut output: File) -> Result<()
     if args.json {
         let mut text = serde_json::to_string_pretty(&containers).map_err(|e| CliError::Output(e.into()))?;
         text.push('\n');
-        return output.write_all(text.as_bytes()).map_err(CliError::Output);
+        return output.write_all(printable_json(&text).as_bytes()).map_err(CliError::Output);
     }
     let header = ["NAMESPACE", "ID", "SANDBOX", "STATUS", "PID", "VMM", "AGE"].map(String::from);
     let mut rows = vec![header];

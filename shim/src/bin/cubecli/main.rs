@@ -3,9 +3,12 @@
 mod archive;
 mod args;
 mod containerd;
+mod cp;
+mod end;
 mod error;
 mod gc;
 mod info;
+mod interrupt;
 mod logs;
 mod ls;
 mod namespace;
@@ -26,7 +29,7 @@ mod wait;
 use std::{fs::File, io, os::fd::AsFd, process::ExitCode};
 
 use clap::Parser;
-use cube_shim::{config::Config, errors::chain};
+use cube_shim::config::Config;
 
 use args::{Cli, Command, CubeboxCommand};
 use error::CliError;
@@ -37,7 +40,7 @@ fn main() -> ExitCode {
         // Whoever read the output has had enough of it: that is how `| head` ends, and no failure.
         Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("cubecli: {}", chain(&e));
+            error::complain(&e);
             e.exit_code()
         }
     }
@@ -55,6 +58,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Cubebox { command: CubeboxCommand::Wait(args) } => wait::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Pause(args) } => pause::pause(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Resume(args) } => pause::resume(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Cp(args) } => cp::run(&config, &args, output),
+        Command::Cubebox { command: CubeboxCommand::Kill(args) } => end::kill(&config, &args),
+        Command::Cubebox { command: CubeboxCommand::Rm(args) } => end::rm(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Rollback(args) } => rollback::run(&config, &args),
         Command::Cubebox { command: CubeboxCommand::Snapshot(args) } => {
             snapshot::take(&config, &args, output)

@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     args::RestoreArgs,
     containerd::{Container, Containerd, ContainerdError},
-    error::CliError,
+    error::{CliError, complain},
     progress::during,
     shim,
 };
@@ -40,13 +40,13 @@ pub(crate) fn run(config: &Config, args: &RestoreArgs, mut output: File) -> Resu
     let spec = spec(&manifest, &id)?;
     let namespace = args.namespace.as_deref().unwrap_or(&manifest.origin.namespace);
     shim::block_on(async {
-        let containerd = Containerd::connect(&args.address, namespace).await?;
+        let containerd = Containerd::connect(&args.containerd.address, namespace).await?;
         let container = Container { id: &id, runtime: RUNTIME, spec: &spec };
         let mut interrupted = signal(SignalKind::interrupt()).map_err(CliError::Signal)?;
         containerd.create_container(container).await?;
         let running = tokio::select! {
             running = during("restoring the sandbox", run_task(&containerd, &id)) => running.map_err(CliError::from),
-            _ = interrupted.recv() => Err(CliError::Interrupted),
+            _ = interrupted.recv() => Err(CliError::Interrupted { signal: libc::SIGINT }),
         };
         if running.is_err() {
             undo(&containerd, &id).await;
@@ -68,7 +68,7 @@ async fn undo(containerd: &Containerd, id: &str) {
         let _ = containerd.delete_task(id).await;
     }
     if let Err(e) = containerd.delete_container(id).await {
-        eprintln!("cubecli: {}", cube_shim::errors::chain(&e));
+        complain(&e);
     }
 }
 

@@ -1,14 +1,13 @@
 //! The sandboxes of this host, as their state files describe them.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use cube_shim::{
-    errors::chain,
     log::locate::{Log, Name},
     state::{ContainerState, RunDir, State},
 };
 
-use crate::error::CliError;
+use crate::error::{CliError, complain};
 
 /// A sandbox that has a run directory.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ pub(crate) fn all(run_dir: &Path) -> Result<Vec<Sandbox>, CliError> {
         match dir.load() {
             Ok(Some(state)) => sandboxes.push(Sandbox { dir, state }),
             Ok(None) => {}
-            Err(e) => eprintln!("cubecli: {}", chain(&e)),
+            Err(e) => complain(&e),
         }
     }
     Ok(sandboxes)
@@ -68,6 +67,40 @@ pub(crate) fn find(run_dir: &Path, namespace: Option<&str>, id: &str) -> Result<
         (None, _) => Err(CliError::NoSandbox { id: id.into() }),
         (Some(last), false) => {
             let candidates = found.iter().chain([&last]).map(Sandbox::name).collect();
+            Err(CliError::Ambiguous { id: id.into(), candidates })
+        }
+    }
+}
+
+/// The container that has the ID `id`, or the only one whose ID begins so, with its sandbox; in `namespace` if given.
+/// The ID of a sandbox is that of its main container.
+pub(crate) fn find_container(
+    run_dir: &Path,
+    namespace: Option<&str>,
+    id: &str,
+) -> Result<(Sandbox, String), CliError> {
+    let (mut exact, mut begun) = (Vec::new(), Vec::new());
+    for sandbox in all(run_dir)? {
+        if namespace.is_some_and(|wanted| wanted != sandbox.state.namespace) {
+            continue;
+        }
+        let ids: BTreeSet<&String> =
+            sandbox.state.containers.keys().chain([&sandbox.state.sandbox_id]).collect();
+        let matching = ids.into_iter().filter(|known| known.starts_with(id));
+        for known in matching.cloned().collect::<Vec<_>>() {
+            let name = Name { namespace: sandbox.state.namespace.clone(), id: known };
+            if name.id == id { &mut exact } else { &mut begun }.push((name, sandbox.dir.clone()));
+        }
+    }
+    let mut found = if exact.is_empty() { begun } else { exact };
+    match (found.pop(), found.is_empty()) {
+        (Some((name, dir)), true) => match dir.load()? {
+            Some(state) => Ok((Sandbox { dir, state }, name.id)),
+            None => Err(CliError::NoSandbox { id: id.into() }),
+        },
+        (None, _) => Err(CliError::NoSandbox { id: id.into() }),
+        (Some(last), false) => {
+            let candidates = found.into_iter().chain([last]).map(|(name, _)| name).collect();
             Err(CliError::Ambiguous { id: id.into(), candidates })
         }
     }

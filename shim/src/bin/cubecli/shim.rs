@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use containerd_shim_protos::shim_async::TaskClient;
 use cube_shim::{control::sandbox_ttrpc::SandboxClient, log::locate::Name};
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{
@@ -16,6 +17,7 @@ pub(crate) struct Shim {
     sandbox: Name,
     pid: i32,
     client: SandboxClient,
+    tasks: TaskClient,
 }
 
 impl Shim {
@@ -25,7 +27,9 @@ impl Shim {
         let connected = UnixStream::connect(sandbox.dir.socket()?).await;
         let stream = connected.map_err(|source| CliError::ShimGone { sandbox: name.clone(), source })?;
         let pid = stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or_default();
-        Ok(Shim { sandbox: name, pid, client: SandboxClient::new(Client::new(Socket::new(stream))) })
+        let client = Client::new(Socket::new(stream));
+        let (client, tasks) = (SandboxClient::new(client.clone()), TaskClient::new(client));
+        Ok(Shim { sandbox: name, pid, client, tasks })
     }
 
     /// Makes the call that `send` makes; it must be answered within `limit`.
@@ -37,15 +41,40 @@ impl Shim {
     where
         F: Future<Output = ttrpc::Result<T>>,
     {
+        self.answer(limit, send(self.client.clone(), context::with_duration(limit))).await
+    }
+
+    /// What is said of it when it does not answer.
+    pub(crate) fn silent(&self) -> CliError {
+        CliError::ShimSilent { sandbox: self.sandbox.clone(), pid: self.pid }
+    }
+
+    /// As [`Shim::call`], of containerd's Task API.
+    pub(crate) async fn task<T, F>(
+        &self,
+        limit: Duration,
+        send: impl FnOnce(TaskClient, Context) -> F,
+    ) -> Result<T, CliError>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        self.answer(limit, send(self.tasks.clone(), context::with_duration(limit))).await
+    }
+
+    async fn answer<T>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, CliError> {
         let (sandbox, pid) = (self.sandbox.clone(), self.pid);
-        match timeout(limit, send(self.client.clone(), context::with_duration(limit))).await {
+        match timeout(limit, call).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == ttrpc::Code::UNIMPLEMENTED => {
                 let source = ttrpc::Error::RpcStatus(status);
                 Err(CliError::ShimRefuses { sandbox, pid, source })
             }
             Ok(Err(ttrpc::Error::RpcStatus(status))) => {
-                Err(CliError::Refused { sandbox, text: status.message().to_owned() })
+                Err(CliError::Refused { sandbox, code: status.code(), text: status.message().to_owned() })
             }
             Ok(Err(_)) | Err(_) => Err(CliError::ShimSilent { sandbox, pid }),
         }

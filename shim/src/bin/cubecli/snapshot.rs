@@ -6,11 +6,12 @@ use cube_shim::{
     config::Config,
     control::sandbox::{SnapshotRequest, SnapshotResponse},
     snapshot::{Listed, Store},
+    text::printable_json,
 };
 
 use crate::{
     args::{SnapshotArgs, SnapshotsArgs},
-    error::CliError,
+    error::{CliError, complain},
     progress::{Progress, during},
     sandboxes, shim, table, time,
 };
@@ -43,7 +44,7 @@ pub(crate) fn list(config: &Config, args: &SnapshotsArgs, mut output: File) -> R
     }
     let (listed, failed): (Vec<_>, Vec<_>) = store.list()?.into_iter().partition(Result::is_ok);
     for error in failed.iter().filter_map(|failed| failed.as_ref().err()) {
-        eprintln!("cubecli: {}", cube_shim::errors::chain(error));
+        complain(error);
     }
     let listed: Vec<Listed> = listed.into_iter().flatten().collect();
     if args.json {
@@ -52,7 +53,7 @@ pub(crate) fn list(config: &Config, args: &SnapshotsArgs, mut output: File) -> R
             .map(|listed| serde_json::json!({"disk_bytes": listed.disk_bytes, "manifest": listed.manifest}))
             .collect();
         let text = serde_json::to_string_pretty(&values).map_err(|e| CliError::Output(e.into()))?;
-        return writeln!(output, "{text}").map_err(CliError::Output);
+        return writeln!(output, "{}", printable_json(&text)).map_err(CliError::Output);
     }
     let mut rows = vec![["NAME", "OF", "CREATED", "SIZE"].map(String::from)];
     rows.extend(listed.into_iter().map(|Listed { manifest, disk_bytes }| {

@@ -9,6 +9,7 @@ use cube_shim::{
     config::Config,
     control::sandbox::{WaitReadyRequest, WaitReadyResponse},
     log::locate::Name,
+    text::printable,
 };
 
 use crate::{
@@ -49,7 +50,7 @@ async fn until_ready(shim: &Shim, sandbox: &Name, limit: Option<Duration>) -> Re
             return Err(CliError::NotReady { sandbox: sandbox.clone(), limit, waits_for: answer.waits_for });
         }
         if watched && told != answer.waits_for {
-            eprintln!("waiting: {}", answer.waits_for);
+            eprintln!("waiting: {}", printable(&answer.waits_for));
             told = answer.waits_for;
         }
     }

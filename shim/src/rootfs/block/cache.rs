@@ -22,7 +22,7 @@ use nix::{
 use tracing::{info, warn};
 
 use super::{super::failed, Identity, Limits, RootfsError, SandboxDisks};
-use crate::files;
+use crate::files::{self, LOCK_LIMIT, Lock};
 
 /// The packed layers in an identity's directory.
 const IMAGE: &str = "rootfs.erofs";
@@ -154,8 +154,7 @@ impl Cache {
     pub(super) fn lock_sandboxes(&self) -> Result<Flock<File>, RootfsError> {
         let dir = self.sandboxes();
         let file = File::open(&dir).map_err(failed("cannot open", &dir))?;
-        Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| failed("cannot lock", &dir)(errno.into()))
+        files::lock(file, Lock::Exclusive, LOCK_LIMIT).map_err(failed("cannot lock", &dir))
     }
 
     fn entries(&self) -> Result<Vec<Entry>, RootfsError> {

@@ -145,7 +145,8 @@ impl BlockRequest {
         let args = args.into_iter().chain(["-E", "lazy_itable_init=1,nodiscard"]).map(Into::into);
         let args = args.chain([path.into()]).collect();
         let program = tool::find(&self.mke2fs, "`apt-get install e2fsprogs`, or set tools.mke2fs")?;
-        tool::Tool { program, args, cgroup: &self.cgroup, mount: None }.run(limits, |_| {})
+        tool::Tool { program, args, cgroup: &self.cgroup, mount: None, file_limit: self.size }
+            .run(limits, |_| {})
     }
 }
 

@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::resource::{Resource, setrlimit};
+
 use super::{super::failed, Limits, RootfsError};
 use crate::vmm::program;
 
@@ -34,6 +36,8 @@ pub(super) struct Tool<'a> {
     pub(super) cgroup: &'a Path,
     /// What it sees mounted, and nobody else.
     pub(super) mount: Option<PrivateMount>,
+    /// Most bytes that a file may have which it writes: setrlimit(2), RLIMIT_FSIZE.
+    pub(super) file_limit: u64,
 }
 
 /// A mount in a mount namespace of the program's own: it is gone when the program is, however that
@@ -100,10 +104,11 @@ impl Tool<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        let mount = self.mount;
+        let (mount, file_limit) = (self.mount, self.file_limit);
         let enter = move || {
             nix::unistd::write(&procs, b"0")?;
             nix::unistd::setsid()?;
+            setrlimit(Resource::RLIMIT_FSIZE, file_limit, file_limit)?;
             mount.as_ref().map_or(Ok(()), PrivateMount::make)
         };
         // SAFETY: `enter` makes system calls only; it neither allocates nor takes a lock.

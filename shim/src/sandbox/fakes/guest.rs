@@ -42,6 +42,8 @@ pub(in crate::sandbox) struct Guest {
     pub(in crate::sandbox) calls: Mutex<Vec<String>>,
     /// The spec of each Create.
     pub(in crate::sandbox) specs: Mutex<Vec<Value>>,
+    /// What Pids answers.
+    pub(in crate::sandbox) pids: Mutex<Vec<u32>>,
     /// Why no container is ready; `None` if all are.
     pub(in crate::sandbox) unready: Mutex<Option<String>>,
     /// What State answers, where that is not a process that runs; `None` for one that is not there.
@@ -68,6 +70,7 @@ impl Guest {
             faults: Mutex::default(),
             calls: Mutex::default(),
             specs: Mutex::default(),
+            pids: Mutex::default(),
             unready: Mutex::default(),
             states: Mutex::default(),
             protocol,
@@ -225,6 +228,13 @@ impl Task for Service {
         self.0.called("Stats", &request.id, "").await?;
         let stats = Any { type_url: "io.containerd.cgroups.v2.Metrics".into(), ..Default::default() };
         Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
+        self.0.called("Pids", &request.id, "").await?;
+        let pids = self.0.pids.lock().unwrap().clone();
+        let info = |pid| api::ProcessInfo { pid, ..Default::default() };
+        Ok(api::PidsResponse { processes: pids.into_iter().map(info).collect(), ..Default::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {

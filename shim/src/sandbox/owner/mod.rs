@@ -32,8 +32,8 @@ use tracing::{debug, error, warn};
 
 use self::{member::Motion, state::SandboxState};
 use super::{
-    Deleted, ExecRequest, Host, Identity, KillRequest, Message, ProcessId, ProcessState, Reply, Request,
-    SnapshotRequest, Status,
+    Deleted, ExecRequest, Host, Identity, KillRequest, Message, Pids, ProcessId, ProcessState, Reply,
+    Request, SnapshotRequest, Status,
     job::{self, Guest, Report},
     process::{Phase, Process},
     ready::{Ready, SandboxReadiness},
@@ -255,6 +255,7 @@ impl Owner {
                 let pid = self.pid;
                 drop(reply.send(self.known(&init_of(&id)).map(|_| pid)));
             }
+            Request::Pids(id, reply) => self.pids(id, reply),
             Request::Stats(id, reply) => self.stats(id, reply),
             Request::Update(id, resources, reply) => match self.guest_of(&init_of(&id)) {
                 Ok(guest) => answer_later(reply, job::update(guest, id, resources)),
@@ -350,6 +351,29 @@ impl Owner {
             (status, _) => status,
         };
         Ok(ProcessState { bundle: bundle.unwrap_or_default(), pid, status, stdio, exit })
+    }
+
+    fn pids(&mut self, id: String, reply: Reply<Pids>) {
+        let (reported, guest) = (self.pid, self.guest_of(&init_of(&id)).ok());
+        if let Err(e) = self.known(&init_of(&id)) {
+            return drop(reply.send(Err(e)));
+        }
+        let started = self.containers.get(&id).into_iter().flat_map(|container| {
+            let alive =
+                container.execs.values().chain([&container.init]).filter(|process| !process.is_over());
+            alive.map(|process| process.guest_pid).filter(|pid| *pid != 0)
+        });
+        let started = started.collect();
+        match guest {
+            Some(guest) => answer_later(reply, async move {
+                let guest = job::pids(guest, id).await.unwrap_or_else(|e| {
+                    debug!("answering with the processes that were started: {}", chain(&e));
+                    started
+                });
+                Ok(Pids { reported, guest })
+            }),
+            None => drop(reply.send(Ok(Pids { reported, guest: started }))),
+        }
     }
 
     fn stats(&mut self, id: String, reply: Reply<Any>) {

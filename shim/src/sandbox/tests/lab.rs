@@ -47,7 +47,7 @@ impl Lab {
         let publisher = Publisher::new(socket.to_str().unwrap(), "default");
         let run_dir = RunDir::of(dir.path(), "/c", "default", "c1");
         let identity = Identity { namespace: "default".into(), id: "c1".into(), run_dir: run_dir.clone() };
-        let snapshot = config::Snapshot { dir: dir.path().join("snapshots") };
+        let snapshot = config::Snapshot { dir: dir.path().join("snapshots"), ..Default::default() };
         let log = config::Log {
             dir: dir.path().join("log"),
             template_dir: dir.path().join("templates"),

@@ -50,7 +50,7 @@ impl Store {
         if !files::entries(to).map_err(failed("cannot list", to))?.is_empty() {
             return Err(failed("cannot use", to)(io::ErrorKind::DirectoryNotEmpty.into()));
         }
-        let copied = copy_files(&held.dir, to, &held.manifest);
+        let copied = copy_files(&held.dir, to, &held.manifest, &mut |_| Ok(()));
         copied.inspect_err(|_| drop(files::remove(to)))
     }
 }
@@ -72,11 +72,16 @@ fn archive<'a, W: Write>(held: &Held, output: Metered<'a, W>) -> io::Result<W> {
 }
 
 /// Copies the files of `manifest` from one directory to another, which is empty; the manifest comes last.
-pub(super) fn copy_files(from: &Path, to: &Path, manifest: &Manifest) -> Result<(), SnapshotError> {
+pub(super) fn copy_files(
+    from: &Path,
+    to: &Path,
+    manifest: &Manifest,
+    told: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> Result<(), SnapshotError> {
     [VM, DISKS].iter().try_for_each(|sub| make_dir(&to.join(sub)))?;
     for file in &manifest.files {
         let target = to.join(&file.path);
-        files::copy(&from.join(&file.path), &target).map_err(failed("cannot copy to", &target))?;
+        files::copy_told(&from.join(&file.path), &target, told).map_err(failed("cannot copy to", &target))?;
         let written = File::open(&target).and_then(|file| file.sync_all());
         written.map_err(failed("cannot write out", &target))?;
     }

@@ -3,54 +3,71 @@
 use std::{
     cell::Cell,
     fs::{File, OpenOptions},
-    io::{self, BufRead, BufReader, ErrorKind, Read},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    io::{BufRead, BufReader, Read},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::Path,
     rc::Rc,
 };
 
-use tar::{Archive, Entry};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, statfs};
 use zstd::stream::read::Decoder;
 
 use super::{
     super::{
         Draft, FileDigest, Listed, MANIFEST, Manifest, SnapshotError, Store, check,
-        digest::{BLOCK, Digest, digest},
+        digest::{BLOCK, Digest, Digested, digest},
         failed,
         meter::{Meter, Told, data_bytes},
     },
-    ZSTD_MAGIC, export,
+    ZSTD_MAGIC, bad, export,
+    members::{Member, Members, lossy},
+    room::{Counted, Room},
 };
+use crate::task::check_id;
 
 /// Longest manifest. One of a guest with hundreds of streams has some ten KiB.
 const MANIFEST_MAX: u64 = 4 << 20;
 
-/// What may come between the data of two files: the map of a sparse file has 24 bytes for each piece of data.
-const HEADERS_MAX: u64 = 64 << 20;
+/// Largest window of a compressed archive, as a power of two: it is kept in memory. That of `zstd -19`.
+const WINDOW_LOG_MAX: u32 = 23;
+
+/// For whom a snapshot is imported, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Import<'a> {
+    /// The name that it gets; the one that it had, if none is given.
+    pub name: Option<&'a str>,
+    /// The containerd namespace that it is for. What the archive says of that means another host.
+    pub namespace: &'a str,
+    /// Bytes of data that it may have.
+    pub limit: u64,
+}
 
 impl Store {
-    /// Makes a snapshot from an archive of [`Store::export`], compressed or not, and gives it `name`, or the
-    /// name that it had. Nobody sees it before all of it was found to be right; of what is not, nothing is
-    /// left. Needs little memory, whatever the archive holds.
+    /// Makes a snapshot from an archive of [`Store::export`], compressed or not. Nobody sees it before all of it
+    /// was found to be right; of what is not, nothing is left. Needs little memory, whatever the archive holds,
+    /// and writes nothing before it is known that there is room.
     ///
     /// # Errors
     ///
     /// [`SnapshotError::Exists`], [`SnapshotError::Archive`] for what is no archive of a whole snapshot,
-    /// [`SnapshotError::Damaged`], and those of a manifest that this build does not take.
+    /// [`SnapshotError::Limit`], [`SnapshotError::Space`], [`SnapshotError::Damaged`], and those of a manifest
+    /// that this build does not take.
     pub fn import(
         &self,
         input: impl Read,
-        name: Option<&str>,
+        import: Import<'_>,
         told: Told<'_>,
     ) -> Result<Listed, SnapshotError> {
+        let (input, read) = Counted::new(input);
         let mut input = BufReader::new(input);
         let is_compressed = input.fill_buf().map_err(SnapshotError::Input)?.starts_with(&ZSTD_MAGIC);
         match is_compressed {
             true => {
-                let decoder = Decoder::with_buffer(input).map_err(SnapshotError::Input)?;
-                self.unpack(decoder, name, told)
+                let mut decoder = Decoder::with_buffer(input).map_err(SnapshotError::Input)?;
+                decoder.window_log_max(WINDOW_LOG_MAX).map_err(SnapshotError::Input)?;
+                self.unpack(decoder, read, import, told)
             }
-            false => self.unpack(input, name, told),
+            false => self.unpack(input, read, import, told),
         }
     }
 
@@ -58,64 +75,55 @@ impl Store {
     pub fn import_dir(
         &self,
         from: &Path,
-        name: Option<&str>,
+        import: Import<'_>,
         told: Told<'_>,
     ) -> Result<Listed, SnapshotError> {
         let path = from.join(MANIFEST);
-        let file = File::open(&path).map_err(failed("cannot open", &path))?;
-        let manifest = manifest(file, &path.to_string_lossy(), name)?;
+        let manifest = manifest(read_file(&path, MANIFEST_MAX)?, &path, import)?;
         check::lengths(&manifest.name, &manifest, from)?;
+        let data = data_bytes(manifest.files.iter().map(|file| from.join(&file.path)));
         let draft = self.begin(&manifest.name)?;
         or_discard(draft, manifest, |draft, manifest| {
-            export::copy_files(from, draft.dir(), manifest)?;
-            let total = data_bytes(manifest.files.iter().map(|file| draft.dir().join(&file.path)));
-            let mut meter = Meter::new(total, told);
+            let mut room = Room::new(import.limit, draft.dir().into(), Rc::default());
+            room.has(data, if share_blocks(from, draft.dir()) { 0 } else { data })?;
+            // Each byte is copied, and read.
+            let mut meter = Meter::new(2 * data, told);
+            export::copy_files(from, draft.dir(), manifest, &mut |bytes| meter.add(bytes))?;
             manifest.files.iter().try_for_each(|file| {
                 let path = draft.dir().join(&file.path);
                 let digested = File::open(&path).and_then(|file| digest(&file, &mut |n| meter.add(n)));
-                let (_, found) = digested.map_err(failed("cannot read", &path))?;
-                same(file, found)
+                same(file, digested.map_err(failed("cannot read", &path))?)
             })
         })
     }
 
-    fn unpack(&self, input: impl Read, name: Option<&str>, told: Told<'_>) -> Result<Listed, SnapshotError> {
-        let budget = Rc::new(Cell::new(HEADERS_MAX));
-        let mut archive = Archive::new(Rationed { inner: input, budget: budget.clone() });
-        let mut entries = archive.entries().map_err(SnapshotError::Input)?;
-        let mut next = || {
-            budget.set(HEADERS_MAX);
-            let entry = entries.next().transpose().map_err(SnapshotError::Input)?;
-            budget.set(u64::MAX);
-            Ok::<_, SnapshotError>(entry)
-        };
-        let first = next().map_err(no_archive)?.ok_or_else(|| bad("it is empty"))?;
+    fn unpack(
+        &self,
+        input: impl Read,
+        read: Rc<Cell<u64>>,
+        import: Import<'_>,
+        told: Told<'_>,
+    ) -> Result<Listed, SnapshotError> {
+        let mut members = Members::new(input);
+        let first = members.next()?.ok_or_else(|| bad("it is empty"))?;
         expect(&first, MANIFEST)?;
-        let manifest = manifest(first, MANIFEST, name)?;
+        let manifest = manifest(text(&mut members, &first)?, Path::new(MANIFEST), import)?;
         let draft = self.begin(&manifest.name)?;
         or_discard(draft, manifest, |draft, manifest| {
-            let mut meter = Meter::new(manifest.files.iter().map(|file| file.bytes).sum(), told);
+            let mut room = Room::new(import.limit, self.dir().into(), read);
+            room.has_all(manifest)?;
+            let mut meter =
+                Meter::new(manifest.files.iter().map(|file| file.data.unwrap_or(file.bytes)).sum(), told);
             for file in &manifest.files {
-                let entry = next()?.ok_or_else(|| bad(&format!("{} is missing", file.path)))?;
-                expect(&entry, &file.path)?;
-                write_file(entry, draft, file, &mut meter)?;
+                let member = members.next()?.ok_or_else(|| bad(&format!("{} is missing", file.path)))?;
+                expect(&member, &file.path)?;
+                write_file(&mut members, &member, draft, file, &mut room, &mut meter)?;
             }
-            match next()? {
-                Some(more) => Err(bad(&format!("{:?} is not in its manifest", lossy(&more)))),
+            match members.next()? {
+                Some(more) => Err(bad(&format!("{:?} is not in its manifest", lossy(&more.path)))),
                 None => Ok(()),
             }
         })
-    }
-}
-
-/// What fails at the first header is something else altogether.
-fn no_archive(error: SnapshotError) -> SnapshotError {
-    match error {
-        // What the crate tar says of a header; the text that it quotes may be anything.
-        SnapshotError::Input(e) if matches!(e.kind(), ErrorKind::Other | ErrorKind::UnexpectedEof) => {
-            bad("it is no tar archive, compressed with zstd or not")
-        }
-        other => other,
     }
 }
 
@@ -134,94 +142,108 @@ fn or_discard(
     }
 }
 
-/// The manifest, with the name that the snapshot is to have.
-fn manifest(input: impl Read, path: &str, name: Option<&str>) -> Result<Manifest, SnapshotError> {
-    let mut text = Vec::new();
-    input.take(MANIFEST_MAX + 1).read_to_end(&mut text).map_err(SnapshotError::Input)?;
-    if text.len() as u64 > MANIFEST_MAX {
-        return Err(bad("its manifest is too long"));
+/// The manifest, with the name that the snapshot is to have, and for whom it is.
+fn manifest(text: Vec<u8>, path: &Path, import: Import<'_>) -> Result<Manifest, SnapshotError> {
+    let mut manifest = check::parse(import.name.unwrap_or("to be imported"), path, &text)?;
+    match import.name {
+        Some(name) => manifest.name = name.into(),
+        // Not quoted: it may be anything, of any length.
+        None if check_id("snapshot", &manifest.name).is_err() => {
+            return Err(bad("the name in its manifest is not valid: give it another one"));
+        }
+        None => {}
     }
-    let mut manifest = check::parse(name.unwrap_or("to be imported"), Path::new(path), &text)?;
-    if let Some(name) = name {
-        manifest.name = name.into();
-    }
+    manifest.origin.namespace = import.namespace.into();
     check::usable(&manifest.name, &manifest)?;
     Ok(manifest)
 }
 
-fn expect<R: Read>(entry: &Entry<'_, R>, path: &str) -> Result<(), SnapshotError> {
-    let kind = entry.header().entry_type();
-    let is_file = kind.is_file() || kind.is_gnu_sparse();
-    match is_file && entry.path_bytes() == path.as_bytes() {
+fn text(members: &mut Members<impl Read>, member: &Member) -> Result<Vec<u8>, SnapshotError> {
+    if member.bytes > MANIFEST_MAX {
+        return Err(bad("its manifest is too long"));
+    }
+    let mut text = vec![0; member.bytes as usize];
+    members.take(member, |number, block| {
+        let at = (number * BLOCK) as usize;
+        text[at..at + block.len()].copy_from_slice(block);
+        Ok(())
+    })?;
+    Ok(text)
+}
+
+/// What is in the file `path`, which is a file and no longer than `max`.
+fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, SnapshotError> {
+    // Of a FIFO nobody waits for a writer.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    let file = opened.map_err(failed("cannot open", path))?;
+    let meta = file.metadata().map_err(failed("cannot open", path))?;
+    if !meta.is_file() || meta.len() > max {
+        return Err(bad("its manifest is no file, or too long"));
+    }
+    let mut text = Vec::new();
+    file.take(max).read_to_end(&mut text).map_err(failed("cannot read", path))?;
+    Ok(text)
+}
+
+/// Whether a copy from one directory to the other takes no room.
+fn share_blocks(a: &Path, b: &Path) -> bool {
+    let device = |dir: &Path| dir.metadata().ok().map(|meta| meta.dev());
+    let kind = statfs(b).map(|stat| stat.filesystem_type());
+    device(a).is_some() && device(a) == device(b) && matches!(kind, Ok(BTRFS_SUPER_MAGIC | XFS_SUPER_MAGIC))
+}
+
+fn expect(member: &Member, path: &str) -> Result<(), SnapshotError> {
+    match member.path == path.as_bytes() {
         true => Ok(()),
-        false => Err(bad(&format!("it has {:?}, a {kind:?}, in place of the file {path}", lossy(entry)))),
+        false => Err(bad(&format!("it has {:?} in place of {path}", lossy(&member.path)))),
     }
 }
 
 /// Writes the file, but not its zeros, and checks that it is the one that the manifest means.
 fn write_file(
-    mut entry: Entry<'_, impl Read>,
+    members: &mut Members<impl Read>,
+    member: &Member,
     draft: &Draft,
     file: &FileDigest,
+    room: &mut Room,
     meter: &mut Meter<'_>,
 ) -> Result<(), SnapshotError> {
-    if entry.size() != file.bytes {
-        let what = format!("{} has {} bytes, its manifest says {}", file.path, entry.size(), file.bytes);
+    if member.bytes != file.bytes {
+        let what = format!("{} has {} bytes, its manifest says {}", file.path, member.bytes, file.bytes);
         return Err(bad(&what));
     }
+    let work = member.blocks().saturating_mul(BLOCK).min(file.bytes);
+    let most = file.data.unwrap_or(work);
+    if most > work {
+        return Err(bad(&format!("{} has less data than its manifest says", file.path)));
+    }
+    room.has(work, most)?;
     let path = draft.dir().join(&file.path);
     let cannot_write = |source| failed("cannot write", &path)(source);
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
     let target = made.map_err(cannot_write)?;
     target.set_len(file.bytes).map_err(cannot_write)?;
-    let (mut digest, mut block) = (Digest::default(), vec![0; BLOCK as usize]);
-    for number in 0..file.bytes.div_ceil(BLOCK) {
-        let at = number * BLOCK;
-        let here = usize::try_from(file.bytes - at).unwrap_or(usize::MAX).min(block.len());
-        let block = &mut block[..here];
-        entry.read_exact(block).map_err(SnapshotError::Input)?;
+    let mut digest = Digest::default();
+    members.take(member, |number, block| {
         if digest.block(number, block) {
-            target.write_all_at(block, at).map_err(cannot_write)?;
+            if digest.data() > most {
+                return Err(bad(&format!("{} has more data than its manifest says", file.path)));
+            }
+            room.write(block.len() as u64)?;
+            target.write_all_at(block, number * BLOCK).map_err(cannot_write)?;
         }
-        meter.add(here as u64).map_err(SnapshotError::Input)?;
-    }
+        meter.add(block.len() as u64).map_err(SnapshotError::Input)
+    })?;
     target.sync_all().map_err(cannot_write)?;
-    same(file, digest.finish())
+    same(file, digest.finish(file.bytes))
 }
 
-fn lossy<R: Read>(entry: &Entry<'_, R>) -> String {
-    String::from_utf8_lossy(&entry.path_bytes()).chars().take(200).collect()
-}
-
-fn same(file: &FileDigest, found: String) -> Result<(), SnapshotError> {
-    match found == file.sha256 {
+fn same(file: &FileDigest, found: Digested) -> Result<(), SnapshotError> {
+    match found.sha256 == file.sha256 {
         true => Ok(()),
         false => {
             let expected = file.sha256.clone();
-            Err(SnapshotError::Damaged { path: file.path.clone().into(), found, expected })
+            Err(SnapshotError::Damaged { path: file.path.clone().into(), found: found.sha256, expected })
         }
-    }
-}
-
-fn bad(what: &str) -> SnapshotError {
-    SnapshotError::Archive { what: what.into() }
-}
-
-/// Ends when its budget is spent: what comes before the data of a file is kept in memory.
-struct Rationed<R> {
-    inner: R,
-    budget: Rc<Cell<u64>>,
-}
-
-impl<R: Read> Read for Rationed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.budget.get();
-        if left == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "headers without end"));
-        }
-        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        let read = self.inner.read(&mut buffer[..most])?;
-        self.budget.set(left - read as u64);
-        Ok(read)
     }
 }

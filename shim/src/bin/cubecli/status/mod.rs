@@ -5,7 +5,7 @@ mod people;
 
 use std::{fs::File, io, io::Write, time::Duration};
 
-use cube_shim::{config::Config, control::sandbox::StatusRequest};
+use cube_shim::{config::Config, control::sandbox::StatusRequest, text::printable_json};
 
 use crate::{
     args::StatusArgs,
@@ -28,5 +28,5 @@ pub(crate) fn run(config: &Config, args: &StatusArgs, mut output: File) -> Resul
         return people::print(&status, output).map_err(CliError::Output);
     }
     let text = serde_json::to_string_pretty(&json::value(&status)).map_err(io::Error::from);
-    text.and_then(|text| writeln!(output, "{text}")).map_err(CliError::Output)
+    text.and_then(|text| writeln!(output, "{}", printable_json(&text))).map_err(CliError::Output)
 }

@@ -18,8 +18,13 @@ use crate::{errors::chain, files};
 const LARGE: u64 = (1 << 33) + 5;
 const SMALL: u64 = 1 << 20;
 
+/// An import of a snapshot of any size.
+pub(super) fn named(name: Option<&str>) -> Import<'_> {
+    Import { name, namespace: "importers", limit: u64::MAX }
+}
+
 /// A place with a snapshot "one" that has a large file with little in it.
-fn with_snapshot(len: u64) -> Place {
+pub(super) fn with_snapshot(len: u64) -> Place {
     let place = place();
     let draft = place.store.begin("one").unwrap();
     let memory = File::create(draft.vm_dir().join("memory-ranges")).unwrap();
@@ -36,23 +41,23 @@ fn with_snapshot(len: u64) -> Place {
 }
 
 impl Place {
-    fn export(&self) -> Vec<u8> {
+    pub(super) fn export(&self) -> Vec<u8> {
         let mut archive = Vec::new();
         self.store.export("one", &mut archive, &mut untold).unwrap();
         archive
     }
 
     /// The archive, unpacked, as somebody without zstd would have it.
-    fn tar(&self) -> Vec<u8> {
+    pub(super) fn tar(&self) -> Vec<u8> {
         zstd::decode_all(&self.export()[..]).unwrap()
     }
 
-    fn import(&self, archive: impl Read) -> Result<Listed, SnapshotError> {
-        self.store.import(archive, Some("two"), &mut untold)
+    pub(super) fn import(&self, archive: impl Read) -> Result<Listed, SnapshotError> {
+        self.store.import(archive, named(Some("two")), &mut untold)
     }
 
     /// Imports what cannot be, and looks that nothing is left of it.
-    fn refused(&self, archive: impl Read) -> SnapshotError {
+    pub(super) fn refused(&self, archive: impl Read) -> SnapshotError {
         let error = self.import(archive).unwrap_err();
         assert_eq!(self.names(), ["one"], "{error}");
         let left = files::entries(&self.path("")).unwrap();
@@ -67,7 +72,7 @@ fn a_snapshot_arrives_under_another_name_with_every_byte_and_its_holes() {
     let archive = place.export();
     assert!(archive.len() < 20_000, "{} bytes for {LARGE} with little in them", archive.len());
     let (mut last, mut total) = (0, 0);
-    let imported = place.store.import(&archive[..], Some("two"), &mut |done, of| {
+    let imported = place.store.import(&archive[..], named(Some("two")), &mut |done, of| {
         assert!(done >= last && done <= of);
         (last, total) = (done, of);
         Ok(())
@@ -77,7 +82,8 @@ fn a_snapshot_arrives_under_another_name_with_every_byte_and_its_holes() {
     assert_eq!(place.names(), ["one", "two"]);
     let (one, two) = (place.store.open("one").unwrap().0, place.store.open("two").unwrap().0);
     assert_eq!(two, imported.manifest);
-    assert_eq!(two, Manifest { name: "two".into(), ..one });
+    let origin = Origin { namespace: "importers".into(), ..one.origin.clone() };
+    assert_eq!(two, Manifest { name: "two".into(), origin, ..one });
     let meta = fs::metadata(place.path("two/vm/memory-ranges")).unwrap();
     assert_eq!(meta.len(), LARGE);
     assert!(meta.blocks() * 512 < 1 << 20 && meta.mode() & 0o777 == 0o600, "{meta:?}");
@@ -93,7 +99,10 @@ fn a_snapshot_arrives_under_another_name_with_every_byte_and_its_holes() {
         .unwrap();
     assert_eq!(read, 0, "an import has verified it");
     assert!(matches!(place.import(&archive[..]), Err(SnapshotError::Exists { .. })));
-    assert!(matches!(place.store.import(&archive[..], None, &mut untold), Err(SnapshotError::Exists { .. })));
+    assert!(matches!(
+        place.store.import(&archive[..], named(None), &mut untold),
+        Err(SnapshotError::Exists { .. })
+    ));
 }
 
 #[test]
@@ -104,14 +113,14 @@ fn an_archive_without_compression_and_a_directory_can_be_imported_too() {
     place.store.copy_to("one", &copy, &mut untold).unwrap();
     let error = place.store.copy_to("one", &copy, &mut untold).unwrap_err();
     assert!(crate::errors::chain(&error).contains("not empty"), "{error:?}");
-    place.store.import_dir(&copy, Some("three"), &mut untold).unwrap();
+    place.store.import_dir(&copy, named(Some("three")), &mut untold).unwrap();
     place.store.verify("three", &mut untold).unwrap();
     File::options().write(true).open(copy.join("disks/image")).unwrap().write_all_at(b"x", 0).unwrap();
-    let error = place.store.import_dir(&copy, Some("four"), &mut untold).unwrap_err();
+    let error = place.store.import_dir(&copy, named(Some("four")), &mut untold).unwrap_err();
     assert!(matches!(error, SnapshotError::Damaged { .. }), "{error}");
     fs::remove_file(copy.join("disks/image")).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", copy.join("disks/image")).unwrap();
-    let error = place.store.import_dir(&copy, Some("four"), &mut untold).unwrap_err();
+    let error = place.store.import_dir(&copy, named(Some("four")), &mut untold).unwrap_err();
     assert!(matches!(error, SnapshotError::Foreign { .. }), "{error}");
     assert_eq!(place.names(), ["one", "three", "two"]);
 }
@@ -153,7 +162,7 @@ fn an_archive_that_was_cut_or_damaged_leaves_nothing() {
 }
 
 /// An archive with these entries: path, type, link and content.
-fn archive_of(entries: &[(&str, EntryType, &str, &[u8])]) -> Vec<u8> {
+pub(super) fn archive_of(entries: &[(&str, EntryType, &str, &[u8])]) -> Vec<u8> {
     let mut builder = Builder::new(Vec::new());
     for (path, kind, link, content) in entries {
         let mut header = Header::new_gnu();
@@ -173,7 +182,7 @@ fn an_archive_leads_to_no_file_but_those_of_its_snapshot() {
     let place = with_snapshot(SMALL);
     let text = |path: &str| {
         let mut forged = manifest("one");
-        forged.files.push(FileDigest { path: path.into(), bytes: 4, sha256: String::new() });
+        forged.files.push(FileDigest { path: path.into(), bytes: 4, data: None, sha256: "0".repeat(64) });
         serde_json::to_vec(&forged).unwrap()
     };
     use EntryType::{Directory, Fifo, Link, Regular, Symlink};
@@ -216,7 +225,7 @@ fn headers_without_end_cost_no_memory() {
     header.set_cksum();
     let endless = header.as_bytes().chain(io::repeat(b'x'));
     let error = crate::errors::chain(&place.refused(endless));
-    assert!(error.contains("headers without end"), "{error}");
+    assert!(error.contains("GNULongName"), "{error}");
     let mut header = Header::new_gnu();
     header.set_entry_type(EntryType::Regular);
     header.set_path("manifest.json").unwrap();
@@ -239,7 +248,7 @@ fn import_onto_a_small_disk(archive: Vec<u8>) -> Option<(SnapshotError, Vec<std:
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).ok()?;
         mount(Some("cube-test"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).ok()?;
         let store = Store::at(&dir.path().join("snapshots"));
-        let error = store.import(&archive[..], None, &mut untold).unwrap_err();
+        let error = store.import(&archive[..], named(None), &mut untold).unwrap_err();
         let left = files::entries(&dir.path().join("snapshots")).unwrap();
         // The directory can be removed when nothing is mounted there.
         nix::mount::umount(dir.path()).unwrap();
@@ -258,8 +267,15 @@ fn a_disk_that_is_too_small_is_named_and_left_empty() {
     let Some((error, left)) = import_onto_a_small_disk(place.export()) else {
         return eprintln!("skipped: a full disk needs CAP_SYS_ADMIN");
     };
-    let text = crate::errors::chain(&error);
-    assert!(text.contains("memory-ranges") && text.contains("No space left on device"), "{text}");
+    assert!(matches!(error, SnapshotError::Space { needed: 4_194_304, .. }), "{error}");
+    assert!(left.is_empty(), "{left:?}");
+    // One that does not say how much there is, in a sparse file that does not either.
+    let mut tar = place.tar();
+    let text = br#""data": 4194304"#;
+    let at = tar.windows(text.len()).position(|window| window == text).unwrap();
+    tar[at..at + text.len()].copy_from_slice(br#""date": 4194304"#);
+    let (error, left) = import_onto_a_small_disk(tar).unwrap();
+    assert!(matches!(error, SnapshotError::Space { .. }), "{error}");
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -282,3 +298,6 @@ fn what_reads_no_more_ends_an_export() {
     );
     place.store.remove("one").expect("nobody holds it");
 }
+
+mod attacks;
+mod mutants;
