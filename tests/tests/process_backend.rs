@@ -37,6 +37,8 @@ fn main() -> ExitCode {
         isolation::a_container_writes_to_its_own_layer_only,
         isolation::a_bind_mount_of_the_host_is_shared,
         isolation::a_container_cannot_open_a_vsock,
+        isolation::a_tracer_sees_nobody_who_may_do_more,
+        isolation::a_container_cannot_hold_up_its_execs,
         survival::a_shim_that_is_killed_leaves_nothing_but_the_log,
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
