@@ -183,10 +183,10 @@ fn receive(socket: RawFd, flags: MsgFlags) -> io::Result<Option<Message>> {
     for cmsg in message.cmsgs()? {
         match cmsg {
             ControlMessageOwned::ScmCredentials(credentials) => sender = credentials.pid(),
-            // SAFETY: the kernel has just installed these descriptors for us, and nobody else knows them.
-            ControlMessageOwned::ScmRights(fds) => {
-                passed.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
+            ControlMessageOwned::ScmRights(fds) => passed.extend(fds.into_iter().map(|fd| {
+                // SAFETY: the kernel has just installed it for us, and nobody else knows it.
+                unsafe { OwnedFd::from_raw_fd(fd) }
+            })),
             _ => {}
         }
     }
