@@ -46,6 +46,8 @@ fn main() -> ExitCode {
         specs::an_update_may_repeat_the_rules_for_devices,
         specs::every_process_of_a_container_is_listed,
         specs::a_mount_below_an_rslave_volume_appears_and_can_be_unmounted_after_the_end,
+        isolation::a_tracer_sees_nobody_who_may_do_more,
+        isolation::a_container_cannot_hold_up_its_execs,
         survival::a_shim_that_is_killed_leaves_nothing_but_the_log,
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
