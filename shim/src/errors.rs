@@ -6,6 +6,7 @@ use cube_protocol::environment::EnvironmentError;
 use ttrpc::Code;
 
 use crate::{
+    users::UserError,
     agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
     options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, snapshot::SnapshotError,
     state::StateError, stdio::StdioError, vmm::VmmError,
@@ -168,6 +169,9 @@ pub enum Error {
     /// The VMM cannot do what was asked, or not run the VM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    /// No user of the host is left for the sandbox.
+    #[error(transparent)]
+    Users(#[from] UserError),
     /// The agent cannot be reached or refuses.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -214,6 +218,7 @@ impl Error {
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
             Error::Vmm(vmm) => vmm_code(vmm),
+            Error::Users(_) => Code::RESOURCE_EXHAUSTED,
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
             Error::Snapshot(snapshot) => snapshot_code(snapshot),

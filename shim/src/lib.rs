@@ -21,4 +21,5 @@ pub mod snapshot;
 pub mod state;
 pub mod stdio;
 pub mod task;
+pub mod users;
 pub mod vmm;

@@ -39,6 +39,9 @@ pub struct State {
     pub cgroup: PathBuf,
     /// Name of the VMM backend; empty until it is chosen.
     pub backend: String,
+    /// The first of the two users that its processes run as, see [`users`](crate::users); 0 before it has some.
+    #[serde(default)]
+    pub user: u32,
     /// Pid that containerd is told for every process of the sandbox; 0 before the VM runs. For
     /// display and for `shim delete`'s answer, never for signals.
     pub vmm_pid: u32,
@@ -301,6 +304,7 @@ mod tests {
             sandbox_id: "c1".into(),
             cgroup: "/sys/fs/cgroup/cube/x".into(),
             backend: "qemu".into(),
+            user: 0,
             vmm_pid: 42,
             timeline: u64::MAX,
             past_timelines: vec![PastTimeline { timeline: u64::MAX - 1, until_ns: None }],

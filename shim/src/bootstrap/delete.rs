@@ -219,6 +219,7 @@ mod tests {
             sandbox_id: containers[0].into(),
             cgroup: "/no/such/cgroup".into(),
             backend: "fake".into(),
+            user: 0,
             vmm_pid: 4242,
             timeline: 1,
             past_timelines: Vec::new(),

@@ -150,6 +150,7 @@ mod tests {
             sandbox_id: "living".into(),
             cgroup: "/sys/fs/cgroup/cube/x".into(),
             backend: "qemu".into(),
+            user: 0,
             vmm_pid: 1,
             timeline: 1,
             past_timelines: Vec::new(),

@@ -19,6 +19,7 @@ use crate::{
     },
     snapshot::Suspended,
     state::RunDir,
+    users,
     vmm::{self, Disk, VmSpec, Vmm},
 };
 
@@ -65,6 +66,9 @@ pub trait Host: Send + Sync + 'static {
     /// The cgroup of the sandbox with `key`; makes nothing.
     fn cgroup(&self, key: &str) -> Result<PathBuf, Error>;
 
+    /// The users of the sandbox with this run directory. Given back by [`Host::destroy`].
+    fn claim_user(&self, config: &Config, run_dir: &RunDir) -> Result<u32, Error>;
+
     /// Makes it.
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error>;
 
@@ -108,6 +112,10 @@ const KILL_LIMIT: Duration = Duration::from_secs(2);
 impl Host for LinuxHost {
     fn cgroup(&self, key: &str) -> Result<PathBuf, Error> {
         Ok(SandboxCgroup::for_key(key)?.dir().into())
+    }
+
+    fn claim_user(&self, config: &Config, run_dir: &RunDir) -> Result<u32, Error> {
+        Ok(users::claim(&config.users, run_dir)?)
     }
 
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
@@ -175,6 +183,9 @@ impl Host for LinuxHost {
         cube_fault::point("destroy.disks_removed");
         Suspended::remove_of(run_dir)?;
         cube_fault::point("destroy.memory_removed");
+        if let Ok(Some(state)) = run_dir.load() {
+            users::release(state.user, run_dir)?;
+        }
         run_dir.remove()?;
         cube_fault::point("destroy.run_dir_removed");
         Ok(())

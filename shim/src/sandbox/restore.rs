@@ -149,6 +149,8 @@ impl Creation {
             sandbox_id: self.identity.id.clone(),
             run_dir: self.identity.run_dir.path().into(),
             cgroup: self.state.cgroup.clone(),
+            user: self.state.user,
+            group: self.config.users.first,
             // Those of the snapshot are in force.
             vcpus: self.config.vm.vcpus,
             memory_mib: self.config.vm.memory_mib,

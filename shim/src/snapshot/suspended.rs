@@ -175,6 +175,7 @@ mod tests {
                 sandbox_id: "c1".into(),
                 cgroup: "/no/such/cgroup".into(),
                 backend: "fake".into(),
+                user: 0,
                 vmm_pid: 7,
                 timeline: 1,
                 past_timelines: Vec::new(),

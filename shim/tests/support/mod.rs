@@ -97,6 +97,7 @@ impl Host {
             sandbox_id: id.into(),
             cgroup: self.path("no-such-cgroup"),
             backend: "process".into(),
+            user: 0,
             vmm_pid: 4242,
             timeline: 1,
             past_timelines: Vec::new(),

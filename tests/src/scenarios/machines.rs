@@ -36,7 +36,7 @@ pub fn a_pause_in_which_the_host_goes_on_to_connect_ends_like_any_other(backend:
     let hello = machine.boot();
     for round in 0..20 {
         machine.pause();
-        let knock = UnixStream::connect(bench.path("knocked").join("vm.vsock"));
+        let knock = UnixStream::connect(bench.path("knocked").join("vsock/vm.vsock"));
         let knock = knock.and_then(|mut socket| writeln!(socket, "CONNECT 1024").map(|()| socket));
         // vhost-device-vsock does not survive a socket that is closed before it has said OK there; the
         // shim's own stay open for that long.

@@ -51,6 +51,8 @@ impl Owner {
         };
         if joins.is_none() {
             self.disk.cgroup = self.host.cgroup(self.identity.run_dir.key())?;
+            self.identity.run_dir.create()?;
+            self.disk.user = self.host.claim_user(&self.config, &self.identity.run_dir)?;
         }
         let log = self.log_config(&plan);
         let bundle = plan.request.bundle.clone();

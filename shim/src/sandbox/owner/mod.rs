@@ -165,6 +165,7 @@ impl Owner {
             sandbox_id: identity.id.clone(),
             cgroup: PathBuf::new(),
             backend: String::new(),
+            user: 0,
             vmm_pid: 0,
             timeline: 0,
             past_timelines: Vec::new(),
