@@ -296,7 +296,12 @@ impl Config {
         let rule = "an absolute path outside of log.dir";
         must("log.template_dir", format!("{:?}", log.template_dir), apart, rule)?;
         let last = users.first.checked_add(users.count).is_some_and(|end| end <= i32::MAX as u32);
-        range("users.first", users.first.into(), users.first >= 1000 && last, "from 1000 to 2147483647 - users.count")?;
+        range(
+            "users.first",
+            users.first.into(),
+            users.first >= 1000 && last,
+            "from 1000 to 2147483647 - users.count",
+        )?;
         range("users.count", users.count.into(), users.count >= 3, "at least 3")?;
         range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;

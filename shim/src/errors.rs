@@ -6,10 +6,9 @@ use cube_protocol::environment::EnvironmentError;
 use ttrpc::Code;
 
 use crate::{
-    users::UserError,
     agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
     options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, snapshot::SnapshotError,
-    state::StateError, stdio::StdioError, vmm::VmmError,
+    state::StateError, stdio::StdioError, users::UserError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".

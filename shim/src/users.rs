@@ -54,7 +54,8 @@ pub fn claim(users: &Users, run_dir: &RunDir) -> Result<u32, UserError> {
     files::make_dir(&dir).map_err(failed("cannot create", &dir))?;
     // Beginning where nobody else does is what makes the first attempt succeed.
     let pairs = users.pairs();
-    let begin = run_dir.key().bytes().fold(0_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    let begin =
+        run_dir.key().bytes().fold(0_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     for number in 0..pairs {
         let uid = users.first_of_pair(begin.wrapping_add(number) % pairs);
         if take(&dir, uid, run_dir)? {
@@ -146,7 +147,8 @@ mod tests {
         let dirs: Vec<_> = (0..50).map(|n| sandbox(root.path(), &n.to_string())).collect();
         // Claims of sandboxes that are gone.
         fs::create_dir(root.path().join(DIR)).unwrap();
-        (0..50).for_each(|n| symlink("../gone", root.path().join(format!("{DIR}/{}", 5001 + 2 * n))).unwrap());
+        (0..50)
+            .for_each(|n| symlink("../gone", root.path().join(format!("{DIR}/{}", 5001 + 2 * n))).unwrap());
         let mut uids: Vec<u32> = std::thread::scope(|scope| {
             let claims: Vec<_> = dirs.iter().map(|dir| scope.spawn(|| claim(&users, dir).unwrap())).collect();
             claims.into_iter().map(|claim| claim.join().unwrap()).collect()

@@ -6,7 +6,7 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{exits, isolation, lifecycle, output, pods, store, survival},
+    scenarios::{exits, isolation, lifecycle, output, pods, store, survival, walls},
 };
 
 fn main() -> ExitCode {
@@ -40,6 +40,8 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        walls::every_process_of_a_sandbox_is_behind_its_wall,
+        walls::the_pid_that_clients_are_told_leads_to_no_file,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
         store::a_restore_that_fails_leaves_no_container,
         pods::the_containers_of_a_pod_share_a_sandbox_and_nothing_else,

@@ -8,6 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         exactness, exits, isolation, lifecycle, machines, memory, output, pods, rest, survival, terminal,
+        walls,
     },
 };
 
@@ -35,6 +36,8 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        walls::every_process_of_a_sandbox_is_behind_its_wall,
+        walls::the_pid_that_clients_are_told_leads_to_no_file,
         survival::a_kernel_that_panics_is_an_exit_with_137,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,

@@ -74,7 +74,9 @@ pub(super) fn let_group_read(path: &Path, group: u32) -> Result<(), VmmError> {
 
 /// The disks that a VMM has left belong to root again.
 pub(super) fn take_back(disks: &[Disk], user: u32) {
-    let ours = |disk: &&Disk| !disk.read_only && fs::symlink_metadata(&disk.path).is_ok_and(|m| m.is_file() && m.uid() == user);
+    let ours = |disk: &&Disk| {
+        !disk.read_only && fs::symlink_metadata(&disk.path).is_ok_and(|m| m.is_file() && m.uid() == user)
+    };
     for disk in disks.iter().filter(ours) {
         if let Err(error) = give(&disk.path, User { uid: 0, gid: 0 }) {
             tracing::warn!(%error, "a disk stays with the user of its VMM");

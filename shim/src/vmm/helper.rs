@@ -86,10 +86,12 @@ impl Helper {
         let (out, child_out) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| pipe(errno.into()))?;
         let (err, child_err) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| pipe(errno.into()))?;
         let null = File::open("/dev/null");
-        let null = null.map_err(|source| VmmError::Io { action: "cannot open", path: "/dev/null".into(), source })?;
+        let null =
+            null.map_err(|source| VmmError::Io { action: "cannot open", path: "/dev/null".into(), source })?;
         let mut environment = vec![("RUST_LOG".into(), "warn".into())];
         environment.extend(std::env::var_os("PATH").map(|path| ("PATH".into(), path)));
-        environment.extend(cube_fault::environment().into_iter().map(|(name, value)| (name.into(), value.into())));
+        environment
+            .extend(cube_fault::environment().into_iter().map(|(name, value)| (name.into(), value.into())));
         let inherited = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let stdio = [null.into(), child_out, child_err];
         let started = wall::spawn(&wall, &program, &args, environment, &dir, stdio, inherited)
@@ -174,8 +176,7 @@ async fn reap(process: Arc<OwnedFd>, drains: Vec<JoinHandle<()>>, sender: watch:
 /// A pidfd becomes readable when its process has ended.
 async fn exit_of(process: &OwnedFd) -> io::Result<WaitStatus> {
     // SAFETY: the descriptor is borrowed until this returns, which is when the registration is gone.
-    let watched =
-        unsafe { AsyncFd::register_with_interest(process.as_fd(), tokio::io::Interest::READABLE)? };
+    let watched = unsafe { AsyncFd::register_with_interest(process.as_fd(), tokio::io::Interest::READABLE)? };
     loop {
         let mut ready = watched.readable().await?;
         match waitid(Id::PIDFd(process.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)? {
@@ -218,7 +219,9 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), VmmError> {
 pub(crate) fn own_dir(path: &Path, user: wall::User) -> Result<(), VmmError> {
     let io = |action| move |source| VmmError::Io { action, path: path.into(), source };
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => return Err(io("cannot create")(source)),
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(io("cannot create")(source));
+        }
         _ => {}
     }
     give(path, user)
@@ -250,7 +253,11 @@ fn is_listening(pid: u32, path: &Path) -> Result<bool, VmmError> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ESRCH)) => {
             return Ok(false);
         }
-        table => table.map_err(|source| VmmError::Io { action: "cannot read", path: path_of_table.into(), source })?,
+        table => table.map_err(|source| VmmError::Io {
+            action: "cannot read",
+            path: path_of_table.into(),
+            source,
+        })?,
     };
     let suffix = [b" ", path.as_os_str().as_bytes()].concat();
     let listens = |line: &[u8]| {

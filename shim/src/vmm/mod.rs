@@ -29,9 +29,9 @@ use async_trait::async_trait;
 
 pub use self::{
     error::{SnapshotDefect, SpawnError, VmmError},
-    wall::keeper,
     qemu::Accel,
     select::{Backend, Choice, choose, select},
+    wall::keeper,
 };
 use crate::agent::dial::HybridVsock;
 

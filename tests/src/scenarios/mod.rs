@@ -31,6 +31,7 @@ pub mod survival;
 pub mod suspend;
 pub mod templates;
 pub mod terminal;
+pub mod walls;
 
 use nix::sys::signal::{Signal, kill};
 

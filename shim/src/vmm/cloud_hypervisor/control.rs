@@ -29,7 +29,13 @@ pub(super) struct Controller {
 }
 
 impl Controller {
-    pub(super) fn new(api: Api, version: String, spec: &VmSpec, memory_bytes: u64, shown: Shown) -> Controller {
+    pub(super) fn new(
+        api: Api,
+        version: String,
+        spec: &VmSpec,
+        memory_bytes: u64,
+        shown: Shown,
+    ) -> Controller {
         let (shares, user) = (spec.share.is_some(), spec.vmm_user());
         Controller { api, version, memory_bytes, shares, shown, user }
     }

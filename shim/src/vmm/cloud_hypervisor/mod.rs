@@ -21,8 +21,8 @@ use serde_json::Value;
 use self::{api::Api, control::Controller};
 use super::{
     VSOCK_SOCKET, VmSpec, VmmError,
-    console::{GUEST_CONSOLE, Ring},
     access::{self, Shown},
+    console::{GUEST_CONSOLE, Ring},
     helper::{Helper, Launch, listen, own_dir, remove_stale},
     image,
     machine::{Backend, EndReason, Parts, culprit},
@@ -179,7 +179,13 @@ impl Backend for CloudHypervisor {
         };
         match vmm.until("the start of Cloud Hypervisor", 2 * origin.limit(), run).await {
             Ok(version) => {
-                let control = Box::new(Controller::new(api, version, &self.spec, origin.memory_bytes(), Shown(vmm.clone())));
+                let control = Box::new(Controller::new(
+                    api,
+                    version,
+                    &self.spec,
+                    origin.memory_bytes(),
+                    Shown(vmm.clone()),
+                ));
                 Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
             }
             Err(error) => Err(culprit(&helpers, error).await),

@@ -163,7 +163,11 @@ mod tests {
         result.unwrap();
         for name in [CONFIG, STATE, MEMORY] {
             let meta = fs::metadata(dir.path().join("snapshot").join(name)).unwrap();
-            assert_eq!((meta.permissions().mode() & 0o777, meta.uid(), meta.gid()), (0o640, 0, 4321), "{name}");
+            assert_eq!(
+                (meta.permissions().mode() & 0o777, meta.uid(), meta.gid()),
+                (0o640, 0, 4321),
+                "{name}"
+            );
         }
     }
 

@@ -17,9 +17,8 @@ use tokio::{net::UnixListener, task::JoinHandle};
 
 use self::{control::Controller, qmp::Qmp};
 use super::{
-    VmSpec, VmmError,
+    VmSpec, VmmError, access,
     console::{GUEST_CONSOLE, Ring},
-    access,
     helper::{Helper, Launch, give, listening, remove_stale},
     image,
     machine::{Backend, CONTROL_LIMIT, EndReason, Parts, culprit},
@@ -60,9 +59,13 @@ fn directory(run_dir: &Path) -> PathBuf {
 }
 
 /// Where QEMU's own data is, its ROMs for example, whoever has built it.
-const DATA: [&str; 5] =
-    ["/usr/share/qemu", "/usr/share/seabios", "/usr/local/share/qemu", "/usr/local/share/seabios", "/usr/lib/ipxe"];
-
+const DATA: [&str; 5] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/local/share/qemu",
+    "/usr/local/share/seabios",
+    "/usr/lib/ipxe",
+];
 
 /// A VM in QEMU.
 #[derive(Debug)]

@@ -97,6 +97,7 @@ pub(super) fn daemon() -> Result<Vec<libc::sock_filter>, BackendError> {
     let refused = SeccompAction::Errno(libc::ENOSYS as u32);
     let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)?;
     let program = BpfProgram::try_from(filter)?;
-    let own = |of: seccompiler::sock_filter| libc::sock_filter { code: of.code, jt: of.jt, jf: of.jf, k: of.k };
+    let own =
+        |of: seccompiler::sock_filter| libc::sock_filter { code: of.code, jt: of.jt, jf: of.jf, k: of.k };
     Ok(program.into_iter().map(own).collect())
 }

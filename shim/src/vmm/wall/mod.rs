@@ -17,11 +17,11 @@ use std::path::Path;
 use super::VmmError;
 
 pub use self::spawn::SpawnError;
+use self::step::Step;
 pub(crate) use self::{
     root::Root,
     spawn::{Started, spawn},
 };
-use self::step::Step;
 
 /// Every namespace that is not the user's or the cgroup's. There is no cgroup namespace: below one, cgroup2
 /// mounted with `nsdelegate` lets the agent move no process from its own cgroup into another.
@@ -34,13 +34,14 @@ const FILES: u64 = 4096;
 
 /// What virtiofsd needs to act on files as the guest's users do. No CAP_MKNOD: a node that a guest makes in a
 /// volume could be opened by the users of the host.
-const FILE_CAPABILITIES: [u8; 7] = [
+const FILE_CAPABILITIES: [u8; 8] = [
     0,  // CAP_CHOWN
     1,  // CAP_DAC_OVERRIDE
     3,  // CAP_FOWNER
     4,  // CAP_FSETID
     6,  // CAP_SETGID
     7,  // CAP_SETUID
+    8,  // CAP_SETPCAP: it clears its bounding set with that, and then drops it
     31, // CAP_SETFCAP
 ];
 

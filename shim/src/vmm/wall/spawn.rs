@@ -99,9 +99,8 @@ pub(crate) fn spawn(
 ) -> Result<Started, SpawnError> {
     let start = |action| move |errno: Errno| SpawnError::Start { action, source: errno.into() };
     let word = |word: OsString| {
-        CString::new(word.into_vec()).map_err(|error| {
-            SpawnError::Name { name: OsString::from_vec(error.into_vec()).into() }
-        })
+        CString::new(word.into_vec())
+            .map_err(|error| SpawnError::Name { name: OsString::from_vec(error.into_vec()).into() })
     };
     let program = text(program)?;
     let mut words = vec![program.clone()];
@@ -150,8 +149,7 @@ pub(crate) fn spawn(
         .map_err(start("block signals"))?;
     // SAFETY: like fork(2), without a new stack; the child makes system calls only, and never returns.
     let cloned = unsafe {
-        let pid =
-            libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>());
+        let pid = libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>());
         if pid == 0 {
             enter(&plan);
         }
@@ -192,7 +190,8 @@ fn above_stdio(fd: OwnedFd) -> Result<OwnedFd, SpawnError> {
         return Ok(fd);
     }
     let copied = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(3));
-    let copied = copied.map_err(|errno| SpawnError::Start { action: "copy a descriptor", source: errno.into() })?;
+    let copied =
+        copied.map_err(|errno| SpawnError::Start { action: "copy a descriptor", source: errno.into() })?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(copied) })
 }

@@ -149,7 +149,8 @@ fn mount(
     data: Option<&CStr>,
 ) -> Result<(), Errno> {
     // SAFETY: every text ends with a zero and outlives the call, or is null where that is allowed.
-    let result = unsafe { libc::mount(pointer(source), at.as_ptr(), pointer(kind), flags, pointer(data).cast()) };
+    let result =
+        unsafe { libc::mount(pointer(source), at.as_ptr(), pointer(kind), flags, pointer(data).cast()) };
     Errno::result(result).map(drop)
 }
 
@@ -257,6 +258,7 @@ fn filter(program: &[libc::sock_filter]) -> Result<(), Errno> {
     let length = libc::c_ushort::try_from(program.len()).map_err(|_| Errno::E2BIG)?;
     let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
     // SAFETY: the kernel reads the program, which outlives the call.
-    let set = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    let set =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
     Errno::result(set).map(drop)
 }
