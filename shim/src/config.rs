@@ -45,6 +45,8 @@ pub struct Config {
     pub policy: Policy,
     /// What a sandbox may take of its host.
     pub limits: Limits,
+    /// Users of the host that VMMs and their helpers run as.
+    pub users: Users,
 }
 
 /// The `vmm` key.
@@ -147,6 +149,35 @@ pub struct Snapshot {
     pub import_limit: u64,
 }
 
+/// The `[users]` table: a range of numbers, as users and groups, that nothing else on the host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Users {
+    /// The first number: the group of all VMMs. The users follow.
+    pub first: u32,
+    /// How many numbers: two for each sandbox that lives at the same time, and one.
+    pub count: u32,
+}
+
+impl Users {
+    /// How many sandboxes can live at the same time.
+    pub(crate) fn pairs(self) -> u32 {
+        self.count.saturating_sub(1) / 2
+    }
+
+    /// The first number of a pair.
+    pub(crate) fn first_of_pair(self, pair: u32) -> u32 {
+        self.first + 1 + 2 * pair
+    }
+}
+
+impl Default for Users {
+    /// Behind those that systemd gives to containers, and below what is negative for some.
+    fn default() -> Self {
+        Users { first: 1_900_000_000, count: 100_001 }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -160,6 +191,7 @@ impl Default for Config {
             snapshot: Snapshot::default(),
             policy: Policy::default(),
             limits: Limits::default(),
+            users: Users::default(),
         }
     }
 }
@@ -329,11 +361,19 @@ impl Config {
             if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
         let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
-        let Config { vm, log, rootfs, snapshot, policy, limits, .. } = self;
+        let Config { vm, log, rootfs, snapshot, policy, limits, users, .. } = self;
         // A log below log.dir would be taken for that of a container of the namespace "template".
         let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
         let rule = "an absolute path outside of log.dir";
         must("log.template_dir", format!("{:?}", log.template_dir), apart, rule)?;
+        let last = users.first.checked_add(users.count).is_some_and(|end| end <= i32::MAX as u32);
+        range(
+            "users.first",
+            users.first.into(),
+            users.first >= 1000 && last,
+            "from 1000 to 2147483647 - users.count",
+        )?;
+        range("users.count", users.count.into(), users.count >= 3, "at least 3")?;
         range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
@@ -419,6 +459,9 @@ mod tests {
             ("[snapshot]\ndir = './snapshots'", "an absolute path"),
             ("[log]\ndir = 'log'", "an absolute path"),
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
+            ("[users]\nfirst = 0", "from 1000"),
+            ("[users]\nfirst = 4294967295", "from 1000"),
+            ("[users]\ncount = 2", "at least 3"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
             ("[limits]\nmemory_overhead_mib = 0", "at least 64"),

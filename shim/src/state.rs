@@ -51,6 +51,9 @@ pub struct State {
     pub shim_home: Option<PathBuf>,
     /// Name of the VMM backend; empty until it is chosen.
     pub backend: String,
+    /// The first of the two users that its processes run as, see [`users`](crate::users); 0 before it has some.
+    #[serde(default)]
+    pub user: u32,
     /// Pid that containerd is told for every process of the sandbox; 0 before the VM runs. For
     /// display and for `shim delete`'s answer, never for signals.
     pub vmm_pid: u32,
@@ -375,6 +378,7 @@ mod tests {
             cgroup: "/sys/fs/cgroup/cube/x/vm".into(),
             shim_home: Some("/sys/fs/cgroup/system.slice".into()),
             backend: "qemu".into(),
+            user: 0,
             vmm_pid: 42,
             timeline: u64::MAX,
             past_timelines: vec![PastTimeline { timeline: u64::MAX - 1, until_ns: None }],

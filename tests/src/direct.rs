@@ -92,7 +92,7 @@ impl<'lab> Direct<'lab> {
     /// The agent of its sandbox.
     pub fn guest(&self) -> Guest {
         let key = leftovers::key(&self.address, self.lab.namespace(), &self.id);
-        Guest::at(self.lab.run_dir().join(key).join("vm.vsock"))
+        Guest::at(self.lab.run_dir().join(key).join("vsock/vm.vsock"))
     }
 
     /// Replaces `config.json`.
@@ -186,7 +186,7 @@ impl<'lab> Direct<'lab> {
 
     /// The hybrid vsock socket of the sandbox.
     pub fn socket(&self) -> PathBuf {
-        self.run_dir().join("vm.vsock")
+        self.run_dir().join("vsock/vm.vsock")
     }
 
     /// Starts the init process.

@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         demo, exactness, exits, isolation, lifecycle, limits, machines, memory, output, pause, ready, rest,
-        restore, rollback, snapshots, store, survival, suspend, templates, terminal,
+        restore, rollback, snapshots, store, survival, suspend, templates, terminal, walls,
     },
 };
 
@@ -43,6 +43,8 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        walls::every_process_of_a_sandbox_is_behind_its_wall,
+        walls::the_pid_that_clients_are_told_leads_to_no_file,
         memory::running_out_of_memory_is_an_event_and_137,
         memory::a_fork_bomb_under_a_pids_limit_leaves_the_agent_answering,
         memory::an_ext4_rootfs_is_a_block_device_of_the_vm,

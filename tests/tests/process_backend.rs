@@ -6,7 +6,10 @@ use cube_tests::{
     cases,
     needs::Backend,
     runner,
-    scenarios::{copy, ending, exits, isolation, lifecycle, limits, output, pods, removal, specs, store, survival, taken},
+    scenarios::{
+        copy, ending, exits, isolation, lifecycle, limits, output, pods, removal, specs, store, survival,
+        taken, walls,
+    },
 };
 
 fn main() -> ExitCode {
@@ -52,6 +55,8 @@ fn main() -> ExitCode {
         survival::a_task_outlives_containerd,
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
+        walls::every_process_of_a_sandbox_is_behind_its_wall,
+        walls::the_pid_that_clients_are_told_leads_to_no_file,
         survival::a_second_container_of_the_same_name_keeps_the_first_ones_log,
         removal::rootfs_and_volumes_of_the_host_outlive_their_containers_where_directories_are_links,
         copy::a_tree_goes_into_a_container_and_out_again,

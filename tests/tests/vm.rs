@@ -8,7 +8,7 @@ use cube_tests::{
     runner,
     scenarios::{
         ending, exactness, exits, isolation, lifecycle, limits, machines, memory, output, pods, rest, specs,
-        survival, taken, terminal,
+        survival, taken, terminal, walls,
     },
 };
 
@@ -51,6 +51,8 @@ fn main() -> ExitCode {
         survival::a_sandbox_that_dies_is_an_exit_with_137,
         survival::sandboxes_do_not_mix,
         taken::a_task_whose_container_is_removed_while_it_boots_goes_as_well,
+        walls::every_process_of_a_sandbox_is_behind_its_wall,
+        walls::the_pid_that_clients_are_told_leads_to_no_file,
         survival::a_kernel_that_panics_is_an_exit_with_137,
         ending::a_task_without_a_container_is_removed,
         memory::running_out_of_memory_is_an_event_and_137,

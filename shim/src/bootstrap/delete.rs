@@ -201,6 +201,10 @@ mod tests {
             unreachable!()
         }
 
+        fn claim_user(&self, _: &Config, _: &RunDir) -> Result<u32, Error> {
+            unreachable!()
+        }
+
         fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
             unreachable!()
         }
@@ -248,6 +252,7 @@ mod tests {
             cgroup: "/no/such/cgroup".into(),
             shim_home: None,
             backend: "fake".into(),
+            user: 0,
             vmm_pid: 4242,
             timeline: 1,
             past_timelines: Vec::new(),

@@ -176,6 +176,7 @@ mod tests {
                 cgroup: "/no/such/cgroup".into(),
                 shim_home: None,
                 backend: "fake".into(),
+                user: 0,
                 vmm_pid: 7,
                 timeline: 1,
                 past_timelines: Vec::new(),

@@ -38,6 +38,7 @@ pub mod suspend;
 pub mod taken;
 pub mod templates;
 pub mod terminal;
+pub mod walls;
 
 use nix::sys::signal::{Signal, kill};
 

@@ -78,6 +78,18 @@ pub(super) fn request(url: &str) -> Value {
     json!({"source_url": url, "memory_restore_mode": "Copy"})
 }
 
+/// All that is read of the host then.
+pub(super) fn files(spec: &VmSpec) -> Result<Vec<PathBuf>, VmmError> {
+    let dir = spec.run_dir.join(DIR);
+    let links = [STATE, MEMORY].map(|file| dir.join(file));
+    let mut files = vec![dir.clone(), dir.join(CONFIG)];
+    for link in links {
+        let to = fs::read_link(&link);
+        files.push(to.map_err(|source| VmmError::Io { action: "cannot read", path: link, source })?);
+    }
+    Ok(files)
+}
+
 fn write(dir: &Path, snapshot: &Path, config: &Map<String, Value>) -> io::Result<()> {
     files::remove(dir)?;
     DirBuilder::new().mode(0o700).create(dir)?;
@@ -254,6 +266,8 @@ mod tests {
                 sandbox_id: "clone".into(),
                 run_dir,
                 cgroup: "/nonexistent".into(),
+                user: 0,
+                group: 0,
                 vcpus: 9,
                 memory_mib: 9999,
                 share: None,
@@ -291,7 +305,7 @@ mod tests {
         let source = lab.prepare().unwrap();
         let edited: Value = serde_json::from_slice(&fs::read(source.dir.join(CONFIG)).unwrap()).unwrap();
         let mut expected: Value = serde_json::from_str(ORIGINAL).unwrap();
-        expected["vsock"]["socket"] = json!(lab.spec.run_dir.join("vm.vsock"));
+        expected["vsock"]["socket"] = json!(lab.spec.run_dir.join(VSOCK_SOCKET));
         expected["disks"][0]["path"] = json!(lab.dir.path().join("rootfs-0"));
         expected["disks"][1]["path"] = json!(lab.dir.path().join("hot-1"));
         expected["payload"] = json!({"kernel": "/dev/null"});
