@@ -90,8 +90,7 @@ impl Helper {
             null.map_err(|source| VmmError::Io { action: "cannot open", path: "/dev/null".into(), source })?;
         let mut environment = vec![("RUST_LOG".into(), "warn".into())];
         environment.extend(std::env::var_os("PATH").map(|path| ("PATH".into(), path)));
-        environment
-            .extend(cube_fault::environment().into_iter().map(|(name, value)| (name.into(), value.into())));
+        environment.extend(cube_fault::environment().into_iter().map(|(name, value)| (name.into(), value)));
         let inherited = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let stdio = [null.into(), child_out, child_err];
         let started = wall::spawn(&wall, &program, &args, environment, &dir, stdio, inherited)

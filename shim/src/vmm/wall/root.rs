@@ -86,7 +86,7 @@ impl Root {
 
     /// A file or directory to read.
     pub(crate) fn read(self, path: &Path) -> Root {
-        self.bind(path, READ_ONLY | PLAIN | libc::MOUNT_ATTR_NOEXEC * u64::from(path.is_file()), false)
+        self.bind(path, READ_ONLY | PLAIN | (libc::MOUNT_ATTR_NOEXEC * u64::from(path.is_file())), false)
     }
 
     /// A file, socket or directory to write to.
