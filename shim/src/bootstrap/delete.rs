@@ -192,10 +192,6 @@ mod tests {
     struct Counter(AtomicU32);
 
     impl Host for Counter {
-        fn claim_user(&self, _: &Config, _: &RunDir) -> Result<u32, Error> {
-            unreachable!()
-        }
-
         fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
             self.0.fetch_add(1, Ordering::Relaxed);
             Ok(run_dir.remove()?)
