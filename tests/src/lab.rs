@@ -281,6 +281,14 @@ impl Lab {
         command
     }
 
+    /// `ctr run` of container `id` with the directory `rootfs` in place of an image, to be started by the caller.
+    pub fn run_rootfs_command(&self, rootfs: &Path, id: &str, argv: &[&str]) -> Command {
+        self.uses_sandbox(self.key(id));
+        let mut command = self.ctr_command(&["run", "--runtime", &self.setup.runtime, "--fifo-dir"]);
+        command.arg(self.dir.join("fifo")).arg("--rootfs").arg(rootfs).arg(id).args(argv);
+        command
+    }
+
     /// Runs container `id` to its end, and removes it.
     pub fn run(&self, id: &str, argv: &[&str]) -> Finished {
         self.run_with(&[], id, argv)
