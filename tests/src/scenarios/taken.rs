@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     command::{Running, poll, start},
-    lab::Lab,
+    lab::{IMAGE, Lab},
     needs::Backend,
 };
 
@@ -139,14 +139,19 @@ pub fn two_clients_that_delete_one_task_leave_nothing_behind(backend: Backend) {
 /// containerd does not know a task that is being created, and lets its container go.
 pub fn a_task_whose_container_is_removed_while_it_boots_goes_as_well(backend: Backend) {
     let lab = Lab::new(backend);
-    let mut client = lab.attached("c", &super::WAIT);
+    // What an image is unpacked to goes with its container, and then the creation may fail.
+    let rootfs = lab.dir().join("rootfs");
+    fs::create_dir(&rootfs).unwrap();
+    let target = rootfs.to_str().unwrap();
+    lab.ctr(&["image", "mount", "--rw", "--snapshotter", lab.snapshotter(), IMAGE, target]).succeeds();
+    let mut client = start(&mut lab.rootfs_command(&[], &rootfs, "c", &super::WAIT));
     let begun = || lab.bundle("c").join("address").exists();
     assert!(poll(lab.limit(), begun), "no shim");
-    // With its snapshot, the creation may fail, for it has no rootfs.
-    lab.ctr(&["container", "rm", "--keep-snapshot", "c"]).succeeds();
+    lab.ctr(&["container", "rm", "c"]).succeeds();
     assert!(client.is_running(), "the VM booted before its container was removed");
     client.wait(lab.limit()).fails_with(&["not found"]);
     lab.wait_for_state("c", None);
-    lab.ctr(&["snapshot", "--snapshotter", lab.snapshotter(), "rm", "c"]).succeeds();
+    lab.ctr(&["image", "unmount", "--rm", "--snapshotter", lab.snapshotter(), target]).succeeds();
+    fs::remove_dir(&rootfs).unwrap();
     lab.nothing_is_left();
 }
