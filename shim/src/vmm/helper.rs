@@ -270,7 +270,10 @@ fn is_listening(pid: u32, path: &Path) -> Result<bool, VmmError> {
 mod tests {
     use std::{fs, io::Write};
 
-    use super::*;
+    use super::{
+        wall::{Root, User},
+        *,
+    };
     use crate::cgroup::SandboxCgroup;
 
     const LIMIT: Duration = Duration::from_secs(20);
@@ -314,6 +317,82 @@ mod tests {
         );
         assert!(output.lines().any(|line| line.trim() == helper.pid().to_string()), "{output}");
         assert!(!output.contains("CARGO"), "the environment is not passed on: {output}");
+    }
+
+    /// A program in the place of a helper that does what it can to get out. What it achieves it prints.
+    const ATTACK: &str = r#"
+        attempt() { "$@" 2> /dev/null && echo "DONE: $*"; }
+        read_file() { read -r line < "$1"; }
+        write_file() { echo x > "$1"; }
+        interfaces() { while read -r name rest; do case $name in lo:|Inter-*|face) ;; *) return 0;; esac; done < /proc/net/dev; return 1; }
+        others() { for dir in /proc/[0-9]*; do [ "$dir" = /proc/$$ ] || return 0; done; return 1; }
+        attempt read_file /etc/shadow
+        attempt read_file /proc/1/root/etc/shadow
+        attempt read_file "$OTHER"
+        attempt kill -0 "$VICTIM"
+        attempt kill -9 "$VICTIM"
+        attempt mknod "$OWN/node" c 1 3
+        attempt mount -t tmpfs tmpfs "$OWN"
+        attempt write_file /new
+        attempt write_file /bin/new
+        attempt interfaces
+        attempt others
+        attempt write_file "$OWN/file" && :
+    "#;
+
+    /// Runs [`ATTACK`] behind the wall that `make` gives for a root in which one directory can be written to.
+    async fn attack(name: &str, owner: User, make: impl FnOnce(Root) -> Wall) -> String {
+        let scratch = Scratch::new(name);
+        let dir = tempfile::tempdir().unwrap();
+        let [own, other] = ["own", "other"].map(|name| dir.path().join(name));
+        own_dir(&own, owner).unwrap();
+        fs::write(&other, "secret\n").unwrap();
+        let mut victim = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let mut root = Root::new(&dir.path().join("root")).program(Path::new("/bin/sh")).write(&own).proc();
+        for tool in ["/usr/bin/mknod", "/usr/bin/mount"] {
+            root = root.read(&fs::canonicalize(tool).unwrap());
+        }
+        let root = root.device(Path::new("/dev/null"), 0o666, owner);
+        let set = format!(
+            "OWN={} OTHER={} VICTIM={} PATH=/usr/bin:/bin",
+            own.display(),
+            other.display(),
+            victim.id()
+        );
+        let mut launch = scratch.sh(&format!("{set}\n{ATTACK}"));
+        launch.wall = make(root);
+        let helper = Helper::launch(launch).unwrap();
+        timeout(LIMIT, helper.ended()).await.unwrap();
+        assert!(victim.try_wait().unwrap().is_none(), "it has killed a process of the host");
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        helper.last_lines().replace(own.to_str().unwrap(), "OWN")
+    }
+
+    #[tokio::test]
+    async fn a_compromised_helper_reaches_nothing_but_its_own_directory() {
+        let user = User { uid: 1_900_200_001, gid: 1_900_200_001 };
+        let reached = attack("attack", user, |root| Wall::helper(root, user)).await;
+        assert_eq!(reached, "DONE: write_file OWN/file");
+    }
+
+    #[tokio::test]
+    async fn a_compromised_file_server_reaches_nothing_but_what_it_shares() {
+        let root = User { uid: 0, gid: 0 };
+        let reached = attack("attack-files", root, |root| Wall::file_server(root, 1024)).await;
+        assert_eq!(reached, "DONE: write_file OWN/file");
+    }
+
+    #[tokio::test]
+    async fn a_step_that_fails_is_named() {
+        let scratch = Scratch::new("step");
+        let dir = tempfile::tempdir().unwrap();
+        let user = User { uid: 1_900_200_001, gid: 1_900_200_001 };
+        let mut launch = scratch.sh("");
+        launch.wall =
+            Wall::helper(Root::new(&dir.path().join("root")).read(Path::new("/nonexistent/file")), user);
+        let error = crate::errors::chain(&Helper::launch(launch).unwrap_err());
+        assert!(error.contains("show /nonexistent/file") && error.contains("No such file"), "{error}");
     }
 
     #[tokio::test]
