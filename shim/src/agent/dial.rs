@@ -1,9 +1,18 @@
 //! Opening connections to the guest.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use cube_protocol::hybrid::{self, HandshakeError};
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
+};
 use tokio::{net::UnixStream, time::timeout};
 
 /// How long a handshake goes on that nobody waits for any more.
@@ -71,10 +80,17 @@ impl Dial for HybridVsock {
 }
 
 async fn connect(path: PathBuf, port: u32) -> Result<UnixStream, DialError> {
-    let connected = UnixStream::connect(&path).await;
+    let connected = connect_to_itself(&path).await;
     let mut socket = connected.map_err(|source| DialError::Connect { path, source })?;
     hybrid::connect(&mut socket, port).await.map_err(|source| DialError::Handshake { port, source })?;
     Ok(socket)
+}
+
+/// Connects to the socket at `path`, and to no other that a link there leads to: the directory is the VMM's, and
+/// this process is root.
+async fn connect_to_itself(path: &Path) -> io::Result<UnixStream> {
+    let socket = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
 }
 
 #[cfg(test)]
@@ -85,6 +101,18 @@ mod tests {
     };
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_link_to_another_socket_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("vm.vsock"), dir.path().join("other"));
+        let listener = UnixListener::bind(&other).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        let refused = HybridVsock::new(&path).dial(1024).await;
+        assert!(matches!(&refused, Err(DialError::Connect { .. })), "{refused:?}");
+        let nobody = timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(nobody.is_err(), "somebody connected");
+    }
 
     #[tokio::test]
     async fn the_connection_begins_right_behind_the_handshake() {

@@ -68,7 +68,7 @@ impl Proxy {
         // The shim calls it with "process --listen <socket> ...", when it has removed a stale socket there.
         let script = format!(
             "#!/bin/sh\ncommand=$1 socket=$3\n[ \"$2\" = --listen ] || exit 64\nshift 3\n\
-             ln \"${{socket%.vsock}}.proxy\" \"$socket\" || exit 1\n\
+             run_dir=${{socket%/*/*}}\nln \"$run_dir/vm.proxy\" \"$socket\" || exit 1\n\
              exec '{}' \"$command\" --listen \"${{socket%.vsock}}.real\" \"$@\"\n",
             paths::agent().display()
         );
