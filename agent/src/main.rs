@@ -41,6 +41,12 @@ enum Error {
 }
 
 fn main() -> ExitCode {
+    // Nobody has anything to look for in the memory of the agent or its stages. execve makes the program of
+    // a container dumpable again.
+    if let Err(errno) = nix::sys::prctl::set_dumpable(false) {
+        eprintln!("cube-agent: cannot protect its memory: {errno}");
+        return ExitCode::FAILURE;
+    }
     let mut args = std::env::args_os().skip(1);
     match args.next().as_deref().and_then(|arg| arg.to_str()) {
         Some("process") => process_backend(args),

@@ -178,23 +178,20 @@ impl SandboxCgroup {
 
     /// Makes the cgroup with its leaf and subtree, and hands down the controllers that the host has.
     pub fn create(&self) -> Result<(), CgroupError> {
-        match self.sandbox().to_string_lossy().ends_with(scope::SUFFIX) {
-            true => Err(CgroupError::ShimCgroup),
-            false => self.make(),
-        }
+        if self.is_scope() { Err(CgroupError::ShimCgroup) } else { self.make() }
     }
 
     /// As [`create`](Self::create), and moves this process there, which is the shim.
     pub fn create_with_shim(&self) -> Result<(), CgroupError> {
         let sandbox = self.sandbox();
-        if sandbox.to_string_lossy().ends_with(scope::SUFFIX) && !sandbox.exists() {
+        if self.is_scope() && !sandbox.exists() {
             scope::start(sandbox)?;
         }
         let shim = self.shim();
         fs::create_dir_all(&shim).map_err(failed("cannot create", &shim))?;
         // Before controllers are handed down: no process may be in a cgroup that does so.
         enter(&shim)?;
-        cube_fault::point("cgroup.shim_moved");
+        cube_fault::point("create.shim_moved");
         self.make()
     }
 
@@ -244,12 +241,20 @@ impl SandboxCgroup {
             return Ok(());
         }
         remove_until(deadline, || {
-            for dir in [&self.shim(), sandbox] {
-                self.evacuate(dir, home)?;
-                remove_empty(dir)?;
+            let shim = self.shim();
+            self.evacuate(&shim, home)?;
+            remove_empty(&shim)?;
+            self.evacuate(sandbox, home)?;
+            if self.is_scope() && scope::is_gone(sandbox, deadline) {
+                return Ok(());
             }
-            Ok(())
+            remove_empty(sandbox)
         })
+    }
+
+    /// Whether the sandbox's cgroup is systemd's.
+    fn is_scope(&self) -> bool {
+        self.sandbox().to_string_lossy().ends_with(scope::SUFFIX)
     }
 
     /// Moves every process of `dir` elsewhere.

@@ -10,12 +10,16 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 pub use self::{limits::Limits, policy::Policy};
+use crate::files;
 
 /// Where the configuration is read from when nothing else names a file.
 pub const DEFAULT_PATH: &str = "/etc/cube/config.toml";
 
 /// Environment variable that names another configuration file.
 pub const PATH_VARIABLE: &str = "CUBE_CONFIG";
+
+/// The value of `log.dir` that puts logs into the containers' bundles.
+const BUNDLE: &str = "bundle";
 
 /// The whole file. Every key has a default, so an empty or absent file is valid.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -41,6 +45,8 @@ pub struct Config {
     pub policy: Policy,
     /// What a sandbox may take of its host.
     pub limits: Limits,
+    /// Users of the host that VMMs and their helpers run as.
+    pub users: Users,
 }
 
 /// The `vmm` key.
@@ -143,6 +149,35 @@ pub struct Snapshot {
     pub import_limit: u64,
 }
 
+/// The `[users]` table: a range of numbers, as users and groups, that nothing else on the host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Users {
+    /// The first number: the group of all VMMs. The users follow.
+    pub first: u32,
+    /// How many numbers: two for each sandbox that lives at the same time, and one.
+    pub count: u32,
+}
+
+impl Users {
+    /// How many sandboxes can live at the same time.
+    pub(crate) fn pairs(self) -> u32 {
+        self.count.saturating_sub(1) / 2
+    }
+
+    /// The first number of a pair.
+    pub(crate) fn first_of_pair(self, pair: u32) -> u32 {
+        self.first + 1 + 2 * pair
+    }
+}
+
+impl Default for Users {
+    /// Behind those that systemd gives to containers, and below what is negative for some.
+    fn default() -> Self {
+        Users { first: 1_900_000_000, count: 100_001 }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -156,6 +191,7 @@ impl Default for Config {
             snapshot: Snapshot::default(),
             policy: Policy::default(),
             limits: Limits::default(),
+            users: Users::default(),
         }
     }
 }
@@ -236,6 +272,20 @@ pub enum ConfigError {
         /// What and where.
         source: Box<toml::de::Error>,
     },
+    /// A directory that is nowhere.
+    #[error(
+        "{key} is {value} in the configuration file {path}, which leads nowhere: a link or .. in it has no target"
+    )]
+    Directory {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its table.
+        key: &'static str,
+        /// The value found.
+        value: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A value is outside of its range.
     #[error("{key} is {value} in the configuration file {path}: it must be {rule}")]
     Range {
@@ -266,10 +316,44 @@ impl Config {
 
     /// Parses and checks `text`, the contents of `path`.
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
-        let config: Config = toml::from_str(text)
+        let mut config: Config = toml::from_str(text)
             .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        config.resolve(path)?;
         config.check(path)?;
         Ok(config)
+    }
+
+    /// Gives every directory the path that has neither links nor `..`: once and for all, so that it is the same text
+    /// in state files, in command lines and in the kernel's tables.
+    fn resolve(&mut self, path: &Path) -> Result<(), ConfigError> {
+        let in_bundle = self.log.dir.as_os_str() == BUNDLE;
+        let dirs = [
+            ("run_dir", Some(&mut self.run_dir)),
+            ("rootfs.cache_dir", Some(&mut self.rootfs.cache_dir)),
+            ("snapshot.dir", Some(&mut self.snapshot.dir)),
+            ("log.template_dir", Some(&mut self.log.template_dir)),
+            ("log.dir", Some(&mut self.log.dir).filter(|_| !in_bundle)),
+        ];
+        for (key, dir) in dirs.into_iter().filter_map(|(key, dir)| Some((key, dir?))) {
+            if !dir.is_absolute() {
+                let (path, value, rule) = (path.into(), format!("{dir:?}"), "an absolute path");
+                return Err(ConfigError::Range { path, key, value, rule });
+            }
+            match files::canonical(dir) {
+                Ok(found) => *dir = found,
+                // Who may not look there may not change anything there, either.
+                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {}
+                Err(source) => {
+                    return Err(ConfigError::Directory {
+                        path: path.into(),
+                        key,
+                        value: dir.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
@@ -277,11 +361,19 @@ impl Config {
             if valid { Ok(()) } else { Err(ConfigError::Range { path: path.into(), key, value, rule }) }
         };
         let range = |key, value: u64, valid, rule| must(key, value.to_string(), valid, rule);
-        let Config { vm, log, rootfs, snapshot, policy, limits, .. } = self;
+        let Config { vm, log, rootfs, snapshot, policy, limits, users, .. } = self;
         // A log below log.dir would be taken for that of a container of the namespace "template".
         let apart = log.template_dir.is_absolute() && !log.template_dir.starts_with(&log.dir);
         let rule = "an absolute path outside of log.dir";
         must("log.template_dir", format!("{:?}", log.template_dir), apart, rule)?;
+        let last = users.first.checked_add(users.count).is_some_and(|end| end <= i32::MAX as u32);
+        range(
+            "users.first",
+            users.first.into(),
+            users.first >= 1000 && last,
+            "from 1000 to 2147483647 - users.count",
+        )?;
+        range("users.count", users.count.into(), users.count >= 3, "at least 3")?;
         range("vm.vcpus", vm.vcpus.into(), (1..=255).contains(&vm.vcpus), "from 1 to 255")?;
         range("vm.memory_mib", vm.memory_mib, vm.memory_mib >= 64, "at least 64")?;
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
@@ -328,6 +420,33 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_has_one_path_however_it_was_named() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("real")).unwrap();
+        symlink("real", root.join("link")).unwrap();
+        let config = |dir: &str| {
+            let dir = format!("{}/{dir}", root.display());
+            parse(&format!(
+                "run_dir = '{dir}/run'\n[rootfs]\ncache_dir = '{dir}/cache'\n[snapshot]\ndir = '{dir}/s'\n\
+                 [log]\ndir = '{dir}/log'\ntemplate_dir = '{dir}/templates/'\n"
+            ))
+        };
+        let expected = config("real").unwrap();
+        assert_eq!(expected.run_dir, root.join("real/run"));
+        for dir in ["link", "link/../real", "real/../link/.", "real//"] {
+            assert_eq!(config(dir).unwrap(), expected, "{dir}");
+        }
+        symlink("nowhere", root.join("dangling")).unwrap();
+        for dir in ["dangling", "nowhere/../real"] {
+            let error = config(dir).unwrap_err().to_string();
+            assert!(error.contains("run_dir") && error.contains("leads nowhere"), "{error}");
+        }
+        assert_eq!(parse("[log]\ndir = 'bundle'").unwrap().log.dir, Path::new("bundle"));
+    }
+
+    #[test]
     fn a_value_out_of_range_is_refused_with_the_rule() {
         for (text, rule) in [
             ("[log]\nsegments = 0", "at least 2"),
@@ -335,7 +454,14 @@ mod tests {
             ("[rootfs]\ncache_limit = 0", "at least 1"),
             ("[snapshot]\nimport_limit = 0", "at least 1"),
             ("[log]\ntemplate_dir = 'templates'", "an absolute path"),
+            ("run_dir = 'run'", "an absolute path"),
+            ("[rootfs]\ncache_dir = 'cache'", "an absolute path"),
+            ("[snapshot]\ndir = './snapshots'", "an absolute path"),
+            ("[log]\ndir = 'log'", "an absolute path"),
             ("[log]\ndir = '/l'\ntemplate_dir = '/l/template'", "outside of log.dir"),
+            ("[users]\nfirst = 0", "from 1000"),
+            ("[users]\nfirst = 4294967295", "from 1000"),
+            ("[users]\ncount = 2", "at least 3"),
             ("[vm]\nvcpus = 0", "from 1 to 255"),
             ("[vm]\nmemory_mib = 8", "at least 64"),
             ("[limits]\nmemory_overhead_mib = 0", "at least 64"),

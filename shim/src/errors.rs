@@ -8,7 +8,7 @@ use ttrpc::Code;
 use crate::{
     agent::AgentError, annotations::AnnotationError, cgroup::CgroupError, config::ConfigError,
     options::OptionsError, rootfs::RootfsError, sandbox::spec::SpecError, snapshot::SnapshotError,
-    state::StateError, stdio::StdioError, vmm::VmmError,
+    state::StateError, stdio::StdioError, users::UserError, vmm::VmmError,
 };
 
 /// The text of an error with all of its causes, "outer: inner: innermost".
@@ -168,6 +168,9 @@ pub enum Error {
     /// The VMM cannot do what was asked, or not run the VM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    /// No user of the host is left for the sandbox.
+    #[error(transparent)]
+    Users(#[from] UserError),
     /// The agent cannot be reached or refuses.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -214,6 +217,7 @@ impl Error {
             Error::Killed => Code::ABORTED,
             Error::VmmEnded { .. } | Error::ShuttingDown => Code::UNAVAILABLE,
             Error::Vmm(vmm) => vmm_code(vmm),
+            Error::Users(_) => Code::RESOURCE_EXHAUSTED,
             Error::Agent(agent) => agent_code(agent),
             Error::Rootfs(rootfs) => rootfs_code(rootfs),
             Error::Snapshot(snapshot) => snapshot_code(snapshot),

@@ -25,4 +25,5 @@ pub mod stdio;
 pub mod task;
 pub mod tenant;
 pub mod text;
+pub mod users;
 pub mod vmm;

@@ -6,19 +6,27 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, Metadata},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    unistd::geteuid,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::files;
+
 /// Name of the state file in the run directory.
 pub const FILE: &str = "state.json";
+
+/// Name of the shim's socket there.
+const SOCKET: &str = "shim.sock";
 
 /// Version of the file that this build writes, and the only one that it reads.
 pub const FORMAT: u32 = 1;
@@ -43,6 +51,9 @@ pub struct State {
     pub shim_home: Option<PathBuf>,
     /// Name of the VMM backend; empty until it is chosen.
     pub backend: String,
+    /// The first of the two users that its processes run as, see [`users`](crate::users); 0 before it has some.
+    #[serde(default)]
+    pub user: u32,
     /// Pid that containerd is told for every process of the sandbox; 0 before the VM runs. For
     /// display and for `shim delete`'s answer, never for signals.
     pub vmm_pid: u32,
@@ -95,11 +106,16 @@ pub struct ContainerState {
 impl State {
     /// Whether the log of a container is in the directory `log_dir`.
     pub fn logs_to(&self, log_dir: &Path) -> bool {
-        self.containers.values().any(|container| container.log_dir.as_deref() == Some(log_dir))
+        self.containers.values().any(|container| container.logs_to(log_dir))
     }
 }
 
 impl ContainerState {
+    /// Whether its log is in the directory `log_dir`, by whatever path.
+    pub fn logs_to(&self, log_dir: &Path) -> bool {
+        self.log_dir.as_deref().is_some_and(|own| files::is_same(own, log_dir))
+    }
+
     /// The id in the guest of the container that is `id` for containerd.
     pub fn guest_id<'a>(&'a self, id: &'a str) -> &'a str {
         self.guest_id.as_deref().unwrap_or(id)
@@ -126,6 +142,18 @@ pub enum StateError {
         path: PathBuf,
         /// What and where.
         source: serde_json::Error,
+    },
+    /// There is something that is not a run directory of ours, or `run_dir` is open to others.
+    #[error(
+        "{path} is {found}: it must be a directory that {rule}. Find out who made it, and remove it or choose another run_dir"
+    )]
+    Foreign {
+        /// What is there.
+        path: PathBuf,
+        /// What it is, with owner and mode.
+        found: String,
+        /// What it must be.
+        rule: String,
     },
     /// The run directory's path leaves no room for a socket's name.
     #[error("the socket path {path} has more than {SOCKET_PATH_MAX} bytes: set run_dir to a shorter path")]
@@ -178,12 +206,14 @@ impl RunDir {
         RunDir(path.into())
     }
 
-    /// The directory that holds `socket`, which is what a bundle's `address` file names.
+    /// The directory that holds `socket`, which is what a bundle's `address` file names. `None` if that cannot be
+    /// a shim's: the directory may be removed.
     pub fn of_socket(socket: &Path) -> Option<RunDir> {
-        Some(RunDir(socket.parent()?.into()))
+        let dir = RunDir(socket.parent()?.into());
+        (socket.file_name()? == SOCKET && RunDir::is_key(dir.key())).then_some(dir)
     }
 
-    /// Every run directory below `run_dir`, in the order of their keys. None if that does not exist.
+    /// Every run directory of ours below `run_dir`, in the order of their keys. None if that does not exist.
     pub fn all(run_dir: &Path) -> Result<Vec<RunDir>, StateError> {
         let entries = match fs::read_dir(run_dir) {
             Ok(entries) => entries,
@@ -193,14 +223,19 @@ impl RunDir {
         let mut dirs = Vec::new();
         for entry in entries {
             let entry = entry.map_err(failed("cannot list", run_dir))?;
-            let is_key = |name: &str| name.len() == 20 && name.bytes().all(|b| b.is_ascii_hexdigit());
-            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            if is_dir && entry.file_name().to_str().is_some_and(is_key) {
+            // What others have put there says nothing about sandboxes.
+            let is_ours = |meta: Metadata| meta.is_dir() && [0, geteuid().as_raw()].contains(&meta.uid());
+            if entry.metadata().is_ok_and(is_ours) && entry.file_name().to_str().is_some_and(RunDir::is_key) {
                 dirs.push(RunDir(entry.path()));
             }
         }
         dirs.sort_by(|a, b| a.key().cmp(b.key()));
         Ok(dirs)
+    }
+
+    /// Whether a run directory can have this name.
+    pub(crate) fn is_key(name: &str) -> bool {
+        name.len() == 20 && name.bytes().all(|b| b.is_ascii_hexdigit())
     }
 
     /// Its path.
@@ -219,21 +254,40 @@ impl RunDir {
     ///
     /// [`StateError::SocketPath`] if the kernel would not take the path.
     pub fn socket(&self) -> Result<PathBuf, StateError> {
-        let path = self.0.join("shim.sock");
+        let path = self.0.join(SOCKET);
         if path.as_os_str().len() > SOCKET_PATH_MAX { Err(StateError::SocketPath { path }) } else { Ok(path) }
     }
 
-    /// Makes the directory and its parents, mode 0700. May exist.
+    /// Makes the directory and its parents, mode 0700. It may exist if it is as this would have made it.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Foreign`] if it is another's, or a link, or somebody else may put things beside it: what is
+    /// in it says what clean-up unmounts and removes.
     pub fn create(&self) -> Result<(), StateError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
-        made.map_err(failed("cannot create", &self.0))
+        let above = self.0.parent().unwrap_or(&self.0);
+        files::make_dir(above).map_err(failed("cannot create", above))?;
+        // `run_dir` itself may be a link: that was the administrator's choice.
+        let meta = fs::metadata(above).map_err(failed("cannot look at", above))?;
+        must_be(above, &meta, meta.mode() & 0o022 == 0, "nobody else can write to")?;
+        match DirBuilder::new().mode(0o700).create(&self.0) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made.map_err(failed("cannot create", &self.0)),
+        }
+        match fs::symlink_metadata(&self.0) {
+            Ok(meta) => must_be(&self.0, &meta, meta.mode() & 0o777 == 0o700, "has mode 0700"),
+            // Removed meanwhile: whoever takes the lock notices.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(failed("cannot look at", &self.0)(e)),
+        }
     }
 
     /// Takes the exclusive lock, waiting at most `limit`. Blocks the thread. The lock is on the
     /// directory itself, so that removing it leaves nothing behind; `None` if it does not exist.
     pub fn lock(&self, limit: Duration) -> Result<Option<RunDirLock>, StateError> {
         let begun = Instant::now();
-        let mut directory = match File::open(&self.0) {
+        let flags = libc::O_NOFOLLOW | libc::O_DIRECTORY;
+        let mut directory = match File::options().read(true).custom_flags(flags).open(&self.0) {
             Ok(directory) => directory,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed("cannot open", &self.0)(e)),
@@ -241,7 +295,7 @@ impl RunDir {
         loop {
             directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
                 // Whoever held it before may have removed the directory.
-                Ok(_) if !self.0.exists() => return Ok(None),
+                Ok(lock) if !files::is_at(&*lock, &self.0) => return Ok(None),
                 Ok(lock) => return Ok(Some(RunDirLock { _directory: lock })),
                 Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
                 Err((_, errno)) => return Err(failed("cannot lock", &self.0)(errno.into())),
@@ -279,13 +333,31 @@ impl RunDir {
         serde_json::from_slice(&text).map(Some).map_err(|source| StateError::Parse { path, source })
     }
 
-    /// Removes the directory with all that is in it. Mounts below it must be gone. May be repeated.
-    pub fn remove(&self) -> Result<(), StateError> {
-        match fs::remove_dir_all(&self.0) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("cannot remove", &self.0)(e)),
-            _ => Ok(()),
-        }
+    /// Unmounts whatever is mounted at and below the directory. May be repeated.
+    pub fn unmount(&self) -> Result<(), StateError> {
+        files::unmount(&self.0).map_err(failed("cannot unmount what is below", &self.0))
     }
+
+    /// Removes the directory with all that is in it. Ends with an error where something is still mounted: that
+    /// stays. May be repeated.
+    pub fn remove(&self) -> Result<(), StateError> {
+        files::remove(&self.0).map_err(failed("cannot remove", &self.0))
+    }
+}
+
+/// [`StateError::Foreign`] unless this is a directory of this user's of which `holds` is true, as `rule` says.
+fn must_be(path: &Path, meta: &Metadata, holds: bool, rule: &'static str) -> Result<(), StateError> {
+    let user = geteuid().as_raw();
+    if meta.is_dir() && meta.uid() == user && holds {
+        return Ok(());
+    }
+    let kind = match meta.file_type() {
+        kind if kind.is_dir() => "a directory",
+        kind if kind.is_symlink() => "a symbolic link",
+        _ => "no directory",
+    };
+    let found = format!("{kind} of user {} with mode {:04o}", meta.uid(), meta.mode() & 0o7777);
+    Err(StateError::Foreign { path: path.into(), found, rule: format!("belongs to user {user} and {rule}") })
 }
 
 #[cfg(test)]
@@ -306,6 +378,7 @@ mod tests {
             cgroup: "/sys/fs/cgroup/cube/x/vm".into(),
             shim_home: Some("/sys/fs/cgroup/system.slice".into()),
             backend: "qemu".into(),
+            user: 0,
             vmm_pid: 42,
             timeline: u64::MAX,
             past_timelines: vec![PastTimeline { timeline: u64::MAX - 1, until_ns: None }],
@@ -330,6 +403,62 @@ mod tests {
         dir.remove().unwrap();
         dir.remove().unwrap();
         assert_eq!(dir.load().unwrap(), None);
+    }
+
+    #[test]
+    fn what_exists_is_taken_only_if_it_is_as_it_would_have_been_made() {
+        use std::os::unix::fs::{PermissionsExt, chown, symlink};
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(&root);
+        let set_mode =
+            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let refused = |words: &[&str]| {
+            let error = dir.create().unwrap_err();
+            assert!(matches!(error, StateError::Foreign { .. }), "{error}");
+            words.iter().for_each(|word| assert!(error.to_string().contains(word), "{error}"));
+        };
+        dir.create().unwrap();
+        dir.create().unwrap();
+        for mode in [0o755, 0o777, 0o770, 0o1777] {
+            set_mode(dir.path(), mode);
+            refused(&[&format!("mode {mode:04o}"), "has mode 0700"]);
+        }
+        set_mode(dir.path(), 0o700);
+        chown(dir.path(), Some(1), None).unwrap();
+        refused(&["user 1 ", "belongs to user 0"]);
+        assert!(RunDir::all(root.path()).unwrap().is_empty());
+        fs::remove_dir(dir.path()).unwrap();
+        let elsewhere = root.path().join("elsewhere");
+        DirBuilder::new().mode(0o700).create(&elsewhere).unwrap();
+        symlink(&elsewhere, dir.path()).unwrap();
+        refused(&["symbolic link"]);
+        assert!(dir.lock(Duration::ZERO).is_err(), "the lock of another directory");
+        fs::remove_file(dir.path()).unwrap();
+        fs::write(dir.path(), "").unwrap();
+        refused(&["no directory"]);
+        fs::remove_file(dir.path()).unwrap();
+        assert!(RunDir::all(root.path()).unwrap().is_empty());
+        // Whoever may rename what is beside it may put another in its place.
+        for mode in [0o777, 0o1777, 0o730] {
+            set_mode(root.path(), mode);
+            refused(&["nobody else can write to"]);
+        }
+        set_mode(root.path(), 0o755);
+        dir.create().unwrap();
+    }
+
+    #[test]
+    fn removing_a_run_directory_costs_nobody_a_file() {
+        let of = |root: &Path| RunDir::of(root, "/a", "default", "c1");
+        files::testing::costs_nobody_a_file(
+            |root| {
+                let dir = of(root);
+                dir.create().unwrap();
+                dir.save(&example()).unwrap();
+                dir.path().into()
+            },
+            |root| of(root).remove(),
+        );
     }
 
     #[test]

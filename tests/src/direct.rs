@@ -7,7 +7,7 @@ mod fifos;
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -41,6 +41,8 @@ pub struct Direct<'lab> {
     pub id: String,
     /// The bundle directory: write `config.json` there before [`create`](Direct::create).
     pub bundle: PathBuf,
+    /// What the shim gets on its standard input, as containerd sends runtime options.
+    pub input: Vec<u8>,
     events: Arc<Recorder>,
     address: String,
     endpoint: ttrpc::Server,
@@ -76,6 +78,7 @@ impl<'lab> Direct<'lab> {
             lab,
             id: id.into(),
             bundle,
+            input: Vec::new(),
             events,
             address,
             endpoint,
@@ -89,7 +92,7 @@ impl<'lab> Direct<'lab> {
     /// The agent of its sandbox.
     pub fn guest(&self) -> Guest {
         let key = leftovers::key(&self.address, self.lab.namespace(), &self.id);
-        Guest::at(self.lab.run_dir().join(key).join("vm.vsock"))
+        Guest::at(self.lab.run_dir().join(key).join("vsock/vm.vsock"))
     }
 
     /// Replaces `config.json`.
@@ -115,7 +118,9 @@ impl<'lab> Direct<'lab> {
             .arg(action);
         command.current_dir(&self.bundle).env("TTRPC_ADDRESS", &self.address).env("MAX_SHIM_VERSION", "2");
         command.env("GRPC_ADDRESS", self.lab.address()).env("NAMESPACE", self.lab.namespace());
-        command.env("CUBE_CONFIG", self.lab.config_file()).stdin(Stdio::null());
+        let input = self.lab.dir().join("direct/input");
+        fs::write(&input, &self.input).unwrap();
+        command.env("CUBE_CONFIG", self.lab.config_file()).stdin(File::open(input).unwrap());
         start(&mut command).wait(Duration::from_secs(30))
     }
 
@@ -181,7 +186,7 @@ impl<'lab> Direct<'lab> {
 
     /// The hybrid vsock socket of the sandbox.
     pub fn socket(&self) -> PathBuf {
-        self.run_dir().join("vm.vsock")
+        self.run_dir().join("vsock/vm.vsock")
     }
 
     /// Starts the init process.

@@ -119,5 +119,5 @@ impl Guest {
 
 /// The hybrid vsock socket of the sandbox of container `id`.
 pub fn socket(lab: &Lab, id: &str) -> PathBuf {
-    lab.run_dir().join(lab.key(id)).join("vm.vsock")
+    lab.run_dir().join(lab.key(id)).join("vsock/vm.vsock")
 }

@@ -45,7 +45,7 @@ pub enum Programs {
 pub enum Victim {
     /// The daemon of the sandbox.
     Shim,
-    /// The VMM; on the process backend unshare(1), which takes the agent along.
+    /// The VMM; on the process backend what clients take for it, which takes the agent along.
     Vmm,
     /// The agent, where it is a process of this host.
     Agent,
@@ -100,7 +100,7 @@ impl KillLab {
             match victim {
                 Victim::Shim => words.last() == Some(&"serve") && words.contains(&id),
                 Victim::Vmm if self.lab.backend() == Backend::Process => {
-                    words[0].ends_with("unshare") && line.contains(&key)
+                    words.get(1) == Some(&"keep") && line.contains(&key)
                 }
                 Victim::Vmm => {
                     (words[0].contains("qemu") || words[0].contains("cloud-hypervisor"))

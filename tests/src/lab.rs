@@ -51,6 +51,8 @@ pub struct Setup {
     pub shim_dir: PathBuf,
     /// The agent of the process backend.
     pub agent: PathBuf,
+    /// Whether every configured directory is named by way of a link and `..`, as `/var/run/cube` is.
+    pub through_links: bool,
 }
 
 impl From<Backend> for Setup {
@@ -64,6 +66,7 @@ impl From<Backend> for Setup {
             packer: "mkfs.erofs".into(),
             shim_dir: paths::shim().parent().unwrap().into(),
             agent: paths::agent(),
+            through_links: false,
         }
     }
 }
@@ -187,7 +190,11 @@ impl Lab {
 
     /// Writes the configuration file; `extra` are tables beside those that every lab needs.
     pub fn configure(&self, extra: &str) {
-        let dir = self.dir.display();
+        let dir = match self.setup.through_links {
+            true => self.dir_through_links(),
+            false => self.dir.clone(),
+        };
+        let dir = dir.display();
         let guest = paths::guest_dir();
         let guest = guest.canonicalize().unwrap_or(guest);
         let guest = guest.display();
@@ -196,17 +203,27 @@ impl Lab {
             "vmm = '{}'\nrun_dir = '{dir}/run'\n\
              [guest]\nkernel = '{guest}/vmlinuz'\nvmlinux = '{guest}/vmlinux'\ninitrd = '{guest}/initrd.img'\n\
              [tools]\nagent = '{}'\nmkfs_erofs = '{}'\n\
-             [rootfs]\ncache_dir = '{}'\n{}\n\
+             [rootfs]\ncache_dir = '{dir}/cache'\n{}\n\
              [snapshot]\ndir = '{dir}/snapshots'\n\
              [log]\ndir = '{log_dir}'\ntemplate_dir = '{dir}/templates'\n{}\n{extra}\n",
             self.setup.backend.name(),
             self.setup.agent.display(),
             self.setup.packer.display(),
-            self.cache_dir().display(),
             self.setup.rootfs,
             self.setup.log,
         );
         fs::write(self.config_file(), text).unwrap();
+    }
+
+    /// Another name of the lab's directory. Whoever leaves the `..` out by looking at the text gets nowhere.
+    fn dir_through_links(&self) -> PathBuf {
+        let link = self.dir.join("link");
+        if !link.is_symlink() {
+            fs::create_dir_all(self.dir.join("far/away")).unwrap();
+            std::os::unix::fs::symlink(self.dir.join("far/away"), &link).unwrap();
+            std::os::unix::fs::symlink(&self.dir, self.dir.join("far/lab")).unwrap();
+        }
+        link.join("../lab")
     }
 
     fn containerd_config(&self) -> String {
@@ -281,12 +298,24 @@ impl Lab {
         command
     }
 
-    /// `ctr run` of container `id` with the directory `rootfs` in place of an image, to be started by the caller.
-    pub fn run_rootfs_command(&self, rootfs: &Path, id: &str, argv: &[&str]) -> Command {
+    /// `ctr run` of a container whose rootfs is the directory `rootfs`, to be started by the caller.
+    pub fn rootfs_command(&self, flags: &[&str], rootfs: &Path, id: &str, argv: &[&str]) -> Command {
         self.uses_sandbox(self.key(id));
         let mut command = self.ctr_command(&["run", "--runtime", &self.setup.runtime, "--fifo-dir"]);
-        command.arg(self.dir.join("fifo")).arg("--rootfs").arg(rootfs).arg(id).args(argv);
+        command.arg(self.dir.join("fifo")).args(flags).arg("--rootfs").arg(rootfs).arg(id).args(argv);
         command
+    }
+
+    /// Makes `dir`, with the files of [`IMAGE`] in it.
+    pub fn unpack(&self, dir: &Path) {
+        let view = self.dir.join("view");
+        fs::create_dir_all(&view).unwrap();
+        let view_text = view.to_str().unwrap();
+        self.ctr(&["image", "mount", "--snapshotter", self.snapshotter, IMAGE, view_text]).succeeds();
+        let copied = Command::new("cp").arg("-a").arg(&view).arg(dir).status().unwrap();
+        self.ctr(&["image", "unmount", "--rm", "--snapshotter", self.snapshotter, view_text]).succeeds();
+        fs::remove_dir(&view).unwrap();
+        assert!(copied.success());
     }
 
     /// Runs container `id` to its end, and removes it.

@@ -118,6 +118,8 @@ impl Bench {
             sandbox_id: name.into(),
             run_dir,
             cgroup: cgroup.dir().into(),
+            user: USER,
+            group: USER - 1,
             vcpus: 1,
             memory_mib: 256,
             share: None,
@@ -130,7 +132,21 @@ impl Bench {
     }
 }
 
+/// Who the VMM is; nobody else is.
+pub const USER: u32 = 1_900_300_001;
+
 impl Machine<'_> {
+    /// Pid of the VMM itself.
+    pub fn vmm_pid(&self) -> i32 {
+        let procs = fs::read_to_string(self.cgroup.helpers().join("cgroup.procs")).unwrap();
+        let is_vmm = |pid: &&str| {
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let program = line.split('\0').next().unwrap_or_default();
+            program.contains("qemu") || program.contains("cloud-hypervisor")
+        };
+        procs.lines().find(is_vmm).expect("no VMM").parse().unwrap()
+    }
+
     /// Boots or restores it, and says Hello.
     pub fn boot(&mut self) -> HelloResponse {
         let runtime = &self.bench.runtime;

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use cube_shim::vmm::keeper;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::{diagnostics, needs::Backend, soak};
@@ -73,6 +74,11 @@ macro_rules! cases {
 
 /// Runs `cases` as the command line asks, in the way of `cargo test`.
 pub fn main(cases: impl IntoIterator<Item = Case>) -> ExitCode {
+    // The process that clients are told the pid of is the program that boots the VM.
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = keeper::run(&words) {
+        return code;
+    }
     let mut arguments = Arguments::from_args();
     // Emulated VMs and gigabytes of output: more at a time than CPUs measures the scheduler.
     if arguments.test_threads.is_none() {

@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use nix::unistd::Pid;
 
-use crate::{command::poll, guest::Guest, lab::Lab, soak};
+use crate::{command::poll, guest::Guest, lab::Lab, leftovers, soak};
 
 /// How long what is given back in the background may take.
 const SETTLING: Duration = Duration::from_secs(20);
@@ -47,11 +47,11 @@ pub fn inotify_instances(pid: Pid) -> usize {
     descriptors(pid).iter().filter(|link| link.contains("inotify")).count()
 }
 
-/// The agent of a sandbox without a VM: the child of the unshare(1) that containerd takes for the task.
+/// The agent of a sandbox without a VM.
 fn agent(lab: &Lab, id: &str) -> Pid {
-    let pid = lab.task(id).unwrap().1;
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    Pid::from_raw(children.trim().parse().unwrap())
+    let processes = leftovers::helpers(&lab.key(id));
+    let agent = processes.iter().find(|process| process.line.contains(" process --listen ")).unwrap();
+    Pid::from_raw(agent.pid)
 }
 
 fn descriptors(pid: Pid) -> Vec<String> {

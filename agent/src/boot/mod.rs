@@ -6,9 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::container;
+
 pub mod cgroup;
 pub mod cmdline;
 pub mod console;
+mod executable;
+mod hardening;
 pub mod limits;
 pub mod modules;
 mod mounts;
@@ -67,9 +71,11 @@ pub fn guest() -> Result<(), BootError> {
         tracing::warn!("the kernel command line has {option}, which is unknown: ignored");
     }
     mounts::all()?;
+    hardening::apply();
     cgroup::set_up()?;
     limits::raise_threads();
     limits::raise();
     power::keep_ctrl_alt_del_from_resetting();
+    container::set_stage_executable(executable::protect()?);
     Ok(())
 }

@@ -19,8 +19,8 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::{BootError, cgroup};
-use crate::guest::paths;
+use super::{BootError, cgroup, executable};
+use crate::{container, guest::paths};
 
 /// The command line of `cube-agent process`. Every path is absolute.
 #[derive(Debug, PartialEq, Eq)]
@@ -109,6 +109,7 @@ pub fn set_up(options: &Options) -> Result<(UnixListener, HostRun), BootError> {
     fs::create_dir_all(paths::CONTAINERS).map_err(BootError::io("cannot create", paths::CONTAINERS))?;
     mount(Some(&fd_path(&state)), paths::CONTAINERS, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(BootError::sys("cannot bind the state directory to", paths::CONTAINERS))?;
+    container::set_stage_executable(executable::protect()?);
     Ok((listener, HostRun(host_run)))
 }
 

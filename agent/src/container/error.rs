@@ -54,6 +54,15 @@ pub enum ContainerError {
         /// How long it was given.
         limit: Duration,
     },
+    /// A process did not come as far as to run its program. It has been killed.
+    #[error(
+        "starting the process took longer than {limit:?}, and it was killed: is its program or working \
+        directory on a file system that does not answer?"
+    )]
+    SlowStart {
+        /// How long it was given.
+        limit: Duration,
+    },
     /// The container is not in the state that the call needs.
     #[error("the container is {state}, it must be {needed}")]
     State {

@@ -3,7 +3,9 @@
 //! A process is made in two programs. This one, the agent, checks the spec ([`spec`]), makes the
 //! cgroup ([`cgroup`]) and clones a child that at once executes the agent's own binary again
 //! ([`spawn`]). That child is single threaded and may do anything ([`stage`]): it enters namespaces,
-//! mounts, drops privileges and finally executes the container's program.
+//! mounts, drops privileges and finally executes the container's program. Where others live in the
+//! container's pid namespace already, a child of its own does the last step: the stage, with all that it
+//! may do, stays out of their sight.
 
 mod cgroup;
 mod error;
@@ -11,23 +13,30 @@ mod hostname;
 mod mount_options;
 mod namespaces;
 mod network;
+mod procfs;
 mod readable;
 mod seccomp;
 mod spawn;
 mod spec;
 mod stage;
 
-use std::{net::SocketAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Process, Spec};
-use tokio::net::TcpSocket;
+use tokio::{net::TcpSocket, time::timeout};
 
 use self::{
     cgroup::Cgroup,
-    namespaces::{Namespaces, PidNamespace},
+    namespaces::{Namespaces, Pid},
+    procfs::{Home, Kept},
     spawn::{Child, Launch},
-    stage::protocol::{AgentEnd, Exec, Init, Instructions, Report},
+    stage::protocol::{AgentEnd, Exec, Init, Instructions, Message, Proc, Report},
 };
 use crate::stdio::ChildStdio;
 
@@ -38,6 +47,10 @@ pub use self::{
 /// How long [`Container::delete`] waits for killed processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a process may take on its way to `execve`, and for that. On the way are files of the container,
+/// which may be on a file system that some process of the container serves, or does not.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// What a container is made from.
 #[derive(Debug)]
 pub struct Config {
@@ -47,6 +60,9 @@ pub struct Config {
     pub spec: Spec,
     /// The mounted root file system.
     pub rootfs: PathBuf,
+    /// A directory for a proc file system of the container's, out of its reach: made by create, removed by
+    /// delete.
+    pub proc: PathBuf,
     /// cgroup v2 directory in which the container's own is made. It holds no process itself, and the
     /// caller has enabled the controllers of its ancestors, down to its own `cgroup.controllers`.
     pub cgroup_parent: PathBuf,
@@ -77,6 +93,7 @@ pub struct Container {
     init: OwnedFd,
     state: State,
     allow_vsock: bool,
+    proc: Option<Kept>,
     /// The device rules that it was created with.
     device_rules: Vec<LinuxDeviceCgroup>,
 }
@@ -117,8 +134,9 @@ impl Container {
         let cgroup = Cgroup::create(&config.cgroup_parent, &config.id)?;
         let (id, allow_vsock) = (config.id.clone(), config.allow_vsock);
         let device_rules = device_rules(&config.spec).to_vec();
-        let (child, terminal) = match spawn_init(&cgroup, config, stdio).await {
-            Ok(spawned) => spawned,
+        let made = in_time(spawn_init(&cgroup, config, stdio)).await;
+        let (child, terminal, proc) = match made {
+            Ok(made) => made,
             Err(error) => {
                 if let Err(left) = cgroup.remove(KILL_TIMEOUT).await {
                     log::warn!("container {id}: cannot undo a create that failed: {left}");
@@ -128,10 +146,12 @@ impl Container {
         };
         let init = duplicate(&child.pidfd)?;
         let (spawned, control) = child.release(terminal);
-        Ok((Container { cgroup, init, state: State::Created(control), allow_vsock, device_rules }, spawned))
+        let state = State::Created(control);
+        Ok((Container { cgroup, init, state, allow_vsock, proc, device_rules }, spawned))
     }
 
-    /// Lets the init process go on to `execve`, and returns when that has happened. Once.
+    /// Lets the init process go on to `execve`, and returns when that has happened. Once. An init process
+    /// that takes too long is killed, and so is one whose start is given up.
     pub async fn start(&mut self) -> Result<(), ContainerError> {
         let State::Created(control) = &mut self.state else {
             return Err(ContainerError::State { state: self.state.name(), needed: "created" });
@@ -139,12 +159,16 @@ impl Container {
         control
             .go()
             .map_err(|source| ContainerError::stage("start the init process, which has ended", source))?;
-        let report = control.report().await;
+        let mut kill = KillUnless { pidfd: &self.init, done: false };
+        let message = in_time(async { Ok(control.message().await) }).await;
+        kill.done = message.is_ok();
+        drop(kill);
         self.state = State::Started;
-        executed(report)
+        executed(message?)
     }
 
-    /// Runs another process in the container, and returns when its `execve` has happened.
+    /// Runs another process in the container, and returns when its `execve` has happened. Cancel safe: a
+    /// process that has been spawned is killed.
     pub async fn exec(&self, process: &Process, stdio: ChildStdio) -> Result<Spawned, ContainerError> {
         if !matches!(self.state, State::Started) {
             return Err(ContainerError::State { state: self.state.name(), needed: "started" });
@@ -159,15 +183,19 @@ impl Container {
             stdio,
             cgroup: self.cgroup.open_leaf()?,
             extra: duplicate(&self.init)?,
-            pid_namespace: PidNamespace::Of(duplicate(&self.init)?),
+            new_pid_namespace: false,
         };
         let mut child = spawn::spawn(launch)?;
-        let terminal = child.await_ready().await?;
-        child
-            .control
-            .go()
-            .map_err(|source| ContainerError::stage("start a process, which has ended", source))?;
-        executed(child.control.report().await)?;
+        let terminal = in_time(async {
+            let terminal = child.await_ready().await?;
+            child
+                .control
+                .go()
+                .map_err(|source| ContainerError::stage("start a process, which has ended", source))?;
+            executed(child.control.message().await)?;
+            Ok(terminal)
+        });
+        let terminal = terminal.await?;
         Ok(child.release(terminal).0)
     }
 
@@ -230,32 +258,74 @@ impl Container {
         // itself at its end: it has to die of the kill.
         let removed = self.cgroup.remove(KILL_TIMEOUT).await;
         self.state = State::Deleted;
+        self.proc = None;
         removed
     }
 }
 
-/// Limits the cgroup, and brings an init stage up to `execve`. Gives its terminal, if it has one.
+/// Kills a process, unless what was awaited of it has happened.
+struct KillUnless<'a> {
+    pidfd: &'a OwnedFd,
+    done: bool,
+}
+
+impl Drop for KillUnless<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            // A process that is gone already is as good as killed.
+            let _ = spawn::pidfd_kill(self.pidfd.as_fd());
+        }
+    }
+}
+
+async fn in_time<T>(starting: impl Future<Output = Result<T, ContainerError>>) -> Result<T, ContainerError> {
+    let limit = START_TIMEOUT;
+    timeout(limit, starting).await.unwrap_or(Err(ContainerError::SlowStart { limit }))
+}
+
+/// Limits the cgroup, and brings an init stage up to `execve`. Gives its terminal, if it has one, and the
+/// proc that is kept for containers that join its pid namespace, if that is a new one.
 async fn spawn_init(
     cgroup: &Cgroup,
     config: Config,
     stdio: ChildStdio,
-) -> Result<(Child, Option<OwnedFd>), ContainerError> {
-    let namespaces = Namespaces::from_spec(&config.spec)?;
+) -> Result<(Child, Option<OwnedFd>, Option<Kept>), ContainerError> {
+    let mut namespaces = Namespaces::from_spec(&config.spec)?;
     let resources = config.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     cgroup.restrict_devices(device_rules(&config.spec))?;
     if let Some(resources) = resources {
         cgroup.limit(resources)?;
     }
+    let mut kept = None;
+    let proc = match &namespaces.pid {
+        Pid::Guest => Proc::Mount,
+        Pid::New => {
+            let prepared = kept.insert(Kept::prepare(config.proc)?);
+            Proc::Keep(prepared.path().to_owned())
+        }
+        Pid::Join(path) => match procfs::home(path) {
+            Home::Container(path) => Proc::Kept(path),
+            Home::Guest => {
+                namespaces.pid = Pid::Guest;
+                Proc::Mount
+            }
+            Home::Unknown => {
+                let reason = "it is the pid namespace of no container of this sandbox";
+                return Err(ContainerError::invalid("linux.namespaces (pid)", path.display(), reason));
+            }
+        },
+    };
     let launch = Launch {
         // Entering its own cgroup namespace while it is in the container's cgroup makes that cgroup the
         // namespace's root; only then does it move itself into the leaf.
         cgroup: cgroup.open()?,
         extra: cgroup.open_leaf_procs()?,
-        pid_namespace: namespaces.pid()?,
+        new_pid_namespace: namespaces.pid == Pid::New,
         instructions: &Instructions::Init(Box::new(Init {
             rootfs: config.rootfs,
             allow_vsock: config.allow_vsock,
             namespaces,
+            proc,
             spec: config.spec,
         })),
         stdio,
@@ -263,7 +333,10 @@ async fn spawn_init(
     let mut child = spawn::spawn(launch)?;
     let terminal = child.await_ready().await?;
     cgroup.delegate_controllers();
-    Ok((child, terminal))
+    if let Some(kept) = &kept {
+        kept.publish(child.pid);
+    }
+    Ok((child, terminal, kept))
 }
 
 fn device_rules(spec: &Spec) -> &[LinuxDeviceCgroup] {
@@ -272,14 +345,14 @@ fn device_rules(spec: &Spec) -> &[LinuxDeviceCgroup] {
 }
 
 /// What the last report of a stage that was told to go says.
-fn executed(report: std::io::Result<Option<Report>>) -> Result<(), ContainerError> {
-    match report.map_err(|source| ContainerError::stage("read the report of the init stage", source))? {
+fn executed(message: std::io::Result<Option<Message>>) -> Result<(), ContainerError> {
+    match message.map_err(|source| ContainerError::stage("read the report of the init stage", source))? {
         // The socket is CLOEXEC: its end is the execve.
         None => Ok(()),
-        Some(Report::Failed { action, errno }) => {
+        Some(Message { report: Report::Failed { action, errno }, .. }) => {
             Err(ContainerError::stage(action, std::io::Error::from_raw_os_error(errno)))
         }
-        Some(report) => Err(stage::protocol::unexpected(&report)),
+        Some(message) => Err(stage::protocol::unexpected(&message)),
     }
 }
 

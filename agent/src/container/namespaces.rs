@@ -1,10 +1,6 @@
 //! The namespaces of a container: which are new, which are joined, which are the guest's.
 
-use std::{
-    fs::File,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -19,7 +15,7 @@ pub(super) struct Namespaces {
     unshare: i32,
     /// Namespaces that the stage joins, in the spec's order.
     pub(super) join: Vec<Join>,
-    pid: Pid,
+    pub(super) pid: Pid,
 }
 
 /// A namespace file, and the `CLONE_NEW…` flag of its kind.
@@ -29,23 +25,15 @@ pub(super) struct Join {
     pub(super) path: PathBuf,
 }
 
-/// The pid namespace stands apart: a process never changes its own, so the agent settles it before the
-/// stage is born.
+/// The pid namespace stands apart: a process never changes its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-enum Pid {
+pub(super) enum Pid {
+    /// The stage is born as pid 1 of a new one, where nobody else is.
     New,
+    /// The stage stays outside, and a child of it that has nothing but what is the container's goes in:
+    /// others live there, and a process with `CAP_SYS_PTRACE` may take over whatever it sees.
     Join(PathBuf),
-    Guest,
-}
-
-/// The pid namespace that a child is born into.
-#[derive(Debug)]
-pub(super) enum PidNamespace {
-    /// A new one, in which it is pid 1.
-    New,
-    /// That of this namespace file or pidfd.
-    Of(OwnedFd),
-    /// The agent's.
+    /// The agent's own. Whoever may trace processes there may trace the agent.
     Guest,
 }
 
@@ -105,17 +93,6 @@ impl Namespaces {
     /// Whether the container has a cgroup namespace of its own.
     pub(super) fn unshare_cgroup(&self) -> bool {
         CloneFlags::from_bits_truncate(self.unshare).contains(CloneFlags::CLONE_NEWCGROUP)
-    }
-
-    /// The pid namespace of the container's init process.
-    pub(super) fn pid(&self) -> Result<PidNamespace, ContainerError> {
-        match &self.pid {
-            Pid::New => Ok(PidNamespace::New),
-            Pid::Guest => Ok(PidNamespace::Guest),
-            Pid::Join(path) => File::open(path)
-                .map(|file| PidNamespace::Of(file.into()))
-                .map_err(|source| ContainerError::stage(format!("open {}", path.display()), source)),
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Spawning the init stage: clone3(2) straight into the right cgroup and pid namespace.
+//! Spawning the init stage: clone3(2) straight into the right cgroup.
 //!
 //! The agent is a program with a runtime, an allocator and locks, and a forked copy of it must touch
 //! none of them. So the child makes a few system calls, all prepared before the clone, and executes the
@@ -16,14 +16,14 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, fcntl},
-    sched::{CloneFlags, setns},
     sys::signal::{SigSet, SigmaskHow, sigprocmask},
 };
 
 use super::{
     ContainerError, Spawned,
-    namespaces::PidNamespace,
-    stage::protocol::{AgentEnd, CONTROL_FD, Instructions, Report, control_sockets, failed_template},
+    stage::protocol::{
+        AgentEnd, CONTROL_FD, Instructions, Message, Report, control_sockets, failed_template, unexpected,
+    },
 };
 use crate::stdio::ChildStdio;
 
@@ -44,13 +44,15 @@ pub(super) struct Launch<'a> {
     pub(super) cgroup: OwnedFd,
     /// The stage's fd 5.
     pub(super) extra: OwnedFd,
-    pub(super) pid_namespace: PidNamespace,
+    /// Whether it is the first process of a new pid namespace.
+    pub(super) new_pid_namespace: bool,
 }
 
-/// A stage at work. It is killed when this is dropped before [`Child::release`].
+/// A stage at work, or the child that it has made to become the program. It is killed when this is
+/// dropped before [`Child::release`].
 #[derive(Debug)]
 pub(super) struct Child {
-    pid: i32,
+    pub(super) pid: i32,
     pub(super) pidfd: OwnedFd,
     pub(super) control: AgentEnd,
     kill: KillOnDrop,
@@ -63,6 +65,13 @@ struct KillOnDrop {
     armed: bool,
 }
 
+impl KillOnDrop {
+    fn new(pidfd: &OwnedFd) -> Result<Self, ContainerError> {
+        let pidfd = pidfd.try_clone().map_err(|source| ContainerError::stage("duplicate a pidfd", source))?;
+        Ok(Self { pidfd, armed: true })
+    }
+}
+
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
         if self.armed {
@@ -72,7 +81,7 @@ impl Drop for KillOnDrop {
     }
 }
 
-fn pidfd_kill(pidfd: BorrowedFd<'_>) -> nix::Result<()> {
+pub(super) fn pidfd_kill(pidfd: BorrowedFd<'_>) -> nix::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a system call on a descriptor that lives; its siginfo may be null.
     let result =
@@ -85,14 +94,21 @@ impl Child {
     pub(super) async fn await_ready(&mut self) -> Result<Option<OwnedFd>, ContainerError> {
         let mut terminal = None;
         loop {
-            let report = self.control.report().await;
-            match report
+            let message = self.control.message().await;
+            match message
                 .map_err(|source| ContainerError::stage("read the report of the init stage", source))?
             {
-                Some(Report::Terminal(master)) => terminal = Some(master),
-                Some(Report::Ready) => return Ok(terminal),
-                Some(Report::Failed { action, errno }) => {
+                Some(Message { report: Report::Failed { action, errno }, .. }) => {
                     return Err(ContainerError::stage(action, io::Error::from_raw_os_error(errno)));
+                }
+                Some(message) if message.sender != self.pid => return Err(unexpected(&message)),
+                Some(Message { report: Report::Terminal(master), .. }) => terminal = Some(master),
+                Some(Message { report: Report::Ready(None), .. }) => return Ok(terminal),
+                Some(Message { report: Report::Ready(Some(born)), .. }) => {
+                    // The stage has nothing left to do but to end.
+                    self.kill = KillOnDrop::new(&born.pidfd)?;
+                    (self.pid, self.pidfd) = (born.pid, born.pidfd);
+                    return Ok(terminal);
                 }
                 None => {
                     let source = io::Error::new(io::ErrorKind::UnexpectedEof, "it was killed or crashed");
@@ -112,8 +128,7 @@ impl Child {
     }
 }
 
-/// Starts a stage. Synchronous: the pid namespace of children belongs to the calling thread, which must
-/// not do anything else between setting and resetting it.
+/// Starts a stage.
 pub(super) fn spawn(launch: Launch<'_>) -> Result<Child, ContainerError> {
     let prepare = |action: &'static str| move |source: io::Error| ContainerError::stage(action, source);
     let (control, stage_control) = control_sockets()?;
@@ -126,48 +141,16 @@ pub(super) fn spawn(launch: Launch<'_>) -> Result<Child, ContainerError> {
     let fds = [stdin, stdout, stderr, stage_control, instructions, launch.extra];
     let plan = ExecPlan::new(fds).map_err(prepare("prepare the descriptors of the init stage"))?;
 
-    let cloned = match &launch.pid_namespace {
-        PidNamespace::New => clone_into(&plan, launch.cgroup.as_fd(), libc::CLONE_NEWPID),
-        PidNamespace::Guest => clone_into(&plan, launch.cgroup.as_fd(), 0),
-        PidNamespace::Of(namespace) => {
-            let _entered = ChildrenIn::enter(namespace.as_fd())
-                .map_err(|errno| ContainerError::stage("enter the pid namespace", errno))?;
-            clone_into(&plan, launch.cgroup.as_fd(), 0)
-        }
-    };
-    let (pid, pidfd) = cloned
+    let namespaces = if launch.new_pid_namespace { libc::CLONE_NEWPID } else { 0 };
+    let (pid, pidfd) = clone_into(&plan, launch.cgroup.as_fd(), namespaces)
         .map_err(|errno| ContainerError::stage("clone a process into the container's cgroup", errno))?;
-    let kill = KillOnDrop { pidfd: pidfd.try_clone().map_err(prepare("duplicate a pidfd"))?, armed: true };
+    let kill = KillOnDrop::new(&pidfd)?;
     Ok(Child { pid, pidfd, control, kill })
 }
 
 fn null_stdio() -> io::Result<[OwnedFd; 3]> {
     let null = OwnedFd::from(File::options().read(true).write(true).open("/dev/null")?);
     Ok([null.try_clone()?, null.try_clone()?, null])
-}
-
-/// While it lives, children of this thread are born into another pid namespace.
-struct ChildrenIn {
-    own: File,
-}
-
-impl ChildrenIn {
-    fn enter(namespace: BorrowedFd<'_>) -> nix::Result<Self> {
-        let own = File::open("/proc/thread-self/ns/pid")
-            .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-        setns(namespace, CloneFlags::CLONE_NEWPID)?;
-        Ok(Self { own })
-    }
-}
-
-impl Drop for ChildrenIn {
-    fn drop(&mut self) {
-        if let Err(errno) = setns(&self.own, CloneFlags::CLONE_NEWPID) {
-            // Every later container would be born inside of this one.
-            log::error!("cannot return to the agent's own pid namespace: {errno}");
-            std::process::abort();
-        }
-    }
 }
 
 /// Everything that the child needs between clone and execve, made beforehand.

@@ -5,6 +5,7 @@ use std::{io, time::Duration};
 use cube_protocol::{environment::EnvironmentError, version::Mismatch};
 use ttrpc::{Code, get_status};
 
+use super::tasks::GivenUp;
 use crate::{
     container::ContainerError,
     errors,
@@ -102,6 +103,14 @@ pub enum Error {
         state: &'static str,
         /// What the call needs.
         needed: &'static str,
+    },
+    /// A start that was under way, and is no more.
+    #[error("the start of {} was given up, {}", describe(.process), .why.reason())]
+    GivenUp {
+        /// The process.
+        process: ProcessId,
+        /// By whom.
+        why: GivenUp,
     },
     /// The sandbox was prepared otherwise before.
     #[error(
@@ -201,6 +210,7 @@ impl Error {
             Error::NoContainer(_) | Error::NoProcess(_) | Error::Finished(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::State { .. }
+            | Error::GivenUp { .. }
             | Error::PreparedOtherwise
             | Error::Quiesced { .. }
             | Error::NotQuiesced { .. }
@@ -243,7 +253,7 @@ fn container_code(error: &ContainerError) -> Code {
             Some(libc::EINVAL | libc::ERANGE) => Code::INVALID_ARGUMENT,
             _ => io_code(source),
         },
-        ContainerError::NotFrozen { .. } => Code::DEADLINE_EXCEEDED,
+        ContainerError::NotFrozen { .. } | ContainerError::SlowStart { .. } => Code::DEADLINE_EXCEEDED,
         ContainerError::State { .. } => Code::FAILED_PRECONDITION,
     }
 }

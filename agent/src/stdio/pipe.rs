@@ -111,12 +111,19 @@ pub(super) fn unread(fd: impl AsFd) -> io::Result<usize> {
     Ok(usize::try_from(len).unwrap_or(0))
 }
 
-/// Whether a writer may have to wait until something is read. A pipe may be full at half of its size: a write
-/// that does not fit into the last page begins another. Of a terminal nothing tells but that there is something.
-pub(super) fn may_be_full(fd: impl AsFd) -> bool {
-    let len = unread(&fd).unwrap_or(0);
-    let size = fcntl(&fd, FcntlArg::F_GETPIPE_SZ).map_or(0, |size| usize::try_from(size).unwrap_or(0));
-    len > 0 && len >= size / 2
+/// Whether a writer would have to wait until something is read. How many bytes are unread does not tell: a write
+/// that does not fit into the last page of a pipe begins another. Of a terminal nothing tells but that there is
+/// something.
+pub(super) fn is_full(fd: impl AsFd) -> io::Result<bool> {
+    if fcntl(&fd, FcntlArg::F_GETPIPE_SZ).is_err() {
+        return Ok(unread(fd)? > 0);
+    }
+    // Another write end, to ask it. For a moment: whoever waits for the end hears of it when this one goes.
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    let write = open(path.as_str(), OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())?;
+    let mut fds = [PollFd::new(write.as_fd(), PollFlags::POLLOUT)];
+    retry(|| poll(&mut fds, PollTimeout::ZERO))?;
+    Ok(!fds[0].revents().unwrap_or(PollFlags::empty()).contains(PollFlags::POLLOUT))
 }
 
 /// Sets the window size of the terminal whose master is `fd`, in characters.
@@ -156,13 +163,22 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_in_which_a_write_would_wait_may_be_full_whatever_the_size_of_the_writes() {
-        for size in [1, 100, 2049, 3000, 4095, 4096, 4097, 6000, 65_536] {
+    fn a_pipe_is_full_when_a_write_would_wait_and_not_before() {
+        for size in [1000, 2049, 3000, 4096, 4097, 6000, 65_536] {
             let (read, write) = output().unwrap();
-            assert!(!may_be_full(&read));
-            set_nonblocking(&write).unwrap();
-            while super::write(&write, &[IoSlice::new(&vec![0; size])]).is_ok_and(|n| n == size) {}
-            assert!(may_be_full(&read), "writes of {size} bytes, {:?} unread", unread(&read));
+            let nonblocking = write.try_clone().unwrap();
+            set_nonblocking(&nonblocking).unwrap();
+            let bytes = vec![0; size];
+            let fits = || super::write(&nonblocking, &[IoSlice::new(&bytes)]).is_ok_and(|n| n == size);
+            for _ in 0..600_000 / size {
+                assert!(fits() || size < 4096);
+            }
+            assert!(size < 4096 || !is_full(&read).unwrap(), "more than half, in writes of {size} bytes");
+            while fits() {}
+            assert!(is_full(&read).unwrap(), "writes of {size} bytes, {:?} unread", unread(&read));
+            // Nobody is taken for a writer who is none.
+            drop((write, nonblocking));
+            assert!(pending(&read).unwrap().writers_gone);
         }
     }
 

@@ -4,6 +4,7 @@
 mod cgroups;
 mod processes;
 mod setup;
+mod stages;
 mod support;
 mod walls;
 

@@ -22,7 +22,7 @@ use nix::{
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Everything a container needs. Removed when dropped.
 pub(crate) struct Fixture {
@@ -81,11 +81,21 @@ impl Fixture {
         spec: Value,
         allow_vsock: bool,
     ) -> Result<(Container, Spawned, Output), ContainerError> {
+        self.create_in(self.rootfs(), spec, allow_vsock).await
+    }
+
+    pub(crate) async fn create_in(
+        &self,
+        rootfs: PathBuf,
+        spec: Value,
+        allow_vsock: bool,
+    ) -> Result<(Container, Spawned, Output), ContainerError> {
         let (stdio, output) = stdio(&spec["process"]);
         let config = Config {
             id: "c1".into(),
             spec: parse(spec.to_string().as_bytes())?,
-            rootfs: self.rootfs(),
+            rootfs,
+            proc: self.directory.path().join("proc/c1"),
             cgroup_parent: self.cgroup.clone(),
             allow_vsock,
         };
@@ -175,6 +185,12 @@ pub(crate) fn reap_any() {
     waitpid(None, Some(WaitPidFlag::__WNOTHREAD)).unwrap();
 }
 
+/// Reaps the stages that have ended, whose children the processes of this test were.
+pub(crate) fn reap_stages() {
+    let flags = WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
+    while matches!(waitpid(None, Some(flags)), Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))) {}
+}
+
 /// Text of an error and its causes.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     match error.source() {
@@ -184,7 +200,8 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    // Other tests may mount on paths that are not UTF-8.
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
     let line = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("these tests need cgroup v2");
     Path::new(line.split(' ').nth(4).unwrap()).to_owned()
 }

@@ -33,15 +33,27 @@ pub(crate) struct Agent {
 impl Agent {
     /// Starts an agent and says hello.
     pub(crate) async fn start() -> Agent {
+        Agent::start_by(&["env"]).await
+    }
+
+    /// The same, by a command that executes what its last arguments say.
+    pub(crate) async fn start_by(command: &[&str]) -> Agent {
+        Agent::start_program(env!("CARGO_BIN_EXE_cube-agent").as_ref(), command).await
+    }
+
+    /// The same, of another file.
+    pub(crate) async fn start_program(program: &Path, command: &[&str]) -> Agent {
         let directory = tempfile::tempdir().unwrap();
         let cgroup = cgroup2().join(format!("cube-test-{}", directory.path().file_name().unwrap().display()));
         fs::create_dir(&cgroup).unwrap();
-        let process = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "--mount", "--propagation", "unchanged"])
+        let process = Command::new(command[0])
+            .args(&command[1..])
+            .args(["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "unchanged"])
             .args(["--uts", "--ipc", "--net", "--cgroup"])
             // As a shim that has 1024 open files would start it.
             .args(["prlimit", "--nofile=1024:"])
-            .args([env!("CARGO_BIN_EXE_cube-agent"), "process", "--listen"])
+            .arg(program)
+            .args(["process", "--listen"])
             .arg(directory.path().join("agent.sock"))
             .arg("--cgroup")
             .arg(&cgroup)
@@ -196,11 +208,21 @@ impl Agent {
 
     /// The output of a command in the agent's network namespace.
     pub(crate) fn in_network(&self, command: &[&str]) -> String {
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.process.id())).unwrap();
-        let network = format!("--net=/proc/{}/ns/net", children.trim());
+        let network = format!("--net=/proc/{}/ns/net", self.pid());
         let output = Command::new("nsenter").arg(network).args(command).output().unwrap();
         assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Its pid on the host.
+    pub(crate) fn pid(&self) -> u32 {
+        let children = format!("/proc/{0}/task/{0}/children", self.parent());
+        fs::read_to_string(children).unwrap().trim().parse().unwrap()
+    }
+
+    /// That of unshare(1), which has started it.
+    pub(crate) fn parent(&self) -> u32 {
+        self.process.id()
     }
 
     /// Ends the agent as the shim does.
@@ -242,7 +264,8 @@ fn remove_cgroup(path: &Path) {
 }
 
 fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    // Other tests may mount on paths that are not UTF-8.
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     let mount =
         mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields[2] == "cgroup2");
     mount.expect("cgroup2 is mounted")[1].into()

@@ -7,6 +7,7 @@ mod agent;
 mod pause;
 mod probe;
 mod quiesce;
+mod starts;
 mod streams;
 
 use agent::{Agent, deadline};

@@ -34,6 +34,11 @@ impl Agent {
         self.guest.quiesce(deadline(), &request).await
     }
 
+    pub(crate) async fn quiesce_within(&self, limit: Duration) -> ttrpc::Result<QuiesceResponse> {
+        let request = QuiesceRequest { timeout_ms: limit.as_millis() as u32, ..Default::default() };
+        self.guest.quiesce(deadline(), &request).await
+    }
+
     pub(crate) async fn thaw(&self) -> ttrpc::Result<ThawResponse> {
         self.guest.thaw(deadline(), &ThawRequest::new()).await
     }

@@ -201,6 +201,10 @@ mod tests {
             unreachable!()
         }
 
+        fn claim_user(&self, _: &Config, _: &RunDir) -> Result<u32, Error> {
+            unreachable!()
+        }
+
         fn create_cgroup(&self, _: &Path) -> Result<(), Error> {
             unreachable!()
         }
@@ -248,6 +252,7 @@ mod tests {
             cgroup: "/no/such/cgroup".into(),
             shim_home: None,
             backend: "fake".into(),
+            user: 0,
             vmm_pid: 4242,
             timeline: 1,
             past_timelines: Vec::new(),
@@ -293,6 +298,20 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         dead_sandbox(root.path(), &["c1"]);
         assert_eq!(clean(&flags(root.path(), "c1"), &Counter::default()).unwrap(), 4242);
+    }
+
+    #[test]
+    fn an_address_that_is_no_shims_has_nothing_removed() {
+        let root = tempfile::tempdir().unwrap();
+        dead_sandbox(root.path(), &["c1"]);
+        let precious = root.path().join("precious");
+        fs::create_dir_all(&precious).unwrap();
+        for socket in ["shim.sock", "other.sock", "../precious/shim.sock"] {
+            let address = format!("unix://{}/{socket}", precious.display());
+            fs::write(root.path().join("c1").join(ADDRESS_FILE), address).unwrap();
+            let _ = clean(&flags(root.path(), "c1"), &Counter::default());
+            assert!(precious.exists(), "{socket}");
+        }
     }
 
     #[test]

@@ -145,6 +145,7 @@ mod tests {
             cgroup: "/sys/fs/cgroup/cube/x".into(),
             shim_home: None,
             backend: "qemu".into(),
+            user: 0,
             vmm_pid: 1,
             timeline: 1,
             past_timelines: Vec::new(),

@@ -18,7 +18,7 @@ pub(super) const SUFFIX: &str = ".scope";
 /// Time for systemd to make it.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How often to look whether it has.
+/// How often to look whether it has, or whether it has removed one.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// Whether systemd runs this host, as sd_booted(3) finds out.
@@ -56,6 +56,18 @@ pub(super) fn start(dir: &Path) -> Result<(), CgroupError> {
         thread::sleep(LOOK);
     }
     Ok(())
+}
+
+/// Waits until systemd has removed the scope with the cgroup `dir`, which no process is in any more. Whoever removes the
+/// cgroup before it has looked leaves it with a scope that never ends, and whose name is taken.
+pub(super) fn is_gone(dir: &Path, deadline: Instant) -> bool {
+    while dir.exists() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(LOOK);
+    }
+    true
 }
 
 /// The arguments of busctl that ask for it.

@@ -17,7 +17,7 @@ pub(super) const IO_RULE: &str = "a list of lines for io.max, a device and what 
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { memory_overhead_mib: 256, io_max: Vec::new() }
+        Limits { memory_overhead_mib: 128, io_max: Vec::new() }
     }
 }
 

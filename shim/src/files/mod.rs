@@ -1,7 +1,12 @@
-//! Directories and large files on the host's disks, for the stores that are there: packed layers, snapshots.
+//! Directories and large files of ours on the host: how they are found, made, locked, copied and removed.
 
 mod copy;
+mod dir;
 mod lock;
+mod place;
+mod remove;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -12,6 +17,8 @@ use std::{
 
 pub(crate) use copy::{copy, copy_told, seek};
 pub(crate) use lock::{LOCK_LIMIT, Lock, lock};
+pub(crate) use place::{canonical, is_at, is_same};
+pub(crate) use remove::{is_mount_point, remove, remove_mount_points, unmount};
 
 /// Makes `dir` with its parents, mode 0700, unless it is there.
 pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
@@ -48,15 +55,6 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
         })
         .and_then(|()| fs::rename(&new, path));
     written.inspect_err(|_| drop(remove(&new)))
-}
-
-/// Removes a file, or a directory with all that is in it, unless it is gone.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
-    let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-    match if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
 }
 
 /// Bytes on disk of all below `dir`. What cannot be looked at takes nothing.

@@ -15,7 +15,7 @@ use super::{
     locate::{self, Name},
     reader::{Dir, ReadError, Stream},
 };
-use crate::config;
+use crate::{config, files};
 
 /// A log that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,10 +84,15 @@ pub fn due(mut logs: Vec<Kept>, log: &config::Log) -> Vec<(Kept, Reason)> {
 }
 
 /// Removes the log directory of `name` below `root`, following no link on the way: what a link in it
-/// points to stays. A subdirectory, which nothing of ours makes, is an error and stays.
+/// points to stays. A subdirectory, which nothing of ours makes, is an error and stays, as does what is mounted
+/// there.
 pub fn remove(root: &Path, name: &Name) -> Result<(), ReadError> {
     let namespace = Dir::open(root)?.open_dir(&name.namespace)?;
     let dir = namespace.open_dir(&name.id)?;
+    if files::is_mount_point(dir.path()).map_err(|e| ReadError::io("cannot look at", dir.path(), e))? {
+        let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
+        return Err(ReadError::io("cannot remove the mount point", dir.path(), busy));
+    }
     for file in dir.names()? {
         unlinkat(dir.as_fd(), file.as_str(), UnlinkatFlags::NoRemoveDir)
             .map_err(|e| ReadError::io("cannot remove", dir.path().join(&file), e))?;
@@ -193,6 +198,17 @@ mod tests {
         symlink(&precious, dir.join("stderr")).unwrap();
         remove(root.path(), &name("c1")).unwrap();
         assert!(!dir.exists() && precious.exists());
+    }
+
+    #[test]
+    fn removing_a_log_costs_nobody_a_file() {
+        files::testing::costs_nobody_a_file(
+            |root| log(root, "c1"),
+            |root| match remove(root, &name("c1")) {
+                Err(e) if e.is_not_found() => Ok(()),
+                removed => removed,
+            },
+        );
     }
 
     #[test]

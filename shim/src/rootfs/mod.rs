@@ -117,12 +117,6 @@ pub enum RootfsError {
     /// The create was ended by a SIGKILL.
     #[error("the rootfs was given up while it was being packed")]
     Cancelled,
-    /// Something is still mounted where everything was unmounted.
-    #[error("{path} is still a mount point after it was unmounted")]
-    StillMounted {
-        /// The mount point.
-        path: PathBuf,
-    },
     /// A file system operation failed.
     #[error("{action} {path}")]
     Io {

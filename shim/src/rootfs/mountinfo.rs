@@ -1,11 +1,9 @@
 //! `/proc/self/mountinfo`, as proc_pid_mountinfo(5) describes it.
+//!
+//! It tells what kinds of file systems there are, and where. It is no way to find out whether something is mounted
+//! at a path: its paths have no links, those of others may. [`files`](crate::files) asks the kernel.
 
-use std::{
-    ffi::OsString,
-    fs, io,
-    os::unix::ffi::OsStringExt,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
 /// One mount of this process's mount namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,13 +19,6 @@ pub struct MountEntry {
 /// Every mount of this process's mount namespace, in the order in which they were made.
 pub fn read() -> io::Result<Vec<MountEntry>> {
     Ok(parse(&fs::read("/proc/self/mountinfo")?))
-}
-
-/// The mount points at and below `dir`, innermost and latest first: the order to unmount them in.
-/// A directory with two mounts on top of each other is there twice.
-pub fn at_and_below(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = read()?;
-    Ok(entries.into_iter().rev().map(|e| e.mount_point).filter(|point| point.starts_with(dir)).collect())
 }
 
 /// Lines that make no sense are left out: the kernel writes none.
@@ -71,6 +62,8 @@ fn unescape(field: &[u8]) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -99,6 +92,5 @@ mod tests {
     #[test]
     fn this_process_has_a_root() {
         assert!(read().unwrap().iter().any(|e| e.mount_point == Path::new("/")));
-        assert!(at_and_below(Path::new("/proc")).unwrap().contains(&"/proc".into()));
     }
 }

@@ -6,18 +6,18 @@
 
 use std::{
     fs,
-    io::ErrorKind,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use cube_protocol::guest::SharedMount;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 
-use super::{HostMount, RootfsError, bind::Bind, failed, mountinfo};
-use crate::vmm::{Backend, SHARE_TAG};
-
-/// Unmounting uncovers what was mounted over; more rounds than that, somebody mounts meanwhile.
-const UNMOUNT_ROUNDS: usize = 16;
+use super::{HostMount, RootfsError, bind::Bind, failed};
+use crate::{
+    files,
+    vmm::{Backend, SHARE_TAG},
+};
 
 /// Mount point of the share in the guest, with every backend.
 pub const GUEST_SHARE: &str = "/run/cube/shared";
@@ -48,9 +48,7 @@ impl Share {
         for dir in [&self.behind, &self.view] {
             fs::create_dir_all(dir).map_err(failed("cannot create", dir))?;
         }
-        let mounts =
-            mountinfo::at_and_below(&self.view).map_err(failed("cannot read the mounts at", &self.view))?;
-        if !mounts.contains(&self.view) {
+        if !files::is_mount_point(&self.view).map_err(failed("cannot look at", &self.view))? {
             let read_only = Bind { attributes: libc::MOUNT_ATTR_RDONLY, ..Bind::default() };
             read_only.attach(&self.behind, &self.view).map_err(failed("cannot mount", &self.view))?;
             let none = None::<&str>;
@@ -83,7 +81,7 @@ impl Share {
         let parent = behind.parent().unwrap_or(&behind);
         fs::create_dir_all(parent).map_err(failed("cannot create", parent))?;
         match is_file {
-            true => fs::File::create(&behind).map(|_| ()).map_err(failed("cannot create", &behind))?,
+            true => make_file(&behind).map_err(failed("cannot create", &behind))?,
             false => fs::create_dir_all(&behind).map_err(failed("cannot create", &behind))?,
         }
         mounts.iter().try_for_each(|mount| mount.mount_on(&target))
@@ -105,60 +103,34 @@ impl Share {
     }
 }
 
-/// Unmounts whatever is at and below `dir`, innermost first. Lazily, for virtiofsd or a reader of the
-/// host may hold files open, and the mounts must be gone from containerd's eyes all the same.
-fn unmount_all(dir: &Path) -> Result<(), RootfsError> {
-    for _ in 0..UNMOUNT_ROUNDS {
-        let points = mountinfo::at_and_below(dir).map_err(failed("cannot read the mounts at", dir))?;
-        if points.is_empty() {
-            return Ok(());
-        }
-        for point in points {
-            match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                // EINVAL, ENOENT: somebody else has unmounted it.
-                Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-                Err(errno) => return Err(failed("cannot unmount", &point)(errno.into())),
-            }
-        }
-    }
-    Err(RootfsError::StillMounted { path: dir.into() })
+/// An empty file, unless there is one: nothing is truncated, and no link followed.
+fn make_file(path: &Path) -> std::io::Result<()> {
+    let mut options = fs::File::options();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options.open(path).map(drop)
 }
 
-/// Removes mount points, and only those: directories that are empty, and the files on which files
-/// were mounted. Should something be mounted in spite of all, its contents are safe.
+/// Unmounts whatever is mounted at and below `dir`, by descriptors. Lazily, for virtiofsd or a reader of the host
+/// may hold files open, and the mounts must be gone from containerd's eyes all the same.
+fn unmount_all(dir: &Path) -> Result<(), RootfsError> {
+    files::unmount(dir).map_err(failed("cannot unmount what is below", dir))
+}
+
+/// Removes mount points, and only those: directories that are empty, and the files on which files were mounted.
+/// Should something be mounted in spite of all, its contents are safe.
 fn remove_unmounted(dir: &Path) -> Result<(), RootfsError> {
-    let still = mountinfo::at_and_below(dir).map_err(failed("cannot read the mounts at", dir))?;
-    if let Some(path) = still.into_iter().next() {
-        return Err(RootfsError::StillMounted { path });
-    }
-    let gone = |result: std::io::Result<()>| match result {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(failed("cannot read", dir)(source)),
-    };
-    for entry in entries {
-        let entry = entry.map_err(failed("cannot read", dir))?;
-        let path = entry.path();
-        match entry.file_type().map_err(failed("cannot look at", &path))?.is_dir() {
-            true => remove_unmounted(&path)?,
-            false => gone(fs::remove_file(&path)).map_err(failed("cannot remove", &path))?,
-        }
-    }
-    gone(fs::remove_dir(dir)).map_err(failed("cannot remove", dir))
+    files::remove_mount_points(dir).map_err(failed("cannot remove the mount points in", dir))
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
-        io::{Read, Write},
+        io::{ErrorKind, Read, Write},
         process::{Command, Stdio},
     };
 
     use super::*;
+    use crate::rootfs::mountinfo;
 
     fn bind(source: &Path, options: &[&str]) -> HostMount {
         HostMount {
@@ -265,6 +237,53 @@ mod tests {
         share.remove().unwrap();
         assert!(!share.dir().exists());
         assert_eq!(fs::read(source.join("file")).unwrap(), b"content");
+    }
+
+    #[test]
+    fn removal_costs_nobody_a_file_however_the_run_directory_is_named() {
+        use crate::files::testing::{Ground, WAYS, tmpfs};
+        for (way, root) in WAYS {
+            let ground = Ground::new();
+            let run_dir = root(ground.path()).join("key");
+            let precious = ground.precious();
+            let (source, nested) = (precious.join("sub"), precious.join("sub/deep"));
+            for whole in [false, true] {
+                let share = Share::of(&run_dir);
+                share.prepare().unwrap();
+                share.prepare().unwrap();
+                share.mount(Path::new("c/rootfs"), &[bind(&source, &[]), bind(&source, &["rbind"])]).unwrap();
+                share.mount(Path::new("c/mounts/0"), &[bind(&precious, &["rbind", "rw"])]).unwrap();
+                share
+                    .mount(Path::new("c/mounts/1"), &[bind(&precious.join("file"), &["rbind", "rw"])])
+                    .unwrap();
+                share.mount(Path::new("d/mounts/0"), &[bind(&nested, &["rbind", "rslave"])]).unwrap();
+                // Somebody mounts something over a mount point's parent.
+                tmpfs(&share.dir().join("c/mounts"));
+                if !whole {
+                    share.remove_container("c").unwrap();
+                    assert!(!share.dir().join("c").exists(), "{way}");
+                    assert!(share.dir().join("d/mounts/0/file").exists(), "{way}");
+                    ground.nothing_is_lost(way);
+                }
+                share.remove().unwrap();
+                share.remove().unwrap();
+                assert!(!share.dir().exists() && !share.behind.exists(), "{way}");
+                ground.nothing_is_lost(way);
+            }
+            let left = mountinfo::read().unwrap();
+            let here = fs::canonicalize(&run_dir).unwrap();
+            assert!(!left.iter().any(|entry| entry.mount_point.starts_with(&here)), "{way}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_mount_point_of_ours_stays() {
+        let (_scratch, share, source) = scratch();
+        share.mount(Path::new("c/rootfs"), &[bind(&source, &[])]).unwrap();
+        fs::write(share.behind.join("c/mine"), "x").unwrap();
+        let error = crate::errors::chain(&share.remove_container("c").unwrap_err());
+        assert!(error.contains("c/mine") && share.behind.join("c/mine").exists(), "{error}");
+        assert!(source.join("file").exists());
     }
 
     #[test]

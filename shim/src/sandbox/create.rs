@@ -252,6 +252,8 @@ impl Creation {
             sandbox_id: self.identity.id.clone(),
             run_dir: run_dir.path().into(),
             cgroup: self.state.cgroup.clone(),
+            user: self.state.user,
+            group: self.config.users.first,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             share: share.then(|| Share::of(run_dir.path()).dir().into()),

@@ -254,6 +254,10 @@ impl Host for FakeHost {
         Ok(Selected { vmm, backend, reason, shared_mount: Default::default(), overhead_mib: Some(100) })
     }
 
+    fn claim_user(&self, _: &Config, _: &RunDir) -> Result<u32, Error> {
+        Ok(1001)
+    }
+
     fn destroy(&self, run_dir: &RunDir, _: &Path) -> Result<(), Error> {
         self.vmm.die();
         Suspended::remove_of(run_dir)?;

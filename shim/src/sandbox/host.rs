@@ -19,6 +19,7 @@ use crate::{
     },
     snapshot::Suspended,
     state::RunDir,
+    users,
     vmm::{self, Disk, VmSpec, Vmm},
 };
 
@@ -76,6 +77,9 @@ pub trait Host: Send + Sync + 'static {
     /// The cgroup of the sandbox with `key`, whose spec names the cgroup `path`; makes nothing.
     fn cgroup(&self, key: &str, path: Option<&str>) -> Result<Placed, Error>;
 
+    /// The users of the sandbox with this run directory. Given back by [`Host::destroy`].
+    fn claim_user(&self, config: &Config, run_dir: &RunDir) -> Result<u32, Error>;
+
     /// Makes it, and moves this process beside it.
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error>;
 
@@ -131,9 +135,17 @@ impl Host for LinuxHost {
         Ok(Placed { cgroup, shim_home })
     }
 
+    fn claim_user(&self, config: &Config, run_dir: &RunDir) -> Result<u32, Error> {
+        Ok(users::claim(&config.users, run_dir)?)
+    }
+
     fn create_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
         let cgroup = SandboxCgroup::at(cgroup);
-        Ok(if self.shim_stays { cgroup.create()? } else { cgroup.create_with_shim()? })
+        match self.shim_stays {
+            true => cgroup.create()?,
+            false => cgroup.create_with_shim()?,
+        }
+        Ok(())
     }
 
     fn limit(&self, cgroup: &Path, limits: &Limits) -> Result<Limited, Error> {
@@ -204,6 +216,9 @@ impl Host for LinuxHost {
         cube_fault::point("destroy.disks_removed");
         Suspended::remove_of(run_dir)?;
         cube_fault::point("destroy.memory_removed");
+        if let Ok(Some(state)) = run_dir.load() {
+            users::release(state.user, run_dir)?;
+        }
         run_dir.remove()?;
         cube_fault::point("destroy.run_dir_removed");
         Ok(())

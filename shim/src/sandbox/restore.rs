@@ -160,6 +160,8 @@ impl Creation {
             sandbox_id: self.identity.id.clone(),
             run_dir: self.identity.run_dir.path().into(),
             cgroup: self.state.cgroup.clone(),
+            user: self.state.user,
+            group: self.config.users.first,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             share: None,

@@ -30,7 +30,7 @@ pub struct Manifest {
     pub vmm: WrittenBy,
     /// What it was made from.
     pub origin: Origin,
-    /// Whose it is: pods of others may not go on from it. An archive cannot say; and nobody knows it of those that
+    /// Whose it is: pods of others may not go on from it. Nobody knows it of those that
     /// versions before this field have made, from which no pod goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Tenant>,

@@ -8,7 +8,7 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Draft, Manifest, SnapshotError, check, failed};
+use super::{DISKS, Draft, MANIFEST, Manifest, SnapshotError, VM, check, failed, verify};
 use crate::{files, task::check_id};
 
 /// The store in a directory, which need not exist.
@@ -53,8 +53,10 @@ impl Store {
         if !text.starts_with('/') {
             return Ok(text);
         }
-        let below = Path::new(text).strip_prefix(&self.dir).ok().and_then(Path::to_str);
-        let name = below.filter(|name| check_id("snapshot", name).is_ok());
+        let path = Path::new(text);
+        let name = path.file_name().and_then(|name| name.to_str());
+        let is_here = path.parent().is_some_and(|parent| files::is_same(parent, &self.dir));
+        let name = name.filter(|name| is_here && check_id("snapshot", name).is_ok());
         name.ok_or_else(|| SnapshotError::Outside { path: text.into(), dir: self.dir.clone() })
     }
 
@@ -65,6 +67,9 @@ impl Store {
         make_dir(&self.dir)?;
         let dir = self.dir.join(format!(".{name}.new"));
         make_dir(&dir)?;
+        if !is_part(&dir) {
+            return Err(failed("something else is at", &dir)(ErrorKind::AlreadyExists.into()));
+        }
         let file = File::open(&dir).map_err(failed("cannot open", &dir))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| taken("is being made"))?;
         if target.exists() {
@@ -143,8 +148,7 @@ impl Store {
         };
         let mut removed = Vec::new();
         for path in entries {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if !(name.starts_with('.') && (name.ends_with(".new") || name.ends_with(".old"))) {
+            if !is_part(&path) {
                 continue;
             }
             let Ok(file) = File::open(&path) else { continue };
@@ -157,6 +161,21 @@ impl Store {
         }
         Ok(removed)
     }
+}
+
+/// Whether this is a directory that [`Store::begin`] or [`Store::remove`] makes. A wrong `snapshot.dir` must not cost
+/// somebody else's files: the name is one of ours, and so is all that is in it.
+fn is_part(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('.'));
+    let name = name.and_then(|name| name.strip_suffix(".new").or_else(|| name.strip_suffix(".old")));
+    let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let is_ours = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        [VM, DISKS, MANIFEST, verify::STAMP].contains(&name.strip_suffix(".new").unwrap_or(name))
+    };
+    name.is_some_and(|name| check_id("snapshot", name).is_ok())
+        && is_dir
+        && list(path).is_ok_and(|entries| entries.iter().all(is_ours))
 }
 
 pub(super) fn make_dir(dir: &Path) -> Result<(), SnapshotError> {

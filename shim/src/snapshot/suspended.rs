@@ -139,7 +139,7 @@ impl Suspended {
             return age.is_ok_and(|age| age < UNLINKED_AGE);
         };
         match RunDir::at(run_dir).load() {
-            Ok(Some(state)) => state.suspended.as_ref() == Some(&self.dir),
+            Ok(Some(state)) => state.suspended.is_some_and(|named| files::is_same(&named, &self.dir)),
             Ok(None) => false,
             Err(_) => true,
         }
@@ -176,6 +176,7 @@ mod tests {
                 cgroup: "/no/such/cgroup".into(),
                 shim_home: None,
                 backend: "fake".into(),
+                user: 0,
                 vmm_pid: 7,
                 timeline: 1,
                 past_timelines: Vec::new(),
@@ -215,6 +216,38 @@ mod tests {
         for other in ["/", "/etc", "/store/.suspended-0123", "/store/.suspended-"] {
             assert_eq!(named(Path::new(other)), None, "{other}");
         }
+    }
+
+    #[test]
+    fn removing_it_costs_nobody_a_file() {
+        let run_dir = |root: &Path| RunDir::of(&root.join("run"), "/c", "default", "c1");
+        let make = |root: &Path| {
+            let (run_dir, suspended) = (run_dir(root), Suspended::new(root, &run_dir(root)));
+            suspended.create(&run_dir).unwrap();
+            fs::write(suspended.vm_dir().join("memory-ranges"), "x").unwrap();
+            suspended.dir
+        };
+        let remove = |root: &Path| Suspended::new(root, &run_dir(root)).remove();
+        files::testing::costs_nobody_a_file(make, remove);
+        files::testing::costs_nobody_a_file(make, |root| {
+            // One that is half removed has no link any more.
+            let opened = File::open(Suspended::new(root, &run_dir(root)).path()).unwrap();
+            opened.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            Suspended::remove_orphans(root, false).map(drop)
+        });
+    }
+
+    #[test]
+    fn a_store_that_is_named_otherwise_now_keeps_what_its_sandboxes_wait_for() {
+        let lab = Lab::new();
+        lab.suspended.create(&lab.run_dir).unwrap();
+        let link = lab.temp.path().join("link");
+        symlink(lab.temp.path().join("store"), &link).unwrap();
+        let before = link.join(lab.suspended.path().file_name().unwrap());
+        lab.run_dir.create().unwrap();
+        lab.run_dir.save(&lab.state(Some(&before))).unwrap();
+        assert!(lab.orphans(false).is_empty());
+        assert!(lab.suspended.path().exists());
     }
 
     #[test]

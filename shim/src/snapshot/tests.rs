@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::SystemTime,
 };
 
@@ -280,6 +280,65 @@ fn the_manifest_says_what_the_vmm_says_of_itself() {
 }
 
 #[test]
+fn removing_snapshots_and_their_parts_costs_nobody_a_file() {
+    use crate::files::testing::costs_nobody_a_file;
+    let begin = |root: &Path| drop(Store::at(root).begin("one").unwrap());
+    let collect = |root: &Path| Store::at(root).collect(false).map(drop);
+    let part = |below: &'static str| {
+        move |root: &Path| {
+            begin(root);
+            root.join(below)
+        }
+    };
+    costs_nobody_a_file(part(".one.new"), collect);
+    costs_nobody_a_file(part(".one.new/vm"), collect);
+    costs_nobody_a_file(part(".one.new"), |root| match Store::at(root).begin("one") {
+        Ok(draft) => draft.discard(),
+        Err(e) => Err(e),
+    });
+    costs_nobody_a_file(
+        |root| {
+            Store::at(root).begin("one").unwrap().finish(manifest("one"), &[]).unwrap();
+            root.join("one")
+        },
+        |root| Store::at(root).remove("one"),
+    );
+}
+
+#[test]
+fn what_looks_like_a_part_of_a_snapshot_and_is_somebodys_stays() {
+    let place = place();
+    place.make("one");
+    for (path, is_dir) in
+        [(".bashrc.new", false), (".mail.old", true), (".-.new", true), (".config.new/app", true)]
+    {
+        let path = place.path(path);
+        match is_dir {
+            true => fs::create_dir_all(path.join("precious")).unwrap(),
+            false => fs::write(&path, "x").unwrap(),
+        }
+    }
+    assert!(place.store.collect(false).unwrap().is_empty());
+    place.store.begin("mail").unwrap();
+    let refused = place.store.begin("config").unwrap_err();
+    assert!(crate::errors::chain(&refused).contains(".config.new"), "{refused}");
+    for path in [".bashrc.new", ".mail.old/precious", ".-.new/precious", ".config.new/app/precious"] {
+        assert!(place.path(path).exists(), "{path}");
+    }
+}
+
+#[test]
+fn a_path_of_the_store_is_that_of_a_snapshot_whichever_links_it_has() {
+    let place = place();
+    place.make("one");
+    let link = place.dir.path().join("link");
+    std::os::unix::fs::symlink(place.path(""), &link).unwrap();
+    for path in [place.path("one"), link.join("one"), link.join("../snapshots/./one/")] {
+        assert_eq!(place.store.resolve(path.to_str().unwrap()).unwrap(), "one", "{}", path.display());
+    }
+}
+
+#[test]
 fn who_owns_an_import_is_not_for_the_archive_to_say() {
     let place = place();
     let draft = place.store.begin("one").unwrap();
@@ -288,9 +347,14 @@ fn who_owns_an_import_is_not_for_the_archive_to_say() {
     assert!(place.store.hold_for(&pod, "one", &mut untold).is_ok());
     let mut archive = Vec::new();
     place.store.export("one", &mut archive, &mut untold).unwrap();
-    let import = Import { name: Some("two"), namespace: "other", limit: u64::MAX };
+    let import = Import { name: Some("two"), namespace: "k8s.io", pod_namespace: None, limit: u64::MAX };
     let imported = place.store.import(&archive[..], import, &mut untold).unwrap();
-    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "other".into(), pod_namespace: None }));
+    assert_eq!(imported.manifest.owner, Some(Tenant { namespace: "k8s.io".into(), pod_namespace: None }));
     let refused = place.store.hold_for(&pod, "two", &mut untold).unwrap_err();
     assert!(matches!(refused, SnapshotError::NotOwned { .. }), "{refused}");
+    let import = Import { name: Some("three"), pod_namespace: Some("team-b"), ..import };
+    place.store.import(&archive[..], import, &mut untold).unwrap();
+    let other = Tenant { pod_namespace: Some("team-b".into()), ..pod.clone() };
+    assert!(place.store.hold_for(&other, "three", &mut untold).is_ok());
+    assert!(place.store.hold_for(&pod, "three", &mut untold).is_err());
 }

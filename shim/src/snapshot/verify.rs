@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Name of the stamp.
-const STAMP: &str = "verified.json";
+pub(super) const STAMP: &str = "verified.json";
 
 /// A version of a file that has the digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,9 +94,7 @@ impl Store {
         match held.manifest.owner.as_ref() {
             owner if tenant.may_restore(owner) => self.checked(held, told),
             Some(owner) => Err(refused(&format!("it belongs to {owner}"))),
-            None => Err(refused(
-                "it belongs to nobody: it was imported without an owner, or is of an older version",
-            )),
+            None => Err(refused("it belongs to nobody: an older version has made it")),
         }
     }
 

@@ -395,11 +395,13 @@ impl ProcessIo {
 }
 
 /// Resolves when the exit of a process whose outputs have these `counters` need not be held back.
-async fn taken(counters: &[Arc<Counters>], mut phases: Phases) {
-    let all = futures::future::join_all(counters.iter().map(|counters| counters.taken(TAKEN_PATIENCE)));
+async fn taken(counters: &[Arc<Counters>], phases: Phases) {
+    let mut also = phases.clone();
+    let all =
+        futures::future::join_all(counters.iter().map(|counters| counters.taken(TAKEN_PATIENCE, &phases)));
     tokio::select! {
         _ = all => {}
-        () = phases.over(TAKEN_LIMIT) => {}
+        () = also.over(TAKEN_LIMIT) => {}
     }
 }
 

@@ -155,7 +155,8 @@ impl Outlet {
             // One that cannot be asked is found out with the next offer.
             Outlet::Pipe(pipe) => match pipe.is_read() {
                 Ok(false) => Waiting::Nobody,
-                Ok(true) | Err(_) => Waiting::Reader,
+                // It has nothing to take.
+                Ok(true) | Err(_) => return Awaited::Guest,
             },
         };
         self.awaited(state)
@@ -164,7 +165,7 @@ impl Outlet {
     /// What an exit waits for, while `state` is waited for here.
     fn awaited(&self, state: Waiting) -> Awaited {
         match (self, state) {
-            (_, Waiting::Reader) => Awaited::Delivery,
+            (_, Waiting::Reader) => Awaited::Reader,
             // A reader that has gone may come back, and has to say so before.
             (Outlet::Pipe(pipe), Waiting::Nobody) if pipe.was_read() => Awaited::Nothing,
             (_, Waiting::Nobody | Waiting::Disk) => Awaited::Moment,

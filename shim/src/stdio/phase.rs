@@ -25,6 +25,10 @@ pub(super) const READER_PATIENCE: Duration = Duration::from_secs(2);
 /// who writes there, so this long a silence means that the guest hangs or is gone.
 pub(super) const GUEST_PATIENCE: Duration = Duration::from_secs(4);
 
+/// Time in which no reader holds anything up that an exit leaves a guest for the rest of the output: it may send on
+/// and on, and never an end.
+pub(super) const GUEST_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long a reader may take for the last bytes, which are in its pipe, and how long an exit waits for a
 /// first reader: clients open their ends in the background, and a process can be over before they have.
 pub(super) const TAKEN_PATIENCE: Duration = Duration::from_millis(500);
@@ -101,6 +105,11 @@ impl Phases {
     /// Resolves when the process has exited.
     pub(super) async fn exited(&mut self) {
         self.reached(|phase| phase != Phase::Running).await;
+    }
+
+    /// Resolves when the streams flow, with the time since when. Cancel safe.
+    pub(super) async fn flowing(&mut self) -> Instant {
+        self.flow.flowing().await
     }
 
     /// Whether the process has exited.

@@ -5,8 +5,12 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 
+use super::phase::{GUEST_LIMIT, Phases};
 use crate::log::retained::Usage;
 
 /// What has happened to one stream so far. Bytes, except where said otherwise.
@@ -66,9 +70,11 @@ pub enum Obstacle {
 /// What the exit of a process waits for, as far as one output is concerned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Awaited {
-    /// More from the guest, or a reader that is attached: for as long as it takes.
+    /// More from the guest: not for ever.
     #[default]
-    Delivery,
+    Guest,
+    /// A reader that is attached: for as long as it takes.
+    Reader,
     /// A first reader, or a file that takes nothing: for a moment.
     Moment,
     /// Nothing: all is delivered, or there is nobody to take it.
@@ -142,7 +148,7 @@ impl Counters {
     /// The outlet has taken `n` bytes more.
     pub(super) fn write(&self, n: u64) {
         self.written.add(n);
-        self.wait_on(Awaited::Delivery);
+        self.wait_on(Awaited::Guest);
     }
 
     /// The outlet has everything that it will ever get, or there is none.
@@ -154,7 +160,7 @@ impl Counters {
     /// There will be more for the outlet, after all.
     pub(super) fn deliver_again(&self) {
         self.delivered.set(0);
-        self.wait_on(Awaited::Delivery);
+        self.wait_on(Awaited::Guest);
     }
 
     /// An exit waits for this from now on.
@@ -162,15 +168,27 @@ impl Counters {
         self.awaited.send_if_modified(|now| std::mem::replace(now, awaited) != awaited);
     }
 
-    /// Resolves when an exit has nothing to wait for, or nothing but a moment that is over.
-    pub(super) async fn taken(&self, moment: Duration) {
+    /// Resolves when an exit has nothing to wait for, or nothing but a `moment` that is over, or a guest that has
+    /// had all of its time in which no reader held anything up: it may send on and on, and never an end.
+    pub(super) async fn taken(&self, moment: Duration, phases: &Phases) {
         let mut awaited = self.awaited.subscribe();
+        let mut left = GUEST_LIMIT;
         loop {
             let now = *awaited.borrow_and_update();
             // The sender is ours.
             match now {
                 Awaited::Nothing => return,
-                Awaited::Delivery => _ = awaited.changed().await,
+                Awaited::Reader => _ = awaited.changed().await,
+                Awaited::Guest => {
+                    let (began, mut silence) = (Instant::now(), phases.clone());
+                    tokio::select! {
+                        _ = awaited.changed() => {
+                            let flowing = silence.flowing().await;
+                            left = left.saturating_sub(began.max(flowing).elapsed());
+                        }
+                        () = silence.exhausted(began, left) => return,
+                    }
+                }
                 Awaited::Moment if timeout(moment, awaited.changed()).await.is_err() => return,
                 Awaited::Moment => {}
             }

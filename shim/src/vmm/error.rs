@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
+pub use super::wall::SpawnError;
 use crate::cgroup::CgroupError;
 
 /// What a VMM backend can fail with. The texts name the file or program and what to do.
@@ -30,6 +31,19 @@ pub enum VmmError {
     Spawn {
         /// The program.
         program: PathBuf,
+        /// Why.
+        source: SpawnError,
+    },
+    /// A thread was lost.
+    #[error("a task of this process did not come to its end")]
+    Task(#[from] tokio::task::JoinError),
+    /// A running process could not be shown a file.
+    #[error("cannot let {program} see {path}")]
+    Show {
+        /// The process's program.
+        program: PathBuf,
+        /// The file or directory.
+        path: PathBuf,
         /// Why.
         source: io::Error,
     },

@@ -9,17 +9,26 @@ use std::{
     future::Future,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::{ffi::OsStrExt, net::UnixListener, process::ExitStatusExt},
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, OpenOptionsExt},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
-    process::{ExitStatus, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    fcntl::OFlag,
+    sys::wait::{Id, WaitPidFlag, WaitStatus, waitid},
+    unistd::pipe2,
+};
 use tokio::{
-    process::{Child, Command},
+    io::unix::AsyncFd,
+    net::unix::pipe::Receiver,
     sync::watch,
     task::JoinHandle,
     time::{sleep, timeout},
@@ -28,6 +37,7 @@ use tokio::{
 use super::{
     VmmError,
     console::{PROGRAM_OUTPUT, Ring},
+    wall::{self, Wall},
 };
 
 /// What a process is started with.
@@ -40,8 +50,8 @@ pub(crate) struct Launch {
     pub(crate) cgroup: PathBuf,
     /// Passed on under the numbers that they have here, which `args` name.
     pub(crate) fds: Vec<OwnedFd>,
-    /// Whether it gets a network namespace of its own, without any interface.
-    pub(crate) own_network: bool,
+    /// What it may reach.
+    pub(crate) wall: Wall,
     /// Where its standard output goes if not to where its standard error goes.
     pub(crate) stdout: Option<Ring>,
 }
@@ -59,6 +69,7 @@ pub(crate) struct Ended {
 pub(crate) struct Helper {
     program: PathBuf,
     pid: u32,
+    pidfd: Arc<OwnedFd>,
     ended: watch::Receiver<Option<Ended>>,
     output: Ring,
 }
@@ -67,42 +78,46 @@ impl Helper {
     /// Starts a process: in the cgroup, in a session of its own, with no input, and nothing of this
     /// process's environment but `PATH`.
     pub(crate) fn launch(launch: Launch) -> Result<Helper, VmmError> {
-        let procs = launch.cgroup.join("cgroup.procs");
-        let procs = OpenOptions::new().write(true).open(&procs).map_err(|source| VmmError::Io {
-            action: "cannot open",
-            path: procs,
-            source,
-        })?;
-        let mut command = Command::new(&launch.program);
-        command.args(&launch.args).env_clear().env("RUST_LOG", "warn").kill_on_drop(false);
-        command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-        command.envs(cube_fault::environment());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let inherited: Vec<RawFd> = launch.fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let own_network = launch.own_network;
-        // SAFETY: `enter` makes system calls only; it neither allocates nor takes a lock.
-        unsafe { command.pre_exec(move || enter(&procs, own_network, &inherited)) };
-        let mut child =
-            command.spawn().map_err(|source| VmmError::Spawn { program: launch.program.clone(), source })?;
+        let Launch { program, args, cgroup, fds, wall, stdout } = launch;
+        wall.prepare()?;
+        let dir = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&cgroup);
+        let dir = dir.map_err(|source| VmmError::Io { action: "cannot open", path: cgroup, source })?;
+        let pipe = |source| VmmError::Io { action: "cannot make", path: "a pipe".into(), source };
+        let (out, child_out) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| pipe(errno.into()))?;
+        let (err, child_err) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| pipe(errno.into()))?;
+        let null = File::open("/dev/null");
+        let null =
+            null.map_err(|source| VmmError::Io { action: "cannot open", path: "/dev/null".into(), source })?;
+        let mut environment = vec![("RUST_LOG".into(), "warn".into())];
+        environment.extend(std::env::var_os("PATH").map(|path| ("PATH".into(), path)));
+        environment.extend(cube_fault::environment().into_iter().map(|(name, value)| (name.into(), value)));
+        let inherited = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let stdio = [null.into(), child_out, child_err];
+        let started = wall::spawn(&wall, &program, &args, environment, &dir, stdio, inherited)
+            .map_err(|source| VmmError::Spawn { program: program.clone(), source })?;
+        drop(fds);
 
         let output = Ring::new(PROGRAM_OUTPUT);
-        let stdout = launch.stdout.unwrap_or_else(|| output.clone());
-        let drains: Vec<JoinHandle<()>> = [
-            child.stdout.take().map(|pipe| tokio::spawn(stdout.fill_from(pipe))),
-            child.stderr.take().map(|pipe| tokio::spawn(output.clone().fill_from(pipe))),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        let pid = child.id().unwrap_or(0);
+        let stdout = stdout.unwrap_or_else(|| output.clone());
+        let drains: Vec<JoinHandle<()>> = vec![
+            tokio::spawn(stdout.fill_from(Receiver::from_owned_fd(out).map_err(pipe)?)),
+            tokio::spawn(output.clone().fill_from(Receiver::from_owned_fd(err).map_err(pipe)?)),
+        ];
+        let wall::Started { pid, pidfd } = started;
+        let pidfd = Arc::new(pidfd);
         let (sender, ended) = watch::channel(None);
-        tokio::spawn(reap(child, drains, sender));
-        tracing::debug!(program = %launch.program.display(), pid, "started");
-        Ok(Helper { program: launch.program, pid, ended, output })
+        tokio::spawn(reap(pidfd.clone(), drains, sender));
+        tracing::debug!(program = %program.display(), pid, "started");
+        Ok(Helper { program, pid, pidfd, ended, output })
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Means this process and no other, also when it has ended.
+    pub(crate) fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
     }
 
     pub(crate) fn program(&self) -> &Path {
@@ -147,26 +162,9 @@ impl Helper {
     }
 }
 
-/// In the child, between fork and exec.
-fn enter(procs: &File, own_network: bool, inherited: &[RawFd]) -> io::Result<()> {
-    nix::unistd::write(procs, b"0")?;
-    // Signals that a terminal or a supervisor sends to the shim's group are not meant for it.
-    nix::unistd::setsid()?;
-    if own_network {
-        unshare(CloneFlags::CLONE_NEWNET)?;
-    }
-    for fd in inherited {
-        // SAFETY: F_SETFD touches no memory; the descriptor belongs to `Launch::fds`.
-        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } == -1 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
-async fn reap(mut child: Child, drains: Vec<JoinHandle<()>>, sender: watch::Sender<Option<Ended>>) {
-    let ended = match child.wait().await {
-        Ok(status) => Ended { success: status.success(), status: describe(status) },
+async fn reap(process: Arc<OwnedFd>, drains: Vec<JoinHandle<()>>, sender: watch::Sender<Option<Ended>>) {
+    let ended = match exit_of(&process).await {
+        Ok(status) => Ended { success: matches!(status, WaitStatus::Exited(_, 0)), status: describe(status) },
         Err(error) => Ended { success: false, status: format!("an unknown status ({error})") },
     };
     // A grandchild may hold the pipes for ever.
@@ -174,11 +172,24 @@ async fn reap(mut child: Child, drains: Vec<JoinHandle<()>>, sender: watch::Send
     let _ = sender.send(Some(ended));
 }
 
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => status.to_string(),
+/// A pidfd becomes readable when its process has ended.
+async fn exit_of(process: &OwnedFd) -> io::Result<WaitStatus> {
+    // SAFETY: the descriptor is borrowed until this returns, which is when the registration is gone.
+    let watched = unsafe { AsyncFd::register_with_interest(process.as_fd(), tokio::io::Interest::READABLE)? };
+    loop {
+        let mut ready = watched.readable().await?;
+        match waitid(Id::PIDFd(process.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)? {
+            WaitStatus::StillAlive => ready.clear_ready(),
+            status => return Ok(status),
+        }
+    }
+}
+
+fn describe(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, code) => format!("exit status {code}"),
+        WaitStatus::Signaled(_, signal, _) => format!("signal {}", signal as i32),
+        other => format!("{other:?}"),
     }
 }
 
@@ -203,12 +214,30 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), VmmError> {
     }
 }
 
-/// Resolves when some process of this network namespace listens at `path`. For programs that make
-/// their own socket and would take a mere attempt to connect for their one client.
-pub(crate) async fn listening(path: &Path) -> Result<(), VmmError> {
+/// A directory of the run directory that a process of the sandbox writes to, as `user`.
+pub(crate) fn own_dir(path: &Path, user: wall::User) -> Result<(), VmmError> {
+    let io = |action| move |source| VmmError::Io { action, path: path.into(), source };
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(io("cannot create")(source));
+        }
+        _ => {}
+    }
+    give(path, user)
+}
+
+/// Makes `user` the owner of a file or directory of ours.
+pub(crate) fn give(path: &Path, user: wall::User) -> Result<(), VmmError> {
+    let given = std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid));
+    given.map_err(|source| VmmError::Io { action: "cannot change the owner of", path: path.into(), source })
+}
+
+/// Resolves when some process listens at `path` in the network namespace of the process `pid`. For programs
+/// that make their own socket and would take a mere attempt to connect for their one client.
+pub(crate) async fn listening(pid: u32, path: &Path) -> Result<(), VmmError> {
     // The kernel has no event for it; a file exists from bind(2) on, which is before listen(2).
     loop {
-        if is_listening(path)? {
+        if is_listening(pid, path)? {
             return Ok(());
         }
         sleep(Duration::from_millis(2)).await;
@@ -216,13 +245,19 @@ pub(crate) async fn listening(path: &Path) -> Result<(), VmmError> {
 }
 
 /// `Num RefCount Protocol Flags Type St Inode Path`; `__SO_ACCEPTCON` is 0x10000. See proc_net(5).
-fn is_listening(path: &Path) -> Result<bool, VmmError> {
-    const TABLE: &str = "/proc/net/unix";
-    let table = std::fs::read(TABLE).map_err(|source| VmmError::Io {
-        action: "cannot read",
-        path: TABLE.into(),
-        source,
-    })?;
+fn is_listening(pid: u32, path: &Path) -> Result<bool, VmmError> {
+    let path_of_table = format!("/proc/{pid}/net/unix");
+    let table = match std::fs::read(&path_of_table) {
+        // It has ended, which somebody else tells.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ESRCH)) => {
+            return Ok(false);
+        }
+        table => table.map_err(|source| VmmError::Io {
+            action: "cannot read",
+            path: path_of_table.into(),
+            source,
+        })?,
+    };
     let suffix = [b" ", path.as_os_str().as_bytes()].concat();
     let listens = |line: &[u8]| {
         let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
@@ -235,7 +270,10 @@ fn is_listening(path: &Path) -> Result<bool, VmmError> {
 mod tests {
     use std::{fs, io::Write};
 
-    use super::*;
+    use super::{
+        wall::{Root, User},
+        *,
+    };
     use crate::cgroup::SandboxCgroup;
 
     const LIMIT: Duration = Duration::from_secs(20);
@@ -255,7 +293,7 @@ mod tests {
                 args: vec!["-c".into(), script.into()],
                 cgroup: self.0.helpers(),
                 fds: Vec::new(),
-                own_network: false,
+                wall: Wall::default(),
                 stdout: None,
             }
         }
@@ -279,6 +317,82 @@ mod tests {
         );
         assert!(output.lines().any(|line| line.trim() == helper.pid().to_string()), "{output}");
         assert!(!output.contains("CARGO"), "the environment is not passed on: {output}");
+    }
+
+    /// A program in the place of a helper that does what it can to get out. What it achieves it prints.
+    const ATTACK: &str = r#"
+        attempt() { "$@" 2> /dev/null && echo "DONE: $*"; }
+        read_file() { read -r line < "$1"; }
+        write_file() { echo x > "$1"; }
+        interfaces() { while read -r name rest; do case $name in lo:|Inter-*|face) ;; *) return 0;; esac; done < /proc/net/dev; return 1; }
+        others() { for dir in /proc/[0-9]*; do [ "$dir" = /proc/$$ ] || return 0; done; return 1; }
+        attempt read_file /etc/shadow
+        attempt read_file /proc/1/root/etc/shadow
+        attempt read_file "$OTHER"
+        attempt kill -0 "$VICTIM"
+        attempt kill -9 "$VICTIM"
+        attempt mknod "$OWN/node" c 1 3
+        attempt mount -t tmpfs tmpfs "$OWN"
+        attempt write_file /new
+        attempt write_file /bin/new
+        attempt interfaces
+        attempt others
+        attempt write_file "$OWN/file" && :
+    "#;
+
+    /// Runs [`ATTACK`] behind the wall that `make` gives for a root in which one directory can be written to.
+    async fn attack(name: &str, owner: User, make: impl FnOnce(Root) -> Wall) -> String {
+        let scratch = Scratch::new(name);
+        let dir = tempfile::tempdir().unwrap();
+        let [own, other] = ["own", "other"].map(|name| dir.path().join(name));
+        own_dir(&own, owner).unwrap();
+        fs::write(&other, "secret\n").unwrap();
+        let mut victim = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let mut root = Root::new(&dir.path().join("root")).program(Path::new("/bin/sh")).write(&own).proc();
+        for tool in ["/usr/bin/mknod", "/usr/bin/mount"] {
+            root = root.read(&fs::canonicalize(tool).unwrap());
+        }
+        let root = root.device(Path::new("/dev/null"), 0o666, owner);
+        let set = format!(
+            "OWN={} OTHER={} VICTIM={} PATH=/usr/bin:/bin",
+            own.display(),
+            other.display(),
+            victim.id()
+        );
+        let mut launch = scratch.sh(&format!("{set}\n{ATTACK}"));
+        launch.wall = make(root);
+        let helper = Helper::launch(launch).unwrap();
+        timeout(LIMIT, helper.ended()).await.unwrap();
+        assert!(victim.try_wait().unwrap().is_none(), "it has killed a process of the host");
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        helper.last_lines().replace(own.to_str().unwrap(), "OWN")
+    }
+
+    #[tokio::test]
+    async fn a_compromised_helper_reaches_nothing_but_its_own_directory() {
+        let user = User { uid: 1_900_200_001, gid: 1_900_200_001 };
+        let reached = attack("attack", user, |root| Wall::helper(root, user)).await;
+        assert_eq!(reached, "DONE: write_file OWN/file");
+    }
+
+    #[tokio::test]
+    async fn a_compromised_file_server_reaches_nothing_but_what_it_shares() {
+        let root = User { uid: 0, gid: 0 };
+        let reached = attack("attack-files", root, |root| Wall::file_server(root, 1024)).await;
+        assert_eq!(reached, "DONE: write_file OWN/file");
+    }
+
+    #[tokio::test]
+    async fn a_step_that_fails_is_named() {
+        let scratch = Scratch::new("step");
+        let dir = tempfile::tempdir().unwrap();
+        let user = User { uid: 1_900_200_001, gid: 1_900_200_001 };
+        let mut launch = scratch.sh("");
+        launch.wall =
+            Wall::helper(Root::new(&dir.path().join("root")).read(Path::new("/nonexistent/file")), user);
+        let error = crate::errors::chain(&Helper::launch(launch).unwrap_err());
+        assert!(error.contains("show /nonexistent/file") && error.contains("No such file"), "{error}");
     }
 
     #[tokio::test]
@@ -327,9 +441,9 @@ mod tests {
     async fn a_socket_counts_once_somebody_listens() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a socket");
-        assert!(!is_listening(&path).unwrap());
+        assert!(!is_listening(std::process::id(), &path).unwrap());
         let _listener = listen(&path).unwrap();
-        timeout(LIMIT, listening(&dir.path().join("a socket"))).await.unwrap().unwrap();
+        timeout(LIMIT, listening(std::process::id(), &dir.path().join("a socket"))).await.unwrap().unwrap();
     }
 
     #[tokio::test]

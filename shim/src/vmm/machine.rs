@@ -18,9 +18,10 @@ use tokio::{
 };
 
 use super::{
-    Disk, VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit,
+    Disk, VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit, access,
     console::Ring,
     helper::{Ended, Helper},
+    wall::{User, keeper},
 };
 use crate::{agent::dial::HybridVsock, cgroup::SandboxCgroup};
 
@@ -81,6 +82,7 @@ pub(crate) struct Parts {
 /// What the task follows.
 struct Processes {
     vmm: Helper,
+    keeper: Helper,
     helpers: Vec<Helper>,
     console: Ring,
     reason: EndReason,
@@ -96,14 +98,15 @@ struct Machine {
 }
 
 impl Machine {
-    fn supervise(parts: Parts, cgroup: SandboxCgroup) -> Machine {
+    fn supervise(parts: Parts, keeper: Helper, spec: VmSpec) -> Machine {
         let shutting_down = Arc::new(AtomicBool::new(false));
         let (sender, exit) = watch::channel(None);
         let Parts { vmm, control, helpers, console, reason, events } = parts;
-        let machine = Machine { pid: vmm.pid(), control, shutting_down: shutting_down.clone(), exit };
-        let processes = Processes { vmm, helpers, console, reason, events };
+        let machine = Machine { pid: keeper.pid(), control, shutting_down: shutting_down.clone(), exit };
+        let processes = Processes { vmm, keeper, helpers, console, reason, events };
         tokio::spawn(async move {
-            let exit = supervise(processes, cgroup, &shutting_down).await;
+            let exit = supervise(processes, SandboxCgroup::at(&spec.cgroup), &shutting_down).await;
+            let _ = spawn_blocking(move || access::take_back(&spec.disks, spec.user)).await;
             let _ = sender.send(Some(exit));
         });
         machine
@@ -141,7 +144,7 @@ async fn kill_all(cgroup: &SandboxCgroup) -> Result<(), VmmError> {
     let cgroup = cgroup.clone();
     match spawn_blocking(move || cgroup.kill(KILL_LIMIT)).await {
         Ok(result) => Ok(result?),
-        Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -170,6 +173,11 @@ impl<B: Backend> Vm<B> {
         SandboxCgroup::at(&self.backend.spec().cgroup)
     }
 
+    async fn given_up(&self, error: VmmError) -> Result<(), VmmError> {
+        kill_all(&self.cgroup()).await?;
+        Err(error)
+    }
+
     fn booted(&self, request: &str) -> Result<&Machine, VmmError> {
         let reply = "it has not been booted".to_owned();
         self.machine.as_ref().ok_or(VmmError::Refused { program: "the VMM", request: request.into(), reply })
@@ -180,14 +188,15 @@ impl<B: Backend> Vm<B> {
 impl<B: Backend> Vmm for Vm<B> {
     async fn boot(&mut self) -> Result<(), VmmError> {
         match self.backend.start().await {
-            Ok(parts) => {
-                self.machine = Some(Machine::supervise(parts, self.cgroup()));
-                Ok(())
-            }
-            Err(error) => {
-                kill_all(&self.cgroup()).await?;
-                Err(error)
-            }
+            Ok(parts) => match keeper_of(&parts.vmm, self.backend.spec()).await {
+                Ok(keeper) => {
+                    let spec = self.backend.spec().clone();
+                    self.machine = Some(Machine::supervise(parts, keeper, spec));
+                    Ok(())
+                }
+                Err(error) => self.given_up(error).await,
+            },
+            Err(error) => self.given_up(error).await,
         }
     }
 
@@ -253,10 +262,16 @@ pub(crate) async fn culprit(helpers: &[Helper], error: VmmError) -> VmmError {
 }
 
 async fn supervise(processes: Processes, cgroup: SandboxCgroup, shutting_down: &AtomicBool) -> VmmExit {
-    let Processes { vmm, helpers, console, reason, events } = processes;
+    let Processes { vmm, keeper, helpers, console, reason, events } = processes;
     let ended = tokio::select! {
         biased;
         ended = vmm.ended() => ended,
+        // Whoever kills the process that he takes for the container's means the container.
+        _ = killed(&keeper, &vmm) => {
+            reason.set("the process whose pid clients are told was killed, so the VM was killed");
+            log_failure(kill_all(&cgroup).await);
+            vmm.ended().await
+        }
         helper = first_to_end(&helpers) => end_without(helper, &vmm, &cgroup, &reason).await,
     };
     // Helpers that outlived the VMM would keep connections to the guest open, and their users waiting.
@@ -281,6 +296,21 @@ async fn supervise(processes: Processes, cgroup: SandboxCgroup, shutting_down: &
         }
     }
     VmmExit { expected, description }
+}
+
+async fn keeper_of(vmm: &Helper, spec: &VmSpec) -> Result<Helper, VmmError> {
+    let user = User { uid: spec.helper_user().uid, gid: spec.helper_user().gid };
+    let cgroup = SandboxCgroup::at(&spec.cgroup).helpers();
+    vmm.until("the start of the keeper", KILL_LIMIT, keeper::launch(vmm, user, &spec.root(), cgroup)).await
+}
+
+/// Resolves when the keeper has ended although the VMM has not. It ends with the VMM, whose own end may be told
+/// just behind.
+async fn killed(keeper: &Helper, vmm: &Helper) {
+    let ended = keeper.ended().await;
+    if ended.success {
+        vmm.ended().await;
+    }
 }
 
 /// A guest would hang without its helper, so the VM is killed. But a helper also ends when the VMM

@@ -4,6 +4,7 @@
 //! it starts is put into the sandbox's cgroup before it runs, and every file that it makes is in
 //! the sandbox's run directory, so that clean-up needs neither the backend nor this process.
 
+mod access;
 mod cloud_hypervisor;
 mod console;
 mod error;
@@ -17,6 +18,7 @@ pub mod program;
 mod qemu;
 pub mod select;
 mod virtiofsd;
+mod wall;
 
 use std::{
     path::{Path, PathBuf},
@@ -27,9 +29,10 @@ use async_trait::async_trait;
 
 pub use self::{
     cloud_hypervisor::size_in,
-    error::{SnapshotDefect, VmmError},
+    error::{SnapshotDefect, SpawnError, VmmError},
     qemu::Accel,
     select::{Backend, Choice, choose, select},
+    wall::keeper,
 };
 use crate::agent::dial::HybridVsock;
 
@@ -42,6 +45,10 @@ pub struct VmSpec {
     pub run_dir: PathBuf,
     /// The sandbox's cgroup v2 directory, created by the caller.
     pub cgroup: PathBuf,
+    /// User of the host that the VMM runs as; the next number is that of a helper. 0 for root.
+    pub user: u32,
+    /// Group of every VMM on this host, which may read what they share.
+    pub group: u32,
     /// 1 to 255. A VM made from a snapshot has those that the snapshot has.
     pub vcpus: u32,
     /// At least 64. A VM made from a snapshot has what the snapshot has.
@@ -59,11 +66,28 @@ pub struct VmSpec {
     pub restore: Option<PathBuf>,
 }
 
+impl VmSpec {
+    fn vmm_user(&self) -> wall::User {
+        wall::User { uid: self.user, gid: self.group }
+    }
+
+    fn helper_user(&self) -> wall::User {
+        let uid = if self.user == 0 { 0 } else { self.user + 1 };
+        wall::User { uid, gid: uid }
+    }
+
+    /// Where the roots of processes are put together, each in a mount namespace of its own.
+    fn root(&self) -> PathBuf {
+        self.run_dir.join("root")
+    }
+}
+
 /// Tag of the virtiofs device and of its mount in the guest, `/run/cube/shared`.
 pub const SHARE_TAG: &str = "cube";
 
 /// Name of the hybrid vsock socket in the run directory, with every backend.
-pub const VSOCK_SOCKET: &str = "vm.vsock";
+/// It is in a directory of its own, which belongs to the process that makes it.
+pub const VSOCK_SOCKET: &str = "vsock/vm.vsock";
 
 /// Name of the file in which a VMM that writes a snapshot says who it is, as
 /// [`WrittenBy`](crate::snapshot::WrittenBy) in JSON. No other version may be able to read the rest.
@@ -105,7 +129,8 @@ pub trait Vmm: Send + Sync {
     /// it takes to read the memory that the guest had used.
     async fn boot(&mut self) -> Result<(), VmmError>;
 
-    /// Pid on the host of the VMM; what containerd is told. 0 before [`boot`](Vmm::boot).
+    /// Pid on the host of what containerd is told: a process that lives as long as the VMM does, and has
+    /// an empty root. 0 before [`boot`](Vmm::boot).
     fn pid(&self) -> u32;
 
     /// Where the agent is dialled. Valid before [`boot`](Vmm::boot).

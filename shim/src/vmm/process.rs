@@ -1,7 +1,4 @@
 //! No VM: the agent in fresh namespaces of the host. For tests and benchmarks.
-//!
-//! util-linux's unshare(1) makes the namespaces: the agent must be the first process of a pid
-//! namespace, which takes a fork that an asynchronous program cannot do by itself.
 
 use std::path::Path;
 
@@ -11,16 +8,18 @@ use tokio::task::spawn_blocking;
 use super::{
     Disk, VSOCK_SOCKET, VmSpec, VmmError,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, remove_stale},
+    helper::{Helper, Launch, own_dir, remove_stale},
     machine::{Backend, CONTROL_LIMIT, Control, EndReason, Parts},
-    program::{AGENT_HINT, RESTORE_HINT, UNSHARE_HINT, find},
+    program::{AGENT_HINT, RESTORE_HINT, find},
+    wall::{User, Wall},
 };
 use crate::{
     cgroup::SandboxCgroup,
     config::{Config, Tools},
 };
 
-/// The agent as a child of unshare(1).
+/// The agent, as the first process of a pid namespace. It mounts /proc itself, and sees what is mounted on the
+/// host later.
 #[derive(Debug)]
 pub(crate) struct Process {
     spec: VmSpec,
@@ -32,12 +31,6 @@ impl Process {
         Process { spec, tools: config.tools.clone() }
     }
 }
-
-/// The agent mounts /proc itself. `--propagation slave`, so that a rootfs mounted on the host later appears, and nothing goes the
-/// other way. No cgroup namespace: below one, cgroup2 mounted with `nsdelegate` lets the agent move
-/// no process from its own cgroup `helpers/` into `guest/`.
-const UNSHARE: [&str; 8] =
-    ["--fork", "--kill-child=KILL", "--pid", "--mount", "--propagation=slave", "--uts", "--ipc", "--net"];
 
 #[async_trait]
 impl Backend for Process {
@@ -57,7 +50,6 @@ impl Backend for Process {
                 hint: RESTORE_HINT,
             });
         }
-        let unshare = find("unshare".as_ref(), UNSHARE_HINT)?;
         let agent = find(&self.tools.agent, AGENT_HINT)?;
         let cgroup = SandboxCgroup::at(&spec.cgroup);
         let state = spec.run_dir.join("agent");
@@ -66,18 +58,18 @@ impl Backend for Process {
             path: state.clone(),
             source,
         })?;
-        remove_stale(&spec.run_dir.join(VSOCK_SOCKET))?;
-        let mut args: Vec<_> = UNSHARE.iter().map(Into::into).collect();
-        args.extend([agent.into(), "process".into()]);
-        args.extend(["--listen".into(), spec.run_dir.join(VSOCK_SOCKET).into()]);
+        let vsock = spec.run_dir.join(VSOCK_SOCKET);
+        own_dir(vsock.parent().unwrap_or(&vsock), User { uid: 0, gid: 0 })?;
+        remove_stale(&vsock)?;
+        let mut args = vec!["process".into(), "--listen".into(), vsock.into()];
         args.extend(["--cgroup".into(), cgroup.guest().into()]);
         args.extend(["--state".into(), state.into()]);
         let vmm = Helper::launch(Launch {
-            program: unshare,
+            program: agent,
             args,
             cgroup: cgroup.helpers(),
             fds: Vec::new(),
-            own_network: false,
+            wall: Wall::agent(),
             stdout: None,
         })?;
         let console = Ring::new(GUEST_CONSOLE);
@@ -102,7 +94,7 @@ impl Freezer {
         let cgroup = self.0.clone();
         match spawn_blocking(move || cgroup.freeze(frozen, CONTROL_LIMIT)).await {
             Ok(result) => Ok(result?),
-            Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+            Err(error) => Err(error.into()),
         }
     }
 }

@@ -22,7 +22,6 @@ pub(crate) const VSOCK_HINT: &str =
     "`cargo install vhost-device-vsock`, or set tools.vhost_device_vsock in the configuration file";
 pub(crate) const AGENT_HINT: &str =
     "`make install` installs it, and writes a configuration file that names it in tools.agent";
-pub(crate) const UNSHARE_HINT: &str = "`apt-get install util-linux`";
 
 pub(crate) const RESTORE_HINT: &str =
     "set vmm = \"cloud-hypervisor\" in the configuration file, on a host with KVM";

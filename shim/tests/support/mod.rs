@@ -98,6 +98,7 @@ impl Host {
             cgroup: self.path("no-such-cgroup"),
             shim_home: None,
             backend: "process".into(),
+            user: 0,
             vmm_pid: 4242,
             timeline: 1,
             past_timelines: Vec::new(),

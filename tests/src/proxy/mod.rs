@@ -79,7 +79,7 @@ impl Proxy {
         fs::write(lab.config_file(), config).unwrap();
         fs::create_dir_all(run_dir).unwrap();
         fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700)).unwrap();
-        Proxy::listen(&run_dir.join("vm.proxy"), real(&run_dir.join("vm.vsock")))
+        Proxy::listen(&run_dir.join("vm.proxy"), real(&run_dir.join("vsock/vm.vsock")))
     }
 
     fn listen(path: &Path, real: PathBuf) -> Proxy {

@@ -7,8 +7,14 @@ use std::{
     process::Stdio,
 };
 
+use nix::sys::signal::{Signal, kill};
+
 use super::lab_with_waiting_container;
-use crate::{command::start, lab::Lab, needs::Backend};
+use crate::{
+    command::{poll, start},
+    lab::Lab,
+    needs::Backend,
+};
 
 /// What the container's shell says.
 fn said(lab: &Lab, script: &str) -> String {
@@ -77,8 +83,28 @@ pub fn a_tree_goes_into_a_container_and_out_again(backend: Backend) {
     lab.nothing_is_left();
 }
 
-/// It sends what it likes in place of what it was asked for. Nothing outside of the target is touched, and a stream
-/// without an end can be ended.
+/// Out of a container whose tar never comes to an end, and into one from a stream that does not.
+pub fn a_copy_that_is_interrupted_leaves_nothing(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    let runs = |what: &str| poll(lab.limit(), || said(&lab, "ps -o args").contains(what));
+    let mut into = lab.cubecli_command(&["cubebox", "cp", "-", "c:/tmp"]);
+    let mut into = start(into.stdin(Stdio::piped()));
+    let _stdin = into.stdin();
+    assert!(runs("tar -x"), "no tar runs");
+    kill(into.pid(), Signal::SIGTERM).unwrap();
+    into.wait(lab.limit()).exits_with(143);
+    said(&lab, "rm -f /bin/tar; printf '#!/bin/sh\\nexec sleep 100001\\n' > /bin/tar; chmod 755 /bin/tar");
+    let out = start(&mut lab.cubecli_command(&["cubebox", "cp", "c:/etc", "/tmp"]));
+    assert!(runs("sleep 100001"), "no tar runs");
+    kill(out.pid(), Signal::SIGINT).unwrap();
+    out.wait(lab.limit()).exits_with(130).fails_with(&["interrupted"]);
+    let left = said(&lab, "ps -o args");
+    assert!(!left.contains("100001") && !left.contains("tar -x"), "{left}");
+    lab.remove("c");
+    lab.nothing_is_left();
+}
+
+/// It sends what it likes in place of what it was asked for. Nothing outside of the target is touched.
 pub fn a_hostile_container_writes_nowhere_else(backend: Backend) {
     let lab = lab_with_waiting_container(backend);
     let target = lab.dir().join("target");

@@ -116,3 +116,69 @@ pub fn a_container_cannot_open_a_vsock(backend: Backend) {
     lab.remove("c");
     lab.nothing_is_left();
 }
+
+/// A process that may trace sees nobody who may do more than itself, while execs come and go. The agent's own
+/// tests look closer.
+pub fn a_tracer_sees_nobody_who_may_do_more(backend: Backend) {
+    let lab = Lab::new(backend);
+    let look = "while [ ! -e /stop ]; do cat /proc/[0-9]*/status 2>/dev/null | grep ^CapPrm; done | sort -u";
+    let flags = ["--rm", "--cap-add", "CAP_SYS_PTRACE"];
+    let script = format!("echo looking; {look}");
+    let running = start(&mut lab.run_command(&flags, "c", &["sh", "-c", &script]));
+    running.stdout.wait_for("looking\n", lab.limit());
+    for _ in 0..10 {
+        lab.exec("c", &["true"]).succeeds();
+    }
+    lab.exec("c", &["touch", "/stop"]).succeeds();
+    let seen = running.wait(lab.limit()).succeeds().out();
+    let capabilities: Vec<&str> = seen.lines().filter(|line| line.starts_with("CapPrm")).collect();
+    assert_eq!(capabilities, ["CapPrm:\t00000000a80c25fb"], "{seen}");
+    lab.nothing_is_left();
+}
+
+/// /etc/passwd is the container's, and an exec looks into it. One that can be read without an end, or never.
+pub fn a_container_cannot_hold_up_its_execs(backend: Backend) {
+    let lab = lab_with_waiting_container(backend);
+    for replace in ["mkfifo /etc/passwd", "ln -s /dev/zero /etc/passwd"] {
+        lab.exec("c", &["sh", "-c", &format!("rm -f /etc/passwd; {replace}")]).succeeds();
+        assert_eq!(lab.exec("c", &["sh", "-c", "echo $HOME"]).succeeds().out(), "/\n", "{replace}");
+    }
+    lab.ctr(&["task", "pause", "c"]).succeeds();
+    lab.ctr(&["task", "resume", "c"]).succeeds();
+    lab.remove("c");
+    lab.nothing_is_left();
+}
+
+/// Only in a VM: the kernel of the `process` backend is the host's.
+pub fn the_kernel_of_a_guest_is_hardened(backend: Backend) {
+    let lab = Lab::new(backend);
+    let settings = [
+        ("kernel/kptr_restrict", "2"),
+        ("kernel/dmesg_restrict", "1"),
+        ("kernel/yama/ptrace_scope", "1"),
+        ("kernel/kexec_load_disabled", "1"),
+        ("kernel/unprivileged_bpf_disabled", "1"),
+        ("kernel/perf_event_paranoid", "3"),
+        ("kernel/sysrq", "0"),
+        ("fs/suid_dumpable", "0"),
+        ("fs/protected_symlinks", "1"),
+        ("fs/protected_hardlinks", "1"),
+        ("fs/protected_fifos", "1"),
+        ("fs/protected_regular", "2"),
+    ];
+    let names: Vec<&str> = settings.iter().map(|(name, _)| *name).collect();
+    // A kernel may lack one.
+    let script = format!(
+        "cd /proc/sys; for name in {}; do [ ! -e $name ] || echo $name $(cat $name); done; ulimit -c",
+        names.join(" ")
+    );
+    let seen = lab.run("c", &["sh", "-c", &script]).succeeds().out();
+    let mut lines: Vec<&str> = seen.lines().collect();
+    assert_eq!(lines.pop(), Some("0"), "the limit of cores: {seen}");
+    assert!(lines.len() > settings.len() / 2, "{seen}");
+    for line in lines {
+        let (name, value) = line.split_once(' ').unwrap();
+        assert!(settings.contains(&(name, value)), "{line}");
+    }
+    lab.nothing_is_left();
+}

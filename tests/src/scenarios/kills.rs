@@ -108,8 +108,9 @@ fn kill_one(kills: &KillLab, victim: Victim, id: &str) -> bool {
 }
 
 /// Points of `start`, `Create` and `Start`, of shim and agent.
-const CREATION: [&str; 20] = [
+const CREATION: [&str; 21] = [
     "create.state_saved",
+    "create.shim_moved",
     "create.cgroup_made",
     "create.share_prepared",
     "create.rootfs_mounted",
@@ -259,13 +260,14 @@ fn run_when_told(kills: &KillLab, id: &str, go: &Path) {
 }
 
 /// Points of Delete, in the shim and in the agent that it ends.
-const DELETION: [&str; 13] = [
+const DELETION: [&str; 14] = [
     "delete.drained",
     "agent.delete.killed",
     "agent.delete.unmounted",
     "delete.guest_ended",
     "delete.rootfs_released",
     "destroy.processes_killed",
+    "destroy.vm_cgroup_removed",
     "destroy.cgroup_removed",
     "destroy.share_removed",
     "destroy.disks_removed",
@@ -300,12 +302,13 @@ pub fn a_deletion_killed_at_any_step_is_completed(backend: Backend) {
 }
 
 /// Points of `shim delete`.
-const CLEANUP: [&str; 10] = [
+const CLEANUP: [&str; 11] = [
     "cleanup.begun",
     "cleanup.containers_killed",
     "cleanup.log_recovered",
     "cleanup.drained",
     "destroy.processes_killed",
+    "destroy.vm_cgroup_removed",
     "destroy.cgroup_removed",
     "destroy.share_removed",
     "destroy.disks_removed",

@@ -36,7 +36,7 @@ pub fn a_pause_in_which_the_host_goes_on_to_connect_ends_like_any_other(backend:
     let hello = machine.boot();
     for round in 0..20 {
         machine.pause();
-        let knock = UnixStream::connect(bench.path("knocked").join("vm.vsock"));
+        let knock = UnixStream::connect(bench.path("knocked").join("vsock/vm.vsock"));
         let knock = knock.and_then(|mut socket| writeln!(socket, "CONNECT 1024").map(|()| socket));
         // vhost-device-vsock does not survive a socket that is closed before it has said OK there; the
         // shim's own stay open for that long.
@@ -69,7 +69,7 @@ pub fn a_vmm_is_confined(backend: Backend) {
     let bench = Bench::new(backend);
     let mut machine = bench.machine("confined", Vec::new(), None);
     machine.boot();
-    let proc = format!("/proc/{}", machine.vmm.pid());
+    let proc = format!("/proc/{}", machine.vmm_pid());
     let net = |process: &str| fs::read_link(format!("{process}/ns/net")).unwrap();
     assert_ne!(net(&proc), net("/proc/self"), "it has a network namespace of its own");
     let cgroup = fs::read_to_string(format!("{proc}/cgroup")).unwrap();
@@ -89,7 +89,7 @@ fn seccomp_of(proc: &str, thread: &str) -> String {
 
 fn check_death(machine: &Machine<'_>) {
     let begin = Instant::now();
-    kill(Pid::from_raw(machine.vmm.pid().cast_signed()), Signal::SIGKILL).unwrap();
+    kill(Pid::from_raw(machine.vmm_pid()), Signal::SIGKILL).unwrap();
     let exit = machine.wait();
     assert!(!exit.expected && exit.description.contains("signal 9"), "{exit:?}");
     assert!(begin.elapsed() < Duration::from_secs(5), "noticed after {:?}", begin.elapsed());

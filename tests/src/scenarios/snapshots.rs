@@ -85,14 +85,14 @@ pub fn clones_of_one_snapshot_go_on_from_it_and_the_original_is_untouched(backen
 }
 
 /// When each file of the snapshot was changed last, its data or its inode, and its size. The files are
-/// for their owner alone.
+/// for root and the group of VMMs.
 fn versions(dir: &Path) -> BTreeMap<String, (i64, i64, u64)> {
     let mut versions = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()) {
         let meta = entry.metadata().unwrap();
         let name = entry.file_name().into_string().unwrap();
         println!("{name}: {} bytes, {} on disk", meta.len(), meta.blocks() * 512);
-        assert_eq!(meta.mode() & 0o777, 0o600, "{name}");
+        assert_eq!(meta.mode() & 0o777, if name == "vmm.json" { 0o600 } else { 0o640 }, "{name}");
         versions.insert(name, (meta.ctime(), meta.ctime_nsec(), meta.len()));
     }
     assert!(
@@ -133,7 +133,7 @@ pub fn a_vmm_that_dies_during_a_snapshot_is_told_at_once(backend: Backend) {
     let mut machine = bench.machine("dying", Vec::new(), None);
     machine.boot();
     machine.pause();
-    let vmm = Pid::from_raw(machine.vmm.pid().cast_signed());
+    let vmm = Pid::from_raw(machine.vmm_pid());
     // Stopped, so that it cannot be done before it dies.
     kill(vmm, Signal::SIGSTOP).unwrap();
     let begin = Instant::now();

@@ -145,7 +145,7 @@ pub fn a_task_whose_container_is_removed_while_it_boots_goes_as_well(backend: Ba
     let target = rootfs.to_str().unwrap();
     lab.ctr(&["image", "mount", "--rw", "--snapshotter", lab.snapshotter(), IMAGE, target]).succeeds();
     let argv = ["/bin/sh", "-c", super::WAIT[2]];
-    let mut client = start(&mut lab.run_rootfs_command(&rootfs, "c", &argv));
+    let mut client = start(&mut lab.rootfs_command(&[], &rootfs, "c", &argv));
     let begun = || lab.bundle("c").join("address").exists();
     assert!(poll(lab.limit(), begun), "no shim");
     lab.ctr(&["container", "rm", "c"]).succeeds();

@@ -7,15 +7,15 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::AtFlags,
-    sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstatat, makedev, mknodat},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, openat},
+    sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, fstat, makedev, mknodat},
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
 };
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 
 use super::{
     Result, Step,
-    root::{Kind, Root, split},
+    root::{Kind, Root, proc_path, split},
 };
 use crate::container::mount_options::MountOptions;
 
@@ -109,21 +109,34 @@ impl From<&LinuxDevice> for Node {
 
 impl Node {
     fn make(&self, root: &Root) -> nix::Result<()> {
-        let (above, name) = split(&self.path)?;
-        let parent = root.ensure_directory(above)?;
-        match mknodat(&parent, name, self.kind, self.mode, self.device) {
-            // A rootfs may bring its own nodes, where nothing is mounted on /dev.
-            Err(Errno::EEXIST) if self.is_at(&parent, name)? => {}
-            result => result?,
-        }
-        // Not subject to the umask.
-        fchmodat(&parent, name, self.mode, FchmodatFlags::FollowSymlink)?;
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        fchownat(&parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
+        self.hand_out(&self.place(root)?)
     }
 
-    fn is_at(&self, parent: &OwnedFd, name: &std::ffi::OsStr) -> nix::Result<bool> {
-        let found: FileStat = fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    /// Gives a descriptor (`O_PATH`) of the node, whatever its name may lead to by then: where nothing is
+    /// mounted on /dev, others may write to it at the same time.
+    fn place(&self, root: &Root) -> nix::Result<OwnedFd> {
+        let (above, name) = split(&self.path)?;
+        let parent = root.ensure_directory(above)?;
+        let made = match mknodat(&parent, name, self.kind, self.mode, self.device) {
+            // A rootfs may bring its own nodes.
+            Err(Errno::EEXIST) => Err(Errno::EEXIST),
+            result => Ok(result?),
+        };
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let node = openat(&parent, name, flags, Mode::empty())?;
+        if self.is(&node)? { Ok(node) } else { Err(made.err().unwrap_or(Errno::ESTALE)) }
+    }
+
+    /// Sets the mode, which the umask has no part in, and the owner.
+    fn hand_out(&self, node: &OwnedFd) -> nix::Result<()> {
+        // fchmod(2) takes no O_PATH descriptor.
+        fchmodat(AT_FDCWD, proc_path(node).as_str(), self.mode, FchmodatFlags::FollowSymlink)?;
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        fchownat(node, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
+    }
+
+    fn is(&self, node: &OwnedFd) -> nix::Result<bool> {
+        let found = fstat(node)?;
         let same_kind = found.st_mode & SFlag::S_IFMT.bits() == self.kind.bits();
         Ok(same_kind && (self.kind == SFlag::S_IFIFO || found.st_rdev == self.device))
     }
@@ -142,5 +155,45 @@ fn make_link(root: &Root, link: &Path, target: &str) -> nix::Result<()> {
     match symlinkat(target, &parent, name) {
         Err(Errno::EEXIST) => Ok(()),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    };
+
+    use super::*;
+
+    /// A FIFO, which anybody may make.
+    fn fifo() -> Node {
+        Node {
+            path: "/dev/log".into(),
+            kind: SFlag::S_IFIFO,
+            device: 0,
+            mode: Mode::from_bits_truncate(0o666),
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+        }
+    }
+
+    #[test]
+    fn a_node_that_is_swapped_for_a_link_is_left_alone_and_so_is_what_it_leads_to() {
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        fs::set_permissions(outside.path(), fs::Permissions::from_mode(0o600)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let root = Root::open(directory.path()).unwrap();
+        let node = fifo().place(&root).unwrap();
+        let path = directory.path().join("dev/log");
+        fs::rename(&path, directory.path().join("dev/moved")).unwrap();
+        symlink(outside.path(), &path).unwrap();
+        fifo().hand_out(&node).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        assert_eq!(mode(outside.path()), 0o600);
+        assert_eq!(mode(&directory.path().join("dev/moved")), 0o666, "not subject to the umask");
+        assert_eq!(fifo().make(&root).unwrap_err(), Errno::EEXIST);
+        assert_eq!(mode(outside.path()), 0o600);
     }
 }

@@ -1,5 +1,11 @@
 //! The init stage: a fresh, single-threaded execution of the agent's binary that turns itself into a
 //! process of a container, step by step, and reports the first step that fails.
+//!
+//! A process of the container with `CAP_SYS_PTRACE` may take over every process that it sees: read its
+//! memory, use its descriptors, act with its capabilities. `PR_SET_DUMPABLE` does not stop it, for both are
+//! in the same user namespace. So a stage is never seen. It is alone in a pid namespace of its own, as its
+//! first process; or it stays in the agent's, and only a child that it makes as the last step
+//! ([`program`]) is born into the container's.
 
 mod copy_up;
 mod devices;
@@ -27,11 +33,15 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 
 use self::{
+    program::Becoming,
     protocol::{CONTROL_FD, EXTRA_FD, Exec, INSTRUCTIONS_FD, Init, Instructions, StageEnd},
     root::Root,
     terminal::Terminal,
 };
-use super::{namespaces::Namespaces, spec};
+use super::{
+    namespaces::{Namespaces, Pid},
+    spec,
+};
 
 // Of the kernel, which counts up to 64 and takes a set as 64 bits.
 const LAST_SIGNAL: libc::c_int = 64;
@@ -92,15 +102,12 @@ fn inherited<const N: usize>(fds: [RawFd; N]) -> Option<[OwnedFd; N]> {
 }
 
 fn run(control: &StageEnd, instructions: OwnedFd, extra: OwnedFd) -> Result<Infallible> {
-    // A process of the container with CAP_SYS_PTRACE must not take this one over while it still holds
-    // more than the container has. execve makes it dumpable again.
-    nix::sys::prctl::set_dumpable(false).step(|| "protect the init stage from ptrace".into())?;
     restore_signals()?;
     let instructions =
         Instructions::from_memfd(instructions).step(|| "read the instructions of the init stage".into())?;
     match instructions {
         Instructions::Init(init) => become_init(control, &init, extra),
-        Instructions::Exec(exec) => become_exec(control, &exec, &extra),
+        Instructions::Exec(exec) => become_exec(control, &exec, extra),
     }
 }
 
@@ -128,12 +135,14 @@ fn become_init(control: &StageEnd, init: &Init, leaf_procs: OwnedFd) -> Result<I
     let process = process_of(spec)?;
     // The score is set through the agent's /proc, which is out of sight after pivot_root.
     set_oom_score(process)?;
+    // In the guest's tree, before the stage leaves it.
+    mounts::keep_proc(&init.proc)?;
     enter_namespaces(&init.namespaces)?;
     enter_leaf(&init.namespaces, leaf_procs)?;
 
     let terminal = {
         let root = rootfs::prepare(&init.rootfs, spec)?;
-        let late = mounts::mount_all(&root, spec)?;
+        let late = mounts::mount_all(&root, spec, &init.proc)?;
         devices::populate(&root, spec)?;
         let terminal = open_terminal(control, &root, process)?;
         if let Some(terminal) = &terminal {
@@ -147,24 +156,31 @@ fn become_init(control: &StageEnd, init: &Init, leaf_procs: OwnedFd) -> Result<I
         terminal
     };
     set_uts(spec)?;
-    program::execute(control, process, terminal, init.allow_vsock)
+    let becoming = match init.namespaces.pid {
+        Pid::New | Pid::Guest => Becoming::Itself,
+        Pid::Join(_) => Becoming::Child,
+    };
+    program::execute(control, process, terminal, init.allow_vsock, becoming)
 }
 
-fn become_exec(control: &StageEnd, exec: &Exec, init: &OwnedFd) -> Result<Infallible> {
+fn become_exec(control: &StageEnd, exec: &Exec, init: OwnedFd) -> Result<Infallible> {
     let process = &exec.process;
     set_oom_score(process)?;
-    // The agent has settled the pid namespace. Joining one that it shares with the container is allowed.
+    // Joining one that the agent shares with the container is allowed. The pid namespace is that of the
+    // children from now on.
     let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWCGROUP;
-    setns(init, namespaces).step(|| "join the namespaces of the container's init process".into())?;
+        | CloneFlags::CLONE_NEWCGROUP
+        | CloneFlags::CLONE_NEWPID;
+    setns(&init, namespaces).step(|| "join the namespaces of the container's init process".into())?;
+    drop(init);
     let terminal = {
         let root = Root::open("/".as_ref()).step(|| "open the container's root".into())?;
         open_terminal(control, &root, process)?
     };
-    program::execute(control, process, terminal, exec.allow_vsock)
+    program::execute(control, process, terminal, exec.allow_vsock, Becoming::Child)
 }
 
 fn process_of(spec: &Spec) -> Result<&Process> {
@@ -203,6 +219,10 @@ fn enter_namespaces(namespaces: &Namespaces) -> Result<()> {
     for join in &namespaces.join {
         let file = fs::File::open(&join.path).step(|| format!("open {}", join.path.display()))?;
         opened.push((file, join));
+    }
+    if let Pid::Join(path) = &namespaces.pid {
+        let file = fs::File::open(path).step(|| format!("open {}", path.display()))?;
+        setns(file, CloneFlags::CLONE_NEWPID).step(|| format!("join the namespace {}", path.display()))?;
     }
     for (file, join) in opened {
         let kind = CloneFlags::from_bits_truncate(join.kind);

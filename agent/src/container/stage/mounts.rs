@@ -16,6 +16,7 @@ use oci_spec::runtime::{Mount, Spec};
 
 use super::{
     Failure, Result, Step, copy_up,
+    protocol::Proc,
     root::{Kind, Root, proc_path},
 };
 use crate::container::mount_options::{Attributes, MountOptions, Propagation, is_cgroup};
@@ -41,8 +42,15 @@ impl Late {
     }
 }
 
+/// Mounts the proc that is kept for later containers, if the stage is to do so.
+pub(super) fn keep_proc(proc: &Proc) -> Result<()> {
+    let Proc::Keep(path) = proc else { return Ok(()) };
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("proc"), path, Some("proc"), flags, NONE).step(|| format!("mount proc on {}", path.display()))
+}
+
 /// Mounts everything, in the spec's order.
-pub(super) fn mount_all(root: &Root, spec: &Spec) -> Result<Late> {
+pub(super) fn mount_all(root: &Root, spec: &Spec, proc: &Proc) -> Result<Late> {
     let mut late = Late::default();
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         // The agent has parsed them before; they are simply parsed again.
@@ -53,16 +61,16 @@ pub(super) fn mount_all(root: &Root, spec: &Spec) -> Result<Late> {
             options.flags.remove(MsFlags::MS_RDONLY);
             late.read_only.push(mount.destination().clone());
         }
-        mount_one(root, mount, &options)?;
+        if options.bind {
+            bind(root, mount, &options)?;
+        } else {
+            mount_file_system(root, mount, &options, proc)?;
+        }
     }
     Ok(late)
 }
 
-fn mount_one(root: &Root, mount: &Mount, options: &MountOptions) -> Result<()> {
-    if options.bind { bind(root, mount, options) } else { mount_file_system(root, mount, options) }
-}
-
-fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions) -> Result<()> {
+fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions, proc: &Proc) -> Result<()> {
     let destination = entry.destination();
     let typ = entry.typ().as_deref().unwrap_or_default();
     let action = || format!("mount {typ} on {}", destination.display());
@@ -77,6 +85,9 @@ fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions) -> Resu
         }
         _ => root.ensure_directory(destination).step(action)?,
     };
+    if let ("proc", Proc::Kept(kept)) = (typ, proc) {
+        return bind_proc(kept, root, entry, &target, options).step(action);
+    }
     let mut data = options.data.clone();
     if let Some(mode) = mode.filter(|_| typ == "tmpfs") {
         // As runc does. An option of the spec comes after it, and counts.
@@ -106,6 +117,18 @@ fn mount_file_system(root: &Root, entry: &Mount, options: &MountOptions) -> Resu
     // The descriptor from before still refers to what is now covered.
     let mounted = root.locate(destination).step(action)?;
     finish(&mounted, Attributes::default(), options).step(action)
+}
+
+/// Options of the file system itself are those of the container that it was mounted for.
+fn bind_proc(
+    kept: &Path,
+    root: &Root,
+    entry: &Mount,
+    target: &OwnedFd,
+    options: &MountOptions,
+) -> nix::Result<()> {
+    mount(Some(kept), proc_path(target).as_str(), NONE, MsFlags::MS_BIND, NONE)?;
+    finish(&root.locate(entry.destination())?, options.attributes, options)
 }
 
 fn bind(root: &Root, entry: &Mount, options: &MountOptions) -> Result<()> {

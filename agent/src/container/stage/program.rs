@@ -1,10 +1,15 @@
-//! The last steps, the same for init and exec: find the program, drop everything, execute it.
+//! The last steps, the same for init and exec: find the program, drop everything, and execute it, or have
+//! a child do so.
 
 use std::{
     convert::Infallible,
     ffi::{CString, OsStr, OsString},
-    fs,
-    os::unix::ffi::OsStrExt,
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -16,8 +21,24 @@ use nix::{
 };
 use oci_spec::runtime::Process;
 
-use super::{Failure, Result, Step, identity, protocol::StageEnd, terminal::Terminal};
+use super::{
+    Failure, Result, Step, identity,
+    protocol::{Born, CONTROL_FD, StageEnd},
+    terminal::{self, Terminal},
+};
 use crate::container::seccomp;
+
+/// The longest /etc/passwd that is looked into. The container may have put anything there.
+const PASSWD_MAX: u64 = 1 << 20;
+
+/// Who becomes the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Becoming {
+    /// The stage itself.
+    Itself,
+    /// A child, born into the pid namespace that is set for the stage's children.
+    Child,
+}
 
 /// Becomes the program of `process`. The root is the container's by now.
 pub(super) fn execute(
@@ -25,10 +46,11 @@ pub(super) fn execute(
     process: &Process,
     terminal: Option<Terminal>,
     allow_vsock: bool,
+    becoming: Becoming,
 ) -> Result<Infallible> {
-    match terminal {
-        Some(terminal) => terminal.become_stdio()?,
-        None => drop(setsid().step(|| "start a session".into())?),
+    let has_terminal = terminal.is_some();
+    if let Some(terminal) = terminal {
+        terminal.become_stdio()?;
     }
     let environment = environment(process);
     let cwd = process.cwd();
@@ -60,11 +82,60 @@ pub(super) fn execute(
     let arguments = c_strings(arguments).step(action)?;
     let environment = c_strings(&environment).step(action)?;
 
-    control.ready().step(|| "report to the agent".into())?;
+    if becoming == Becoming::Child {
+        hand_over(control)?;
+    }
+    setsid().step(|| "start a session".into())?;
+    if has_terminal {
+        terminal::take_control()?;
+    }
+    if becoming == Becoming::Itself {
+        control.ready().step(|| "report to the agent".into())?;
+    }
     if !control.await_go().step(|| "wait for the agent".into())? {
         return Err(Failure { action: "wait for a start that never came".into(), errno: Errno::ECANCELED });
     }
     execve(&path, &arguments, &environment).step(action)
+}
+
+/// Makes a child that goes on in the place of this process, which tells the agent of it and ends. The child
+/// is in sight of the container from its first moment on: it has the container's capabilities, user and
+/// directories, stdio and the control socket, and its memory is a copy of that of this stage, never of the
+/// agent.
+fn hand_over(control: &StageEnd) -> Result<()> {
+    // Where the user is the container's, but not CAP_SYS_PTRACE, this keeps the socket from it. A change of
+    // user may have undone it, and execve does.
+    prctl::set_dumpable(false).step(|| "protect the process from ptrace".into())?;
+    // SAFETY: whoever owns one of these descriptors is not dropped any more: both processes end, or execute.
+    let closed = unsafe { libc::close_range(CONTROL_FD as libc::c_uint + 1, libc::c_uint::MAX, 0) };
+    Errno::result(closed).step(|| "close what is not the container's".into())?;
+    match clone_sibling() {
+        Ok(None) => Ok(()),
+        Ok(Some(child)) => {
+            control.born(&child).step(|| "report to the agent".into())?;
+            std::process::exit(0)
+        }
+        // Its first process, which all others of a pid namespace end with.
+        Err(Errno::ENOMEM) => Err(Errno::ESRCH).step(|| "enter the container, which has ended".into()),
+        Err(errno) => Err(errno).step(|| "clone a process into the container".into()),
+    }
+}
+
+/// Forks; the child is one of the agent's. `None` in the child.
+fn clone_sibling() -> nix::Result<Option<Born>> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: clone_args is plain data, for which all zeros means "nothing asked for".
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
+    args.pidfd = &raw mut pidfd as u64;
+    // SAFETY: this process has a single thread, so its copy may do whatever it may do itself. The size is
+    // that of `args`.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match Errno::result(pid)? {
+        0 => Ok(None),
+        // SAFETY: clone3 succeeded with CLONE_PIDFD and has stored a new descriptor there.
+        pid => Ok(Some(Born { pid: pid as i32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } })),
+    }
 }
 
 fn c_string(text: &OsStr) -> nix::Result<CString> {
@@ -80,11 +151,26 @@ fn environment(process: &Process) -> Vec<OsString> {
     let given = process.env().iter().flatten();
     let mut variables: Vec<OsString> = given.map(OsString::from).collect();
     if !variables.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
-        let users = fs::read("/etc/passwd").unwrap_or_default();
+        let users = read_users(Path::new("/etc/passwd")).unwrap_or_default();
         let home = home_of(process.user().uid(), &users).unwrap_or(b"/");
         variables.push(OsStr::from_bytes(&[b"HOME=", home].concat()).to_owned());
     }
     variables
+}
+
+/// Reads a file that the container may have replaced by anything: a FIFO that nobody ever writes into, a
+/// file without an end.
+fn read_users(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() > PASSWD_MAX {
+        return Err(Errno::EINVAL.into());
+    }
+    let mut users = Vec::new();
+    // One that grows, or that does not tell its length, as those of /proc, ends there.
+    file.take(PASSWD_MAX).read_to_end(&mut users)?;
+    Ok(users)
 }
 
 /// Whatever bytes the other fields have: names of people need not be UTF-8.
@@ -141,6 +227,21 @@ mod tests {
         assert_eq!(home_of(9, passwd), Some(&b"/h\xf6me"[..]));
         assert_eq!(home_of(7, passwd), None);
         assert_eq!(home_of(1, passwd), None);
+    }
+
+    #[test]
+    fn what_is_no_list_of_users_is_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("passwd");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(read_users(&path).is_err(), "a FIFO");
+        assert!(read_users(directory.path()).is_err(), "a directory");
+        assert!(read_users(Path::new("/dev/zero")).is_err(), "a device");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "x".repeat(1 << 20)).unwrap();
+        assert_eq!(read_users(&path).unwrap().len(), 1 << 20);
+        std::fs::write(&path, "x".repeat((1 << 20) + 1)).unwrap();
+        assert!(read_users(&path).is_err(), "too long");
     }
 
     #[test]

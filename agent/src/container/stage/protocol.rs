@@ -7,9 +7,14 @@
 //! | 4 | a memfd with the [`Instructions`] as JSON |
 //! | 5 | init: `cgroup.procs` of the leaf, open for writing; exec: pidfd of the container's init |
 //!
-//! Order: TERMINAL if there is one, READY; then the stage waits for "go" and executes the program. All
-//! these fds are CLOEXEC by then, so the end of the socket is the sign that `execve` succeeded. FAILED
-//! may come at any point and is the last message.
+//! Order: TERMINAL if there is one, READY; then the process that becomes the program, which is the stage
+//! or a child that READY brings along, waits for "go" and executes it. All these fds are CLOEXEC by then,
+//! so the end of the socket is the sign that `execve` succeeded. FAILED may come at any point and is the
+//! last message.
+//!
+//! The child is in sight of the container, which may be able to take it over, and with it the socket. So
+//! every message comes with the pid of its sender, from the kernel, and nothing but FAILED is believed of
+//! any other process than the stage.
 
 use std::{
     io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
@@ -23,8 +28,8 @@ use nix::{
     sys::{
         memfd::{MFdFlags, memfd_create},
         socket::{
-            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send,
-            sendmsg, socketpair,
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+            UnixCredentials, recvmsg, send, sendmsg, setsockopt, socketpair, sockopt::PassCred,
         },
     },
 };
@@ -56,7 +61,21 @@ pub(in crate::container) struct Init {
     pub(in crate::container) spec: Spec,
     pub(in crate::container) rootfs: PathBuf,
     pub(in crate::container) namespaces: Namespaces,
+    pub(in crate::container) proc: Proc,
     pub(in crate::container) allow_vsock: bool,
+}
+
+/// Where the proc file system of a container comes from. It shows the pid namespace of the process that
+/// mounts it, which a stage that stays outside of the container's never can.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::container) enum Proc {
+    /// The stage mounts it.
+    Mount,
+    /// The stage is the first process of a pid namespace: it mounts one in this directory of the guest,
+    /// too, for containers that join the namespace later.
+    Keep(PathBuf),
+    /// The stage binds the one that another container's has kept there.
+    Kept(PathBuf),
 }
 
 /// Another process in a container.
@@ -87,10 +106,25 @@ impl Instructions {
 pub(in crate::container) enum Report {
     /// Master of the terminal.
     Terminal(OwnedFd),
-    /// Only `execve` is left.
-    Ready,
+    /// Only `execve` is left, in the stage itself or in the child that it has made.
+    Ready(Option<Born>),
     /// What it did when it failed, and the errno.
     Failed { action: String, errno: i32 },
+}
+
+/// The process that is to become the program: a child of the agent's, made by its stage.
+#[derive(Debug)]
+pub(in crate::container) struct Born {
+    /// Pid in the agent's pid namespace.
+    pub(in crate::container) pid: i32,
+    pub(in crate::container) pidfd: OwnedFd,
+}
+
+/// A report, and who sent it: a pid in the agent's pid namespace.
+#[derive(Debug)]
+pub(in crate::container) struct Message {
+    pub(in crate::container) sender: i32,
+    pub(in crate::container) report: Report,
 }
 
 const TAG_TERMINAL: u8 = b'T';
@@ -110,7 +144,10 @@ pub(in crate::container) fn control_sockets() -> Result<(AgentEnd, OwnedFd), Con
     let sockets = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
     sockets
         .map_err(io::Error::from)
-        .and_then(|(ours, theirs)| Ok((AgentEnd(Readable::new(ours)?), theirs)))
+        .and_then(|(ours, theirs)| {
+            setsockopt(&ours, PassCred, &true)?;
+            Ok((AgentEnd(Readable::new(ours)?), theirs))
+        })
         .map_err(|source| ContainerError::stage("make a socket for the init stage", source))
 }
 
@@ -126,7 +163,7 @@ impl AgentEnd {
     }
 
     /// The next message; `None` when the stage is gone or has become the program. Cancel safe.
-    pub(in crate::container) async fn report(&self) -> io::Result<Option<Report>> {
+    pub(in crate::container) async fn message(&self) -> io::Result<Option<Message>> {
         match self.0.read(|fd| receive(fd.as_raw_fd(), MsgFlags::MSG_DONTWAIT)).await {
             // A stage that died with an unread "go" in its socket resets the connection.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
@@ -135,28 +172,40 @@ impl AgentEnd {
     }
 }
 
-fn receive(socket: RawFd, flags: MsgFlags) -> io::Result<Option<Report>> {
+fn receive(socket: RawFd, flags: MsgFlags) -> io::Result<Option<Message>> {
     let mut bytes = vec![0; MAX_REPORT];
-    let mut ancillary = cmsg_space!(RawFd);
+    let mut ancillary = cmsg_space!(UnixCredentials, RawFd);
     let mut buffers = [IoSliceMut::new(&mut bytes)];
     let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket, &mut buffers, Some(&mut ancillary), flags)?;
     let length = message.bytes;
-    let passed = message.cmsgs()?.find_map(|cmsg| match cmsg {
-        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-        _ => None,
-    });
-    // SAFETY: the kernel has just installed this descriptor for us, and nobody else knows it.
-    let passed = passed.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let (mut sender, mut passed) = (0, Vec::new());
+    for cmsg in message.cmsgs()? {
+        match cmsg {
+            ControlMessageOwned::ScmCredentials(credentials) => sender = credentials.pid(),
+            ControlMessageOwned::ScmRights(fds) => passed.extend(fds.into_iter().map(|fd| {
+                // SAFETY: the kernel has just installed it for us, and nobody else knows it.
+                unsafe { OwnedFd::from_raw_fd(fd) }
+            })),
+            _ => {}
+        }
+    }
     bytes.truncate(length);
-    decode(&bytes, passed)
+    let report = decode(&bytes, passed.into_iter().next())?;
+    Ok(report.map(|report| Message { sender, report }))
 }
 
 fn decode(message: &[u8], passed: Option<OwnedFd>) -> io::Result<Option<Report>> {
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed report of the init stage");
     let Some((tag, rest)) = message.split_first() else { return Ok(None) };
     match *tag {
-        TAG_READY => Ok(Some(Report::Ready)),
+        TAG_READY => {
+            let born = |pidfd| {
+                let (pid, _) = rest.split_first_chunk().ok_or_else(malformed)?;
+                Ok::<_, io::Error>(Born { pid: i32::from_ne_bytes(*pid), pidfd })
+            };
+            Ok(Some(Report::Ready(passed.map(born).transpose()?)))
+        }
         TAG_TERMINAL => Ok(Some(Report::Terminal(passed.ok_or_else(malformed)?))),
         TAG_FAILED => {
             let (errno, action) = rest.split_first_chunk().ok_or_else(malformed)?;
@@ -167,9 +216,9 @@ fn decode(message: &[u8], passed: Option<OwnedFd>) -> io::Result<Option<Report>>
     }
 }
 
-/// A report that is well formed but out of order.
-pub(in crate::container) fn unexpected(report: &Report) -> ContainerError {
-    let source = io::Error::new(io::ErrorKind::InvalidData, format!("unexpected report {report:?}"));
+/// A report that is well formed but out of order, or of somebody who has none to make.
+pub(in crate::container) fn unexpected(message: &Message) -> ContainerError {
+    let source = io::Error::new(io::ErrorKind::InvalidData, format!("unexpected report {message:?}"));
     ContainerError::stage("follow the init stage", source)
 }
 
@@ -183,14 +232,25 @@ impl StageEnd {
     }
 
     pub(super) fn terminal(&self, master: &OwnedFd) -> nix::Result<()> {
-        let fds = [master.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let bytes = [IoSlice::new(&[TAG_TERMINAL])];
-        sendmsg::<()>(self.0.as_raw_fd(), &bytes, &rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+        self.pass(&[TAG_TERMINAL], master)
     }
 
+    /// This very process is to become the program.
     pub(super) fn ready(&self) -> nix::Result<()> {
         send(self.0.as_raw_fd(), &[TAG_READY], MsgFlags::MSG_NOSIGNAL).map(drop)
+    }
+
+    /// A child is to become it.
+    pub(super) fn born(&self, child: &Born) -> nix::Result<()> {
+        let [a, b, c, d] = child.pid.to_ne_bytes();
+        self.pass(&[TAG_READY, a, b, c, d], &child.pidfd)
+    }
+
+    fn pass(&self, message: &[u8], fd: &OwnedFd) -> nix::Result<()> {
+        let fds = [fd.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let bytes = [IoSlice::new(message)];
+        sendmsg::<()>(self.0.as_raw_fd(), &bytes, &rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
     }
 
     pub(super) fn failed(&self, action: &str, errno: Errno) {
@@ -224,9 +284,9 @@ mod tests {
         let stage = StageEnd::new(stage);
         stage.failed("exec /bin/nosuch", Errno::ENOENT);
         drop(stage);
-        let Some(Report::Failed { action, errno }) = agent.report().await.unwrap() else { panic!() };
+        let Report::Failed { action, errno } = report(&agent).await else { panic!() };
         assert_eq!((action.as_str(), errno), ("exec /bin/nosuch", libc::ENOENT));
-        assert!(agent.report().await.unwrap().is_none());
+        assert!(agent.message().await.unwrap().is_none());
     }
 
     #[tokio::test]
@@ -234,7 +294,7 @@ mod tests {
         let (agent, stage) = control_sockets().unwrap();
         agent.go().unwrap();
         drop(stage);
-        assert!(agent.report().await.unwrap().is_none());
+        assert!(agent.message().await.unwrap().is_none());
     }
 
     #[tokio::test]
@@ -242,8 +302,31 @@ mod tests {
         let (agent, stage) = control_sockets().unwrap();
         let master = memfd_create("master", MFdFlags::MFD_CLOEXEC).unwrap();
         StageEnd::new(stage).terminal(&master).unwrap();
-        let Some(Report::Terminal(received)) = agent.report().await.unwrap() else { panic!() };
-        let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
+        let Report::Terminal(received) = report(&agent).await else { panic!() };
         assert_eq!(inode(&received), inode(&master));
+    }
+
+    #[tokio::test]
+    async fn a_child_arrives_with_its_pid_and_descriptor() {
+        let (agent, stage) = control_sockets().unwrap();
+        let stage = StageEnd::new(stage);
+        stage.ready().unwrap();
+        assert!(matches!(report(&agent).await, Report::Ready(None)));
+        let pidfd = memfd_create("stands for a pidfd", MFdFlags::MFD_CLOEXEC).unwrap();
+        let sent = Born { pid: 0x0102_0304, pidfd };
+        stage.born(&sent).unwrap();
+        let Report::Ready(Some(received)) = report(&agent).await else { panic!() };
+        assert_eq!((received.pid, inode(&received.pidfd)), (sent.pid, inode(&sent.pidfd)));
+    }
+
+    /// The kernel says who sent it.
+    async fn report(agent: &AgentEnd) -> Report {
+        let message = agent.message().await.unwrap().unwrap();
+        assert_eq!(message.sender.unsigned_abs(), std::process::id());
+        message.report
+    }
+
+    fn inode(fd: &OwnedFd) -> libc::ino_t {
+        nix::sys::stat::fstat(fd).unwrap().st_ino
     }
 }

@@ -7,7 +7,7 @@ use nix::{
     fcntl::OFlag,
     mount::{MsFlags, mount},
     sys::statfs::{FsType, fstatfs},
-    unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid},
+    unistd::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
 
 use super::{
@@ -22,6 +22,14 @@ nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
 nix::ioctl_write_ptr_bad!(lock_terminal, libc::TIOCSPTLCK, libc::c_int);
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 nix::ioctl_write_int_bad!(open_peer, libc::TIOCGPTPEER);
+
+/// Makes stdin, which is a terminal, the controlling one of this session.
+pub(super) fn take_control() -> Result<()> {
+    // SAFETY: a request for this kind of file.
+    unsafe { set_controlling_terminal(libc::STDIN_FILENO, 0) }
+        .step(|| "take the terminal as the controlling one".into())
+        .map(drop)
+}
 
 /// A pair of pseudo terminal ends.
 #[derive(Debug)]
@@ -75,12 +83,8 @@ impl Terminal {
             .step(|| "mount the terminal on /dev/console".into())
     }
 
-    /// Makes it stdin, stdout and stderr, and the controlling terminal of a new session.
+    /// Makes it stdin, stdout and stderr.
     pub(super) fn become_stdio(self) -> Result<()> {
-        setsid().step(|| "start a session".into())?;
-        // SAFETY: a request for this kind of file.
-        unsafe { set_controlling_terminal(self.slave.as_raw_fd(), 0) }
-            .step(|| "take the terminal as the controlling one".into())?;
         dup2_stdin(&self.slave)
             .and_then(|()| dup2_stdout(&self.slave))
             .and_then(|()| dup2_stderr(&self.slave))

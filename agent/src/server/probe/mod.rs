@@ -95,10 +95,13 @@ impl Attempt {
                     drop(pass);
                     Ok(Verdict::of_exit(process.exit_status().await?))
                 }
-                // A program that is not there may yet come.
-                Err(Error::Container(error @ ContainerError::Stage { .. })) => {
-                    Ok(Verdict::not_ready(&errors::chain(&error)))
-                }
+                // A program that is not there may yet come, as may an answer of its file system.
+                Err(
+                    error @ (Error::Container(
+                        ContainerError::Stage { .. } | ContainerError::SlowStart { .. },
+                    )
+                    | Error::GivenUp { .. }),
+                ) => Ok(Verdict::not_ready(&errors::chain(&error))),
                 Err(error) => Err(error),
             },
             Attempt::Tcp { address } => {

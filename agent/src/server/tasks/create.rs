@@ -9,7 +9,10 @@ use super::{Process, Streams, Task, Tasks, environment};
 use crate::{
     container::{Config, Container},
     errors::lock,
-    guest::storage::{Mount, Rootfs},
+    guest::{
+        paths,
+        storage::{Mount, Rootfs},
+    },
     server::error::Error,
     stdio::{ChildStdio, Hub, Policy, ProcessId, Request},
 };
@@ -55,11 +58,14 @@ impl Tasks {
             id: id.clone(),
             spec,
             rootfs: rootfs.path(),
+            proc: Path::new(paths::PROC).join(&id),
             cgroup_parent: self.cgroup.clone(),
             allow_vsock: new.allow_vsock,
         };
         let spawning = self.reaper.spawning();
-        let (mut container, spawned) = Container::create(config, stdio).await?;
+        let start = self.starts.begin(&process_id);
+        let made = start.carry_out(Container::create(config, stdio)).await;
+        let (mut container, spawned) = made?;
         if let Some(master) = spawned.terminal
             && let Err(error) = self.hub.attach_terminal(&process_id, master)
         {
@@ -78,6 +84,7 @@ impl Tasks {
             paused: RwLock::default(),
             rootfs: Some(rootfs).into(),
             execs: Default::default(),
+            starts: self.starts.clone(),
             oom_watch: Default::default(),
         });
         self.follow(&task, init, exit);

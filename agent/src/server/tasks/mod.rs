@@ -15,12 +15,14 @@ mod pause;
 mod probe;
 mod process;
 mod start;
+mod starts;
 mod state;
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -30,7 +32,8 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{create::NewTask, delete::Deleted, process::Process, state::State};
+use self::starts::Starts;
+pub use self::{create::NewTask, delete::Deleted, process::Process, starts::GivenUp, state::State};
 use super::{error::Error, events::Events};
 use crate::{
     boot::reaper::{Exit, Reaper},
@@ -47,6 +50,7 @@ pub struct Tasks {
     hub: Arc<Hub>,
     reaper: Arc<Reaper>,
     events: Arc<Events>,
+    starts: Arc<Starts>,
     /// cgroup below which containers have theirs.
     cgroup: PathBuf,
     /// Directory of the containers' directories.
@@ -76,6 +80,7 @@ pub struct Task {
     paused: RwLock<bool>,
     rootfs: Mutex<Option<Rootfs>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
+    starts: Arc<Starts>,
     oom_watch: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -88,8 +93,14 @@ impl Tasks {
         cgroup: PathBuf,
         directory: PathBuf,
     ) -> Arc<Tasks> {
-        let (slots, environment) = Default::default();
-        Arc::new(Tasks { slots, hub, reaper, events, cgroup, directory, environment })
+        let (slots, environment, starts) = Default::default();
+        Arc::new(Tasks { slots, hub, reaper, events, starts, cgroup, directory, environment })
+    }
+
+    /// Carries out `work`, which needs the end of all starts that are under way: those that take longer than
+    /// `patience` are given up.
+    pub async fn hurry<T>(&self, patience: Duration, work: impl Future<Output = T>) -> T {
+        self.starts.hurry(|_| true, patience, work).await
     }
 
     /// The task of container `id`.
@@ -173,6 +184,8 @@ impl Tasks {
             if !process.id.exec.is_empty() {
                 return;
             }
+            let id = &process.id.container;
+            task.starts.give_up(|starting| starting.container == *id, GivenUp::ContainerEnded);
             // With a pid namespace of its own the kernel has done so already; without one the rest of
             // the container ends with its init process all the same, as with runc.
             if let Err(error) = task.container.read().await.kill_all(libc::SIGKILL) {
@@ -205,6 +218,11 @@ impl Task {
     pub async fn kill(&self, exec: &str, signal: i32, all: bool) -> Result<(), Error> {
         let process = self.process(exec)?;
         if !all {
+            // An exec that is being started has no pid yet.
+            let starting = signal == libc::SIGKILL && process.pid() == 0;
+            if starting && self.starts.give_up(|starting| *starting == process.id, GivenUp::Killed) {
+                return Ok(());
+            }
             return process.kill(signal);
         }
         if process.state().exit().is_some() {

@@ -24,7 +24,12 @@ impl Tasks {
         let deadline = Instant::now() + PAUSE_LIMIT;
         let busy = |_| Error::Timeout { what: "starting a process in the container", limit: PAUSE_LIMIT };
         // Whoever spawns holds it for reading: what is born into a frozen cgroup never gets to its execve.
-        let mut paused = timeout_at(deadline, task.paused.write()).await.map_err(busy)?;
+        let rest = timeout_at(deadline, task.paused.write());
+        let mut paused = self
+            .starts
+            .hurry(|starting| starting.container == id, PAUSE_LIMIT / 2, rest)
+            .await
+            .map_err(busy)?;
         if task.init.state() != State::Running {
             return Err(task.init.wrong_state("it must be running to be paused"));
         }

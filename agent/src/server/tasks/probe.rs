@@ -63,7 +63,8 @@ impl Tasks {
             Request { terminal: false, stdin: false, stdout: false, stderr: false, policy: Policy::Block };
         let (place, stdio) = Opened::open(&self.hub, &process_id, nothing)?;
         let spawning = self.reaper.spawning();
-        let spawned = container.exec(&process, stdio).await?;
+        let start = self.starts.begin(&process_id);
+        let spawned = start.carry_out(container.exec(&process, stdio)).await?;
         Ok(Probing { pid: spawned.pid, exit: spawning.watch(spawned.pid), _place: place })
     }
 

@@ -28,7 +28,8 @@ impl Tasks {
 
     async fn start_init(&self, task: &Arc<Task>) -> Result<(), Error> {
         task.init.begin_start()?;
-        let result = task.container.write().await.start().await;
+        let start = self.starts.begin(&task.init.id);
+        let result = start.carry_out(async { task.container.write().await.start().await }).await;
         match result {
             Ok(()) => {
                 task.init.started();
@@ -37,7 +38,7 @@ impl Tasks {
             }
             Err(error) => {
                 task.init.start_failed();
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -76,7 +77,8 @@ impl Tasks {
             None => self.hub.open(&process.id, process.request)?,
         };
         let spawning = self.reaper.spawning();
-        let spawned = container.exec(&exec, stdio).await?;
+        let start = self.starts.begin(&process.id);
+        let spawned = start.carry_out(container.exec(&exec, stdio)).await?;
         let exit = spawning.watch(spawned.pid);
         process.spawned(spawned.pid, spawned.pidfd);
         self.follow(task, process.clone(), exit);

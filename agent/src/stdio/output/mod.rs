@@ -151,11 +151,16 @@ impl Output {
         let state = self.state();
         let Phase::Open = state.phase else { return Leftover::Nobody };
         let Some(source) = &state.source else { return Leftover::Writer };
-        match pipe::pending(&**source) {
-            Ok(Pending { writers_gone: true, .. }) => Leftover::Nobody,
-            Ok(_) if state.waits && pipe::may_be_full(&**source) => Leftover::HeldUp,
-            Ok(_) => Leftover::Writer,
-            Err(error) => {
+        let look = || {
+            if pipe::pending(&**source)?.writers_gone {
+                return Ok(Leftover::Nobody);
+            }
+            let held_up = state.waits && pipe::is_full(&**source)?;
+            Ok(if held_up { Leftover::HeldUp } else { Leftover::Writer })
+        };
+        match look() {
+            Ok(who) => who,
+            Err::<_, io::Error>(error) => {
                 tracing::warn!(%error, "cannot tell whether a process still writes");
                 Leftover::Writer
             }

@@ -53,7 +53,8 @@ pub(crate) fn import(config: &Config, args: &ImportArgs, mut output: File) -> Re
     let store = Store::at(&config.snapshot.dir);
     check_id("namespace", &args.namespace).map_err(|_| CliError::NoNamespace(args.namespace.clone()))?;
     let limit = config.snapshot.import_limit;
-    let import = Import { name: args.name.as_deref(), namespace: &args.namespace, limit };
+    let (name, pod_namespace) = (args.name.as_deref(), args.pod_namespace.as_deref());
+    let import = Import { name, namespace: &args.namespace, pod_namespace, limit };
     let file = &args.file;
     // A FIFO is waited for here, when there is nothing yet to be removed.
     let input = match file == Path::new(STANDARD) {

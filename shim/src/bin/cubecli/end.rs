@@ -5,7 +5,7 @@ use std::{io::ErrorKind, path::Path, time::Duration};
 
 use containerd_shim_protos::api;
 use cube_shim::{bootstrap, cgroup::SandboxCgroup, config::Config, log::locate::Name, state::RunDir};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
 
 use crate::{
@@ -18,6 +18,12 @@ use crate::{
 };
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+
+/// Time for a shim to say anything.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+
+/// Between two looks at what is about to go.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Time for a signal, and for a state.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
@@ -64,13 +70,13 @@ impl End<'_> {
                 killed => return Ok(killed?),
             }
         }
-        match self.shim().await? {
-            Some(shim) => match kill_by(&shim, id, signal).await {
-                Err(CliError::ShimSilent { .. }) => self.kill_from_disk(id, signal),
-                killed => killed,
-            },
-            None => self.kill_from_disk(id, signal),
+        if let Reach::Answers(shim) = self.reach().await? {
+            match kill_by(&shim, id, signal).await {
+                Err(CliError::ShimSilent { .. }) => {}
+                killed => return killed,
+            }
         }
+        self.kill_from_disk(id, signal)
     }
 
     /// Ends everything in the sandbox's cgroup: without a shim, nobody can do less.
@@ -192,9 +198,12 @@ impl End<'_> {
         }
         if let Some(shim) = self.shim().await? {
             let request = api::ShutdownRequest::new();
-            // It may end before its answer is out.
-            let _ =
-                shim.task(CALL_LIMIT, |c, context| async move { c.shutdown(context, &request).await }).await;
+            // It ends before its answer is out, or after.
+            let call = shim.task(CALL_LIMIT, |c, context| async move { c.shutdown(context, &request).await });
+            tokio::select! {
+                _ = call => {}
+                () = is_gone(dir) => {}
+            }
             if timeout(DELETE_LIMIT, is_gone(dir)).await.is_err() {
                 return Err(shim.silent());
             }
@@ -233,22 +242,54 @@ impl End<'_> {
         Containerd::of(self.config, &self.sandbox, self.address).await.ok()
     }
 
-    /// The shim, unless nobody listens.
+    /// The shim, if there is one.
     async fn shim(&self) -> Result<Option<Shim>, CliError> {
-        match Shim::connect(&self.sandbox).await {
-            Ok(shim) => Ok(Some(shim)),
-            Err(CliError::ShimGone { source, .. })
-                if [ErrorKind::NotFound, ErrorKind::ConnectionRefused].contains(&source.kind()) =>
+        match self.reach().await? {
+            Reach::Answers(shim) => Ok(Some(shim)),
+            Reach::Silent(shim) => Err(shim.silent()),
+            Reach::Gone => Ok(None),
+        }
+    }
+
+    /// Asks for a state, which a shim has in memory: one that is just being killed may take a connection.
+    async fn reach(&self) -> Result<Reach, CliError> {
+        let begun = Instant::now();
+        loop {
+            let shim = match Shim::connect(&self.sandbox).await {
+                Ok(shim) => shim,
+                Err(CliError::ShimGone { source, .. })
+                    if [ErrorKind::NotFound, ErrorKind::ConnectionRefused].contains(&source.kind()) =>
+                {
+                    return Ok(Reach::Gone);
+                }
+                Err(e) => return Err(e),
+            };
+            let request =
+                api::StateRequest { id: self.sandbox.state.sandbox_id.clone(), ..Default::default() };
+            match shim.task(ANSWER_LIMIT, |c, context| async move { c.state(context, &request).await }).await
             {
-                Ok(None)
+                Err(CliError::ShimSilent { .. }) if begun.elapsed() >= ANSWER_LIMIT => {
+                    return Ok(Reach::Silent(shim));
+                }
+                // It has closed the connection.
+                Err(CliError::ShimSilent { .. }) => sleep(PAUSE).await,
+                // Whatever it says.
+                _ => return Ok(Reach::Answers(shim)),
             }
-            Err(e) => Err(e),
         }
     }
 
     fn name(&self, id: &str) -> Name {
         Name { namespace: self.sandbox.state.namespace.clone(), id: id.into() }
     }
+}
+
+/// How it is with a shim.
+enum Reach {
+    Answers(Shim),
+    /// Somebody listens, and says nothing.
+    Silent(Shim),
+    Gone,
 }
 
 async fn kill_by(shim: &Shim, id: &str, signal: u32) -> Result<(), CliError> {
@@ -259,7 +300,7 @@ async fn kill_by(shim: &Shim, id: &str, signal: u32) -> Result<(), CliError> {
 /// Returns when nobody listens on the shim's socket any more.
 async fn is_gone(dir: &RunDir) {
     while tokio::net::UnixStream::connect(dir.path().join("shim.sock")).await.is_ok() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        sleep(PAUSE).await;
     }
 }
 

@@ -53,7 +53,7 @@ pub(crate) enum CliError {
     #[error("{id:?} is ambiguous, it could be:\n  {}", .candidates.iter().map(Name::to_string).collect::<Vec<_>>().join("\n  "))]
     Ambiguous { id: String, candidates: Vec<Name> },
     #[error(
-        "the shim of sandbox {sandbox} is gone: containerd cleans up when it notices; if it does not, `ctr task delete --force`, or after a crash of both `cubecli cubebox gc`"
+        "the shim of sandbox {sandbox} is gone: containerd cleans up when it notices; if it does not, `cubecli cubebox rm --force {}` removes what is left", .sandbox.id
     )]
     ShimGone {
         sandbox: Name,

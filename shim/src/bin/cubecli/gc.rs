@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -18,13 +18,11 @@ use cube_shim::{
     rootfs::{
         RootfsError,
         block::{Cache, SandboxDisks},
-        mountinfo,
     },
     snapshot::{SnapshotError, Store, Suspended},
     state::{RunDir, StateError},
     text::printable,
 };
-use nix::mount::{MntFlags, umount2};
 
 use crate::{
     args::GcArgs,
@@ -219,28 +217,12 @@ enum GcError {
     Snapshot(#[from] SnapshotError),
     #[error("cannot write the output")]
     Output(#[from] io::Error),
-    #[error("cannot list the mounts below {path}")]
-    Mounts { path: PathBuf, source: io::Error },
-    #[error("cannot unmount {path}")]
-    Unmount { path: PathBuf, source: io::Error },
-    #[error("{path} is still mounted, so its run directory is left alone")]
-    StillMounted { path: PathBuf },
 }
 
 /// Unmounts what is mounted below the run directory, then removes it. Never in the other order: what
 /// is mounted there are the files of images and volumes.
 fn remove(dir: &RunDir) -> Result<(), GcError> {
-    let failed = |source| GcError::Mounts { path: dir.path().into(), source };
-    // The kernel lists mounts by their paths without links.
-    let path = fs::canonicalize(dir.path()).map_err(failed)?;
-    let mounts = || mountinfo::at_and_below(&path).map_err(failed);
-    for path in mounts()? {
-        umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
-            .map_err(|errno| GcError::Unmount { path: path.clone(), source: errno.into() })?;
-    }
-    if let Some(path) = mounts()?.pop() {
-        return Err(GcError::StillMounted { path });
-    }
+    dir.unmount()?;
     if let Some(disks) = SandboxDisks::of(dir.path())? {
         disks.remove()?;
     }

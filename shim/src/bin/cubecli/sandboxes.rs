@@ -111,9 +111,8 @@ pub(crate) fn find_container(
 pub(crate) fn that_logs(run_dir: &Path, log: &Log) -> Result<Option<(Sandbox, String)>, CliError> {
     for sandbox in all(run_dir)? {
         let mut containers = sandbox.containers();
-        let writer = containers.find(|(name, container)| {
-            *name == log.name || container.log_dir.as_deref() == Some(log.dir.path())
-        });
+        let writer =
+            containers.find(|(name, container)| *name == log.name || container.logs_to(log.dir.path()));
         if let Some((name, _)) = writer {
             drop(containers);
             return Ok(Some((sandbox, name.id)));

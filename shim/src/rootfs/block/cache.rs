@@ -22,7 +22,10 @@ use nix::{
 use tracing::{info, warn};
 
 use super::{super::failed, Identity, Limits, RootfsError, SandboxDisks};
-use crate::files::{self, LOCK_LIMIT, Lock};
+use crate::{
+    files::{self, LOCK_LIMIT, Lock},
+    state::RunDir,
+};
 
 /// The packed layers in an identity's directory.
 const IMAGE: &str = "rootfs.erofs";
@@ -102,7 +105,7 @@ impl Cache {
             // A packer that outlived its shim may still write to the file of its own pid.
             let new = dir.join(format!("{}.new", process::id()));
             let made = pack(&new).and_then(|()| publish(&new, &image));
-            made.inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+            made.inspect_err(|_| drop(files::remove(&dir)))?;
         }
         fs::hard_link(&image, to).map_err(failed("cannot link", to))?;
         Ok(packed)
@@ -136,13 +139,14 @@ impl Cache {
         let _lock = self.lock_sandboxes()?;
         let mut removed = Vec::new();
         for entry in list(&self.sandboxes())? {
-            // With the lock nobody is about to make the link: without one, somebody died doing so.
-            if entry.join(SandboxDisks::RUN_DIR).exists() {
+            // With the lock nobody is about to make the link: without one, somebody died doing so. In doubt,
+            // there is a sandbox.
+            if !is_ours(&entry) || !matches!(entry.join(SandboxDisks::RUN_DIR).try_exists(), Ok(false)) {
                 continue;
             }
             let bytes = files::size_below(&entry);
             if !dry_run {
-                remove_dir(&entry)?;
+                remove(&entry)?;
             }
             removed.push(Collected { path: entry, bytes });
         }
@@ -183,7 +187,7 @@ fn lock(dir: &Path, limits: &Limits) -> Result<Flock<File>, RootfsError> {
             Err(e) => return Err(failed("cannot open", dir)(e)),
         };
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) if is_at(&lock, dir) => return Ok(lock),
+            Ok(lock) if files::is_at(&*lock, dir) => return Ok(lock),
             // Evicted, and perhaps made again, between open and lock.
             Ok(_) => {}
             Err((_, Errno::EWOULDBLOCK)) => {
@@ -198,22 +202,16 @@ fn lock(dir: &Path, limits: &Limits) -> Result<Flock<File>, RootfsError> {
     }
 }
 
-/// Whether the open directory is still the one at `path`.
-fn is_at(open: &File, path: &Path) -> bool {
-    let key = |meta: &fs::Metadata| (meta.dev(), meta.ino());
-    matches!((open.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if key(&a) == key(&b))
-}
-
 /// Removes the image in `dir` unless it is in use or somebody is at work there. Tells whether it did.
 fn remove_unused(dir: &Path, dry_run: bool) -> Result<bool, RootfsError> {
     let Ok(file) = File::open(dir) else { return Ok(false) };
     let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(false) };
     let used = fs::metadata(dir.join(IMAGE)).is_ok_and(|meta| meta.nlink() > 1);
-    if used || !is_at(&lock, dir) {
+    if used || !files::is_at(&*lock, dir) {
         return Ok(false);
     }
     if !dry_run {
-        remove_dir(dir)?;
+        remove(dir)?;
     }
     Ok(true)
 }
@@ -227,6 +225,11 @@ fn publish(new: &Path, image: &Path) -> Result<(), RootfsError> {
     synced.map_err(failed("cannot write out", dir))
 }
 
+/// Whether a directory has a name that a sandbox's has. A wrong `rootfs.cache_dir` must not cost somebody else's files.
+fn is_ours(dir: &Path) -> bool {
+    dir.file_name().and_then(|name| name.to_str()).is_some_and(RunDir::is_key)
+}
+
 fn make_dir(dir: &Path) -> Result<(), RootfsError> {
     files::make_dir(dir).map_err(failed("cannot create", dir))
 }
@@ -237,11 +240,11 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {
 
 fn remove_all_but(dir: &Path, kept: &str) -> Result<(), RootfsError> {
     let others = list(dir)?.into_iter().filter(|path| path.file_name().is_none_or(|name| name != kept));
-    others.into_iter().try_for_each(|path| fs::remove_file(&path).map_err(failed("cannot remove", &path)))
+    others.into_iter().try_for_each(|path| remove(&path))
 }
 
-pub(super) fn remove_dir(dir: &Path) -> Result<(), RootfsError> {
-    files::remove(dir).map_err(failed("cannot remove", dir))
+pub(super) fn remove(path: &Path) -> Result<(), RootfsError> {
+    files::remove(path).map_err(failed("cannot remove", path))
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::{
 use super::{
     super::{failed, plan::serial},
     Cache, RootfsError,
-    cache::remove_dir,
+    cache::remove,
 };
 use crate::vmm::Disk;
 
@@ -44,7 +44,7 @@ impl SandboxDisks {
         symlink(&dir, &link).map_err(failed("cannot create", &link))?;
         let _lock = cache.lock_sandboxes()?;
         // Left by a sandbox of the same name, before a reboot.
-        remove_dir(&dir)?;
+        remove(&dir)?;
         DirBuilder::new().mode(0o700).create(&dir).map_err(failed("cannot create", &dir))?;
         let back = dir.join(Self::RUN_DIR);
         symlink(run_dir, &back).map_err(failed("cannot create", &back))?;
@@ -93,17 +93,11 @@ impl SandboxDisks {
 
     /// Removes the disks of container `id`. May be repeated.
     pub fn remove_container(&self, id: &str) -> Result<(), RootfsError> {
-        for path in [self.image(id), self.writable(id)] {
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("cannot remove", &path)(e)),
-                _ => {}
-            }
-        }
-        Ok(())
+        [self.image(id), self.writable(id)].iter().try_for_each(|path| remove(path))
     }
 
     /// Removes them all. May be repeated, and needs nothing but [`of`](SandboxDisks::of).
     pub fn remove(&self) -> Result<(), RootfsError> {
-        remove_dir(&self.dir)
+        remove(&self.dir)
     }
 }

@@ -55,6 +55,8 @@ impl Owner {
             let path = spec::cgroups_path(&plan.spec)?;
             let Placed { cgroup, shim_home } = self.host.cgroup(self.identity.run_dir.key(), path)?;
             (self.disk.cgroup, self.disk.shim_home) = (cgroup, shim_home);
+            self.identity.run_dir.create()?;
+            self.disk.user = self.host.claim_user(&self.config, &self.identity.run_dir)?;
         }
         let log = self.log_config(&plan);
         let bundle = plan.request.bundle.clone();

@@ -170,6 +170,7 @@ impl Owner {
             cgroup: PathBuf::new(),
             shim_home: None,
             backend: String::new(),
+            user: 0,
             vmm_pid: 0,
             timeline: 0,
             past_timelines: Vec::new(),

@@ -114,6 +114,8 @@ impl Owner {
             sandbox_id: self.identity.id.clone(),
             run_dir: self.identity.run_dir.path().into(),
             cgroup: self.disk.cgroup.clone(),
+            user: self.disk.user,
+            group: self.config.users.first,
             // Those of the memory on disk are in force.
             vcpus: self.config.vm.vcpus,
             memory_mib: self.config.vm.memory_mib,

@@ -188,7 +188,7 @@ async fn a_copy_is_made_with_the_snapshot_or_there_is_none() {
     };
     within(lab.sandbox.snapshot(request("one", &copy))).await.unwrap();
     assert_eq!(fs::read(copy.join("vm/memory-ranges")).unwrap(), b"memory");
-    let import = Import { name: Some("two"), namespace: "default", limit: 1 << 30 };
+    let import = Import { name: Some("two"), namespace: "default", pod_namespace: None, limit: 1 << 30 };
     let imported = lab.store().import_dir(&copy, import, &mut crate::snapshot::untold).unwrap();
     assert_eq!(imported.manifest.containers[0].spec["hostname"], "box");
     within(lab.sandbox.snapshot(request("three", &copy))).await.unwrap_err();

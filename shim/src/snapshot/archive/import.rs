@@ -38,6 +38,8 @@ pub struct Import<'a> {
     pub name: Option<&'a str>,
     /// The containerd namespace that it is for. What the archive says of that means another host.
     pub namespace: &'a str,
+    /// The Kubernetes namespace whose pods it is for, if it is for any.
+    pub pod_namespace: Option<&'a str>,
     /// Bytes of data that it may have.
     pub limit: u64,
 }
@@ -155,7 +157,8 @@ fn manifest(text: Vec<u8>, path: &Path, import: Import<'_>) -> Result<Manifest, 
     }
     // Whose it is here is not for an archive to say.
     manifest.origin.namespace = import.namespace.into();
-    manifest.owner = Some(Tenant { namespace: import.namespace.into(), pod_namespace: None });
+    let pod_namespace = import.pod_namespace.map(Into::into);
+    manifest.owner = Some(Tenant { namespace: import.namespace.into(), pod_namespace });
     check::usable(&manifest.name, &manifest)?;
     Ok(manifest)
 }

@@ -47,6 +47,8 @@ mod tests {
             sandbox_id: "s".into(),
             run_dir: "/run/cube/k".into(),
             cgroup: "/nonexistent".into(),
+            user: 0,
+            group: 0,
             vcpus: 2,
             memory_mib: 256,
             share: None,
@@ -61,7 +63,7 @@ mod tests {
         let config = vm(&spec(), &Guest::default());
         assert_eq!(config["cpus"], json!({"boot_vcpus": 2, "max_vcpus": 2}));
         assert_eq!(config["memory"], json!({"size": 268_435_456, "shared": true}));
-        assert_eq!(config["vsock"]["socket"], "/run/cube/k/vm.vsock");
+        assert_eq!(config["vsock"]["socket"], "/run/cube/k/vsock/vm.vsock");
         assert_eq!(config["payload"]["kernel"], "/usr/share/cube/guest/vmlinux");
         let cmdline = config["payload"]["cmdline"].as_str().unwrap();
         assert!(cmdline.ends_with(" cube.x=1") && !cmdline.contains("mitigations"), "{cmdline}");

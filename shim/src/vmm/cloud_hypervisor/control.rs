@@ -3,14 +3,19 @@
 use std::path::Path;
 
 use async_trait::async_trait;
+use tokio::task::spawn_blocking;
 
 use super::{
     super::{
         Disk, VmSpec, VmmError,
+        access::{self, Shown},
         machine::{CONTROL_LIMIT, Control},
+        wall::User,
     },
     api::Api,
-    config, snapshot,
+    config,
+    place::Place,
+    snapshot,
 };
 
 /// The VM behind one API socket.
@@ -19,11 +24,20 @@ pub(super) struct Controller {
     version: String,
     memory_bytes: u64,
     shares: bool,
+    shown: Shown,
+    user: User,
 }
 
 impl Controller {
-    pub(super) fn new(api: Api, version: String, spec: &VmSpec, memory_bytes: u64) -> Controller {
-        Controller { api, version, memory_bytes, shares: spec.share.is_some() }
+    pub(super) fn new(
+        api: Api,
+        version: String,
+        spec: &VmSpec,
+        memory_bytes: u64,
+        shown: Shown,
+    ) -> Controller {
+        let (shares, user) = (spec.share.is_some(), spec.vmm_user());
+        Controller { api, version, memory_bytes, shares, shown, user }
     }
 
     /// Cloud Hypervisor refuses what is done already, as after a request whose answer was lost.
@@ -57,10 +71,19 @@ impl Control for Controller {
                          cube.rootfs.mode=block",
             });
         }
-        snapshot::write(&self.api, &self.version, dir, self.memory_bytes).await
+        let place = Place { dir: dir.into(), shown: self.shown.clone(), user: self.user };
+        let opening = place.clone();
+        spawn_blocking(move || opening.open()).await??;
+        let asked = snapshot::ask(&self.api, dir, self.memory_bytes).await;
+        // Also after an error: nobody but root may change what is there.
+        spawn_blocking(move || place.close()).await??;
+        asked?;
+        snapshot::complete(&self.version, dir, self.memory_bytes, self.user.gid).await
     }
 
     async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
+        let (shown, user, new) = (self.shown.clone(), self.user, disk.clone());
+        spawn_blocking(move || access::show_disk(&shown, &new, user)).await??;
         self.api.put("vm.add-disk", Some(&config::disk(disk)), CONTROL_LIMIT).await
     }
 }

@@ -4,6 +4,7 @@ mod api;
 mod config;
 mod control;
 mod events;
+mod place;
 mod restore;
 mod snapshot;
 pub(super) mod version;
@@ -20,12 +21,14 @@ use serde_json::Value;
 use self::{api::Api, control::Controller};
 use super::{
     VSOCK_SOCKET, VmSpec, VmmError,
+    access::{self, Shown},
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, listen, remove_stale},
+    helper::{Helper, Launch, listen, own_dir, remove_stale},
     image,
     machine::{Backend, EndReason, Parts, culprit},
     program::{CLOUD_HYPERVISOR_HINT, find},
     virtiofsd,
+    wall::{Root, Wall},
 };
 use crate::{
     cgroup::SandboxCgroup,
@@ -61,6 +64,25 @@ enum Origin {
 }
 
 impl CloudHypervisor {
+    /// What Cloud Hypervisor sees of the host.
+    fn root(&self, program: &Path, origin: &Origin) -> Result<Root, VmmError> {
+        let VmSpec { run_dir, disks, share, group, .. } = &self.spec;
+        let vsock = run_dir.join(VSOCK_SOCKET);
+        let mut root = Root::new(&self.spec.root()).open().program(program).proc();
+        root = root.write(vsock.parent().unwrap_or(&vsock));
+        if share.is_some() {
+            root = root.write(&virtiofsd::socket(run_dir));
+        }
+        root = match origin {
+            Origin::Kernel { .. } => root.read(&self.guest.vmlinux).read(&self.guest.initrd),
+            Origin::Snapshot { .. } => restore::files(&self.spec)?.iter().try_fold(root, |root, path| {
+                access::let_group_read(path, *group)?;
+                Ok::<_, VmmError>(root.read(path))
+            })?,
+        };
+        access::with_devices_and_disks(root, disks, self.spec.vmm_user())
+    }
+
     fn origin(&self) -> Result<Origin, VmmError> {
         match &self.spec.restore {
             Some(dir) => {
@@ -128,7 +150,9 @@ impl Backend for CloudHypervisor {
             helpers.push(virtiofsd::launch(&self.spec, share, &self.tools.virtiofsd)?);
         }
 
-        remove_stale(&self.spec.run_dir.join(VSOCK_SOCKET))?;
+        let vsock = self.spec.run_dir.join(VSOCK_SOCKET);
+        own_dir(vsock.parent().unwrap_or(&vsock), self.spec.vmm_user())?;
+        remove_stale(&vsock)?;
         let socket = api_socket(&self.spec.run_dir);
         let listener = OwnedFd::from(listen(&socket)?);
         let (events, events_write_end) = events::pipe()?;
@@ -143,7 +167,7 @@ impl Backend for CloudHypervisor {
             ],
             cgroup: cgroup.helpers(),
             fds: vec![listener, events_write_end],
-            own_network: true,
+            wall: Wall::helper(self.root(&program, &origin)?, self.spec.vmm_user()),
             stdout: Some(console.clone()),
         })?;
         let reason = EndReason::default();
@@ -157,7 +181,13 @@ impl Backend for CloudHypervisor {
         };
         match vmm.until("the start of Cloud Hypervisor", 2 * origin.limit(), run).await {
             Ok(version) => {
-                let control = Box::new(Controller::new(api, version, &self.spec, origin.memory_bytes()));
+                let control = Box::new(Controller::new(
+                    api,
+                    version,
+                    &self.spec,
+                    origin.memory_bytes(),
+                    Shown(vmm.clone()),
+                ));
                 Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
             }
             Err(error) => Err(culprit(&helpers, error).await),

@@ -22,7 +22,7 @@ use super::{
     snapshot::{CONFIG, MEMORY, STATE},
     version::may_restore,
 };
-use crate::snapshot::WrittenBy;
+use crate::{files, snapshot::WrittenBy};
 
 /// Name of the directory in the run directory.
 const DIR: &str = "restore";
@@ -78,11 +78,20 @@ pub(super) fn request(url: &str) -> Value {
     json!({"source_url": url, "memory_restore_mode": "Copy"})
 }
 
-fn write(dir: &Path, snapshot: &Path, config: &Map<String, Value>) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// All that is read of the host then.
+pub(super) fn files(spec: &VmSpec) -> Result<Vec<PathBuf>, VmmError> {
+    let dir = spec.run_dir.join(DIR);
+    let links = [STATE, MEMORY].map(|file| dir.join(file));
+    let mut files = vec![dir.clone(), dir.join(CONFIG)];
+    for link in links {
+        let to = fs::read_link(&link);
+        files.push(to.map_err(|source| VmmError::Io { action: "cannot read", path: link, source })?);
     }
+    Ok(files)
+}
+
+fn write(dir: &Path, snapshot: &Path, config: &Map<String, Value>) -> io::Result<()> {
+    files::remove(dir)?;
     DirBuilder::new().mode(0o700).create(dir)?;
     fs::write(dir.join(CONFIG), serde_json::to_vec(config)?)?;
     for file in [STATE, MEMORY] {
@@ -220,6 +229,20 @@ mod tests {
     /// What Cloud Hypervisor 54 wrote for a VM with two disks, the second of them hot-plugged.
     const ORIGINAL: &str = include_str!("testdata/config.json");
 
+    #[test]
+    fn making_the_directory_anew_costs_nobody_a_file() {
+        files::testing::costs_nobody_a_file(
+            |root| {
+                write(&root.join(DIR), Path::new("/no/such"), &Map::new()).unwrap();
+                root.join(DIR)
+            },
+            |root| {
+                write(&root.join(DIR), Path::new("/no/such"), &Map::new())?;
+                files::remove(&root.join(DIR))
+            },
+        );
+    }
+
     struct Lab {
         dir: tempfile::TempDir,
         spec: VmSpec,
@@ -243,6 +266,8 @@ mod tests {
                 sandbox_id: "clone".into(),
                 run_dir,
                 cgroup: "/nonexistent".into(),
+                user: 0,
+                group: 0,
                 vcpus: 9,
                 memory_mib: 9999,
                 share: None,
@@ -280,7 +305,7 @@ mod tests {
         let source = lab.prepare().unwrap();
         let edited: Value = serde_json::from_slice(&fs::read(source.dir.join(CONFIG)).unwrap()).unwrap();
         let mut expected: Value = serde_json::from_str(ORIGINAL).unwrap();
-        expected["vsock"]["socket"] = json!(lab.spec.run_dir.join("vm.vsock"));
+        expected["vsock"]["socket"] = json!(lab.spec.run_dir.join(VSOCK_SOCKET));
         expected["disks"][0]["path"] = json!(lab.dir.path().join("rootfs-0"));
         expected["disks"][1]["path"] = json!(lab.dir.path().join("hot-1"));
         expected["payload"] = json!({"kernel": "/dev/null"});

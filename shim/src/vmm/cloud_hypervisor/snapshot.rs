@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufReader, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::Path,
     time::Duration,
 };
@@ -40,20 +40,29 @@ pub(super) fn url(dir: &Path) -> Result<String, VmmError> {
     Ok(format!("file://{path}"))
 }
 
-/// Writes memory and state of the paused VM behind `api`, which is Cloud Hypervisor `version`. See
-/// [`Vmm::snapshot`](super::super::Vmm::snapshot).
-pub(super) async fn write(api: &Api, version: &str, dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
-    let failed = |source| VmmError::Snapshot { dir: dir.into(), source: Box::new(source) };
+/// Lets the paused VM behind `api` write its memory and state. See [`Vmm::snapshot`](super::super::Vmm::snapshot).
+pub(super) async fn ask(api: &Api, dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
     let request = json!({"destination_url": url(dir)?});
-    api.put("vm.snapshot", Some(&request), limit(memory_bytes)).await.map_err(failed)?;
+    let asked = api.put("vm.snapshot", Some(&request), limit(memory_bytes)).await;
+    asked.map_err(|source| VmmError::Snapshot { dir: dir.into(), source: Box::new(source) })
+}
+
+/// Checks what Cloud Hypervisor `version` has written, lets `group` read it, and says who has written it.
+pub(super) async fn complete(
+    version: &str,
+    dir: &Path,
+    memory_bytes: u64,
+    group: u32,
+) -> Result<(), VmmError> {
+    let failed = |source| VmmError::Snapshot { dir: dir.into(), source: Box::new(source) };
     let (written, version) = (dir.to_owned(), version.to_owned());
     let completed = spawn_blocking(move || {
-        check(&written, memory_bytes)?;
+        check(&written, memory_bytes, group)?;
         sign(&written, version)
     });
     match completed.await {
         Ok(checked) => checked.map_err(failed),
-        Err(error) => Err(VmmError::Spawn { program: "a thread".into(), source: error.into() }),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -70,11 +79,11 @@ fn sign(dir: &Path, version: String) -> Result<(), VmmError> {
 
 /// Whether all is there. Cloud Hypervisor (up to 54 at least) writes the JSON files with one write(2)
 /// each and does not look at how much of them the file system took.
-fn check(dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
+fn check(dir: &Path, memory_bytes: u64, group: u32) -> Result<(), VmmError> {
     for (name, check) in [(CONFIG, is_json as fn(&File) -> io::Result<()>), (STATE, is_json)] {
-        check_file(dir, name, check)?;
+        check_file(dir, name, group, check)?;
     }
-    check_file(dir, MEMORY, |file| match file.metadata()?.len() {
+    check_file(dir, MEMORY, group, |file| match file.metadata()?.len() {
         len if len == memory_bytes => Ok(()),
         len => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
@@ -83,11 +92,22 @@ fn check(dir: &Path, memory_bytes: u64) -> Result<(), VmmError> {
     })
 }
 
-fn check_file(dir: &Path, name: &str, check: impl Fn(&File) -> io::Result<()>) -> Result<(), VmmError> {
+fn check_file(
+    dir: &Path,
+    name: &str,
+    group: u32,
+    check: impl Fn(&File) -> io::Result<()>,
+) -> Result<(), VmmError> {
     let path = dir.join(name);
-    let result = File::open(&path).and_then(|file| {
-        // Its umask is 077 already; the mode is a promise of ours.
-        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    // Whoever has written it may have made anything of that name.
+    let open = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
+    let result = open.and_then(|file| {
+        let meta = file.metadata()?;
+        if !meta.is_file() || meta.nlink() != 1 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file of its own"));
+        }
+        fchown(&file, Some(0), Some(group))?;
+        file.set_permissions(fs::Permissions::from_mode(0o640))?;
         check(&file)
     });
     result.map_err(|source| VmmError::Incomplete { path, source })
@@ -129,18 +149,25 @@ mod tests {
             File::create_new(files.join(MEMORY)).unwrap().set_len(MEMORY_BYTES).unwrap();
             stream.write_all(reply.as_bytes()).await.unwrap();
         });
-        let result = write(&Api::new(socket), "v54.0", &target, MEMORY_BYTES).await;
+        let result = match ask(&Api::new(socket), &target, MEMORY_BYTES).await {
+            Ok(()) => complete("v54.0", &target, MEMORY_BYTES, 4321).await,
+            failed => failed,
+        };
         server.await.unwrap();
         (dir, result)
     }
 
     #[tokio::test]
-    async fn a_snapshot_is_for_its_owner_alone() {
+    async fn a_snapshot_is_for_root_and_the_group_of_vmms() {
         let (dir, result) = write_with("{}", "HTTP/1.1 204 \r\n\r\n").await;
         result.unwrap();
         for name in [CONFIG, STATE, MEMORY] {
             let meta = fs::metadata(dir.path().join("snapshot").join(name)).unwrap();
-            assert_eq!(meta.permissions().mode() & 0o777, 0o600, "{name}");
+            assert_eq!(
+                (meta.permissions().mode() & 0o777, meta.uid(), meta.gid()),
+                (0o640, 0, 4321),
+                "{name}"
+            );
         }
     }
 

@@ -29,7 +29,11 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Fails if the program is too old or tells no version. Runs it: blocks for milliseconds, for [`LIMIT`]
 /// at most.
 pub(in super::super) fn check_installed(program: &Path) -> Result<(), VmmError> {
-    let printed = print(program).map_err(|source| VmmError::Spawn { program: program.into(), source })?;
+    let printed = print(program).map_err(|source| VmmError::Io {
+        action: "cannot run",
+        path: program.into(),
+        source,
+    })?;
     check(program, printed.lines().next().unwrap_or_default())
 }
 
@@ -157,7 +161,7 @@ mod tests {
             fs::rename(program.with_extension("new"), &program).unwrap();
             loop {
                 match check_installed(&program) {
-                    Err(VmmError::Spawn { source, .. }) if source.raw_os_error() == Some(libc::ETXTBSY) => {}
+                    Err(VmmError::Io { source, .. }) if source.raw_os_error() == Some(libc::ETXTBSY) => {}
                     result => return result,
                 }
             }

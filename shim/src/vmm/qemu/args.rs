@@ -103,6 +103,8 @@ mod tests {
             sandbox_id: "s,1".into(),
             run_dir: "/run/cube/a,b".into(),
             cgroup: "/nonexistent".into(),
+            user: 0,
+            group: 0,
             vcpus: 2,
             memory_mib: 300,
             share: None,

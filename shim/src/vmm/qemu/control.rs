@@ -8,21 +8,23 @@ use std::{
 };
 
 use async_trait::async_trait;
-use nix::{
-    sys::{
-        signal::Signal,
-        wait::{Id, WaitPidFlag, WaitStatus, waitid},
-    },
-    unistd::Pid,
+use nix::sys::{
+    signal::Signal,
+    wait::{Id, WaitPidFlag, WaitStatus, waitid},
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    task::spawn_blocking,
+    time::{sleep, timeout},
+};
 
 use super::{
     super::{
         Disk, VmmError,
+        access::{self, Shown},
         helper::Helper,
         machine::{CONTROL_LIMIT, Control},
         pidfd,
+        wall::User,
     },
     disk::Ports,
     qmp::Qmp,
@@ -43,14 +45,16 @@ pub(super) struct Controller {
     ports: Ports,
     program: PathBuf,
     process: OwnedFd,
+    shown: Shown,
+    user: User,
 }
 
 impl Controller {
-    pub(super) fn new(qmp: Qmp, vmm: &Helper) -> Result<Controller, VmmError> {
+    pub(super) fn new(qmp: Qmp, vmm: &Helper, user: User) -> Result<Controller, VmmError> {
         let program = vmm.program().to_owned();
-        let process = pidfd::open(Pid::from_raw(vmm.pid().cast_signed()));
+        let process = vmm.pidfd().try_clone();
         let process = process.map_err(|source| cannot("cannot watch", &program, source))?;
-        Ok(Controller { qmp, ports: Ports::default(), program, process })
+        Ok(Controller { qmp, ports: Ports::default(), program, process, shown: Shown(vmm.clone()), user })
     }
 
     fn send(&self, signal: Signal) -> Result<(), VmmError> {
@@ -95,6 +99,8 @@ impl Control for Controller {
     }
 
     async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
+        let (shown, user, new) = (self.shown.clone(), self.user, disk.clone());
+        spawn_blocking(move || access::show_disk(&shown, &new, user)).await??;
         self.ports.plug(&self.qmp, disk).await
     }
 }

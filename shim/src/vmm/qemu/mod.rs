@@ -17,13 +17,14 @@ use tokio::{net::UnixListener, task::JoinHandle};
 
 use self::{control::Controller, qmp::Qmp};
 use super::{
-    VmSpec, VmmError,
+    VmSpec, VmmError, access,
     console::{GUEST_CONSOLE, Ring},
-    helper::{Helper, Launch, listening, remove_stale},
+    helper::{Helper, Launch, give, listening, remove_stale},
     image,
     machine::{Backend, CONTROL_LIMIT, EndReason, Parts, culprit},
     program::{QEMU_HINT, RESTORE_HINT, find},
     virtiofsd,
+    wall::{Root, Wall},
 };
 use crate::{
     cgroup::SandboxCgroup,
@@ -49,8 +50,22 @@ fn qmp_socket(run_dir: &Path) -> PathBuf {
 
 /// Where vhost-device-vsock serves the device to QEMU; the host dials another socket.
 fn vsock_device_socket(run_dir: &Path) -> PathBuf {
-    run_dir.join("vsock-device.sock")
+    directory(run_dir).join("device.sock")
 }
+
+/// The directory that vhost-device-vsock writes to.
+fn directory(run_dir: &Path) -> PathBuf {
+    run_dir.join("vsock")
+}
+
+/// Where QEMU's own data is, its ROMs for example, whoever has built it.
+const DATA: [&str; 5] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/local/share/qemu",
+    "/usr/local/share/seabios",
+    "/usr/lib/ipxe",
+];
 
 /// A VM in QEMU.
 #[derive(Debug)]
@@ -64,6 +79,19 @@ pub(crate) struct Qemu {
 impl Qemu {
     pub(crate) fn new(config: &Config, spec: VmSpec, accel: Accel) -> Qemu {
         Qemu { spec, guest: config.guest.clone(), tools: config.tools.clone(), accel }
+    }
+
+    /// What QEMU sees of the host.
+    fn root(&self, program: &Path) -> Result<Root, VmmError> {
+        let VmSpec { run_dir, disks, share, .. } = &self.spec;
+        let mut root = Root::new(&self.spec.root()).open().program(program);
+        root = DATA.iter().fold(root, |root, dir| root.data(dir.as_ref()));
+        root = root.read(&self.guest.kernel).read(&self.guest.initrd);
+        root = root.write(&qmp_socket(run_dir)).write(&vsock_device_socket(run_dir));
+        if share.is_some() {
+            root = root.write(&virtiofsd::socket(run_dir));
+        }
+        access::with_devices_and_disks(root, disks, self.spec.vmm_user())
     }
 
     fn cgroup(&self) -> SandboxCgroup {
@@ -96,7 +124,8 @@ impl Backend for Qemu {
             helpers.push(virtiofsd::launch(&self.spec, share, &self.tools.virtiofsd)?);
         }
         let device = vsock_device_socket(&self.spec.run_dir);
-        vsock.until("the start of vhost-device-vsock", BOOT_LIMIT, listening(&device)).await?;
+        vsock.until("the start of vhost-device-vsock", BOOT_LIMIT, listening(vsock.pid(), &device)).await?;
+        give(&device, self.spec.vmm_user())?;
         tokio::spawn(vsock::publish(vsock.clone(), self.spec.run_dir.clone()));
         helpers.push(vsock);
 
@@ -107,13 +136,15 @@ impl Backend for Qemu {
             path: qmp_path.clone(),
             source,
         })?;
+        give(&qmp_path, self.spec.vmm_user())?;
         let console = Ring::new(GUEST_CONSOLE);
+        let root = self.root(&program)?;
         let vmm = Helper::launch(Launch {
             program,
             args,
             cgroup: self.cgroup().helpers(),
             fds: Vec::new(),
-            own_network: true,
+            wall: Wall::helper(root, self.spec.vmm_user()),
             stdout: Some(console.clone()),
         })?;
         let reason = EndReason::default();
@@ -122,7 +153,7 @@ impl Backend for Qemu {
             Ok(both) => both,
             Err(error) => return Err(culprit(&helpers, error).await),
         };
-        let control = Box::new(Controller::new(qmp, &vmm)?);
+        let control = Box::new(Controller::new(qmp, &vmm, self.spec.vmm_user())?);
         Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
     }
 }

@@ -11,28 +11,37 @@ use tokio::time::sleep;
 use super::{
     super::{
         VSOCK_SOCKET, VmSpec, VmmError,
-        helper::{Helper, Launch, remove_stale},
+        helper::{Helper, Launch, own_dir, remove_stale},
         program::{VSOCK_HINT, find},
+        wall::{Root, Wall},
     },
-    vsock_device_socket,
+    directory, vsock_device_socket,
 };
 use crate::cgroup::SandboxCgroup;
 
 /// The name that the host's socket has until the guest's driver is ready.
-const UNPUBLISHED: &str = "vsock-host.sock";
+const UNPUBLISHED: &str = "vsock/host.sock";
 
 /// How often the daemon is looked at while the guest boots.
 const POLL: Duration = Duration::from_millis(10);
 
 /// Starts the daemon. The host can dial after [`publish`].
+///
+/// As a user without capabilities, with a filter of system calls, and a root of which it can write to one
+/// directory: it has no wall of its own, and parses the queues of the guest.
 pub(super) fn launch(spec: &VmSpec, program: &Path) -> Result<Helper, VmmError> {
+    let program = find(program, VSOCK_HINT)?;
+    let dir = directory(&spec.run_dir);
+    own_dir(&dir, spec.helper_user())?;
+    let root = Root::new(&spec.root()).program(&program).write(&dir);
+    let root = root.device("/dev/null".as_ref(), 0o666, spec.helper_user());
     for socket in
         [vsock_device_socket(&spec.run_dir), spec.run_dir.join(UNPUBLISHED), spec.run_dir.join(VSOCK_SOCKET)]
     {
         remove_stale(&socket)?;
     }
     Helper::launch(Launch {
-        program: find(program, VSOCK_HINT)?,
+        program,
         args: vec![
             "--guest-cid=3".into(),
             "--socket".into(),
@@ -42,7 +51,7 @@ pub(super) fn launch(spec: &VmSpec, program: &Path) -> Result<Helper, VmmError> 
         ],
         cgroup: SandboxCgroup::at(&spec.cgroup).helpers(),
         fds: Vec::new(),
-        own_network: false,
+        wall: Wall::helper(root, spec.helper_user()).filtered(),
         stdout: None,
     })
 }

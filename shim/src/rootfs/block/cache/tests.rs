@@ -152,19 +152,21 @@ fn who_waits_for_another_gives_up_when_told_and_in_time() {
 #[test]
 fn disks_without_a_run_directory_are_orphans_and_others_are_not() {
     let scratch = scratch();
-    let run_dirs = ["a", "b"].map(|key| scratch.dir.path().join("run").join(key));
+    let run_dirs = ["a", "b"].map(|key| scratch.dir.path().join("run").join(key.repeat(20)));
     for run_dir in &run_dirs {
         fs::create_dir_all(run_dir).unwrap();
         let disks = SandboxDisks::create(run_dir, &scratch.cache).unwrap();
         pack(&disks.writable("c")).unwrap();
         assert_eq!(SandboxDisks::of(run_dir).unwrap(), Some(disks));
     }
-    fs::create_dir(scratch.cache.sandboxes().join("never-finished")).unwrap();
+    fs::create_dir(scratch.cache.sandboxes().join("c".repeat(20))).unwrap();
+    fs::create_dir(scratch.cache.sandboxes().join("somebodys-data")).unwrap();
     fs::remove_dir_all(&run_dirs[0]).unwrap();
     assert_eq!(scratch.cache.remove_orphans(true).unwrap().len(), 2);
     let removed = scratch.cache.remove_orphans(false).unwrap();
-    assert!(removed[0].path.ends_with("a") && removed[0].bytes >= SIZE, "{removed:?}");
+    assert!(removed[0].path.ends_with("a".repeat(20)) && removed[0].bytes >= SIZE, "{removed:?}");
     assert!(scratch.cache.remove_orphans(false).unwrap().is_empty());
+    assert!(scratch.cache.sandboxes().join("somebodys-data").exists());
     let kept = SandboxDisks::of(&run_dirs[1]).unwrap().unwrap();
     assert!(kept.writable("c").exists());
     kept.remove_container("c").unwrap();
@@ -183,4 +185,38 @@ fn a_sandbox_of_a_name_that_was_used_before_a_reboot_begins_anew() {
         pack(&disks.writable("c")).unwrap();
         fs::remove_dir_all(&run_dir).unwrap();
     }
+}
+
+const KEY: &str = "0123456789abcdef0123";
+
+#[test]
+fn removing_disks_costs_nobody_a_file() {
+    use crate::files::testing::costs_nobody_a_file;
+    let make = |root: &Path| {
+        let run_dir = root.join("run").join(KEY);
+        fs::create_dir_all(&run_dir).unwrap();
+        let disks = SandboxDisks::create(&run_dir, &Cache::open(root).unwrap()).unwrap();
+        pack(&disks.writable("c")).unwrap();
+        root.join("sandboxes").join(KEY)
+    };
+    costs_nobody_a_file(make, |root| {
+        SandboxDisks::of(&root.join("run").join(KEY)).unwrap().unwrap().remove()
+    });
+    costs_nobody_a_file(make, |root| {
+        files::remove(&root.join("run").join(KEY)).unwrap();
+        Cache::open(root)?.remove_orphans(false).map(drop)
+    });
+}
+
+#[test]
+fn evicting_an_image_costs_nobody_a_file() {
+    crate::files::testing::costs_nobody_a_file(
+        |root| {
+            let cache = Cache::open(root).unwrap();
+            cache.link(&identity("a"), &root.join("link"), &limits(), pack).unwrap();
+            fs::remove_file(root.join("link")).unwrap();
+            root.join("images").join(identity("a").as_str())
+        },
+        |root| Cache::open(root)?.evict(1, false).map(drop),
+    );
 }

@@ -12,7 +12,7 @@ use super::super::{
     tests::{Place, manifest, place},
     *,
 };
-use crate::{errors::chain, files};
+use crate::{errors::chain, files, tenant::Tenant};
 
 /// More than the sizes of a tar header can say in octal.
 const LARGE: u64 = (1 << 33) + 5;
@@ -20,7 +20,7 @@ const SMALL: u64 = 1 << 20;
 
 /// An import of a snapshot of any size.
 pub(super) fn named(name: Option<&str>) -> Import<'_> {
-    Import { name, namespace: "importers", limit: u64::MAX }
+    Import { name, namespace: "importers", pod_namespace: None, limit: u64::MAX }
 }
 
 /// A place with a snapshot "one" that has a large file with little in it.
@@ -83,7 +83,8 @@ fn a_snapshot_arrives_under_another_name_with_every_byte_and_its_holes() {
     let (one, two) = (place.store.open("one").unwrap().0, place.store.open("two").unwrap().0);
     assert_eq!(two, imported.manifest);
     let origin = Origin { namespace: "importers".into(), ..one.origin.clone() };
-    assert_eq!(two, Manifest { name: "two".into(), origin, ..one });
+    let owner = Some(Tenant { namespace: "importers".into(), pod_namespace: None });
+    assert_eq!(two, Manifest { name: "two".into(), origin, owner, ..one });
     let meta = fs::metadata(place.path("two/vm/memory-ranges")).unwrap();
     assert_eq!(meta.len(), LARGE);
     assert!(meta.blocks() * 512 < 1 << 20 && meta.mode() & 0o777 == 0o600, "{meta:?}");
@@ -123,6 +124,22 @@ fn an_archive_without_compression_and_a_directory_can_be_imported_too() {
     let error = place.store.import_dir(&copy, named(Some("four")), &mut untold).unwrap_err();
     assert!(matches!(error, SnapshotError::Foreign { .. }), "{error}");
     assert_eq!(place.names(), ["one", "three", "two"]);
+}
+
+/// Which did not say how much data a file has.
+#[test]
+fn an_archive_of_an_older_version_is_taken() {
+    let place = with_snapshot(LARGE);
+    let mut tar = place.tar();
+    let mut known = 0;
+    while let Some(at) = tar.windows(7).position(|window| window == br#""data":"#) {
+        tar[at..at + 7].copy_from_slice(br#""date":"#);
+        known += 1;
+    }
+    assert_eq!(known, 5);
+    let imported = place.import(&tar[..]).unwrap();
+    assert!(imported.manifest.files.iter().all(|file| file.data.is_none()));
+    place.store.verify("two", &mut untold).unwrap();
 }
 
 #[test]
