@@ -144,12 +144,13 @@ pub fn a_task_whose_container_is_removed_while_it_boots_goes_as_well(backend: Ba
     fs::create_dir(&rootfs).unwrap();
     let target = rootfs.to_str().unwrap();
     lab.ctr(&["image", "mount", "--rw", "--snapshotter", lab.snapshotter(), IMAGE, target]).succeeds();
-    let mut client = start(&mut lab.rootfs_command(&[], &rootfs, "c", &super::WAIT));
+    let argv = ["/bin/sh", "-c", super::WAIT[2]];
+    let mut client = start(&mut lab.rootfs_command(&[], &rootfs, "c", &argv));
     let begun = || lab.bundle("c").join("address").exists();
     assert!(poll(lab.limit(), begun), "no shim");
     lab.ctr(&["container", "rm", "c"]).succeeds();
     assert!(client.is_running(), "the VM booted before its container was removed");
-    client.wait(lab.limit()).fails_with(&["not found"]);
+    client.wait(lab.limit()).fails_with(&["container", "in namespace", "not found"]);
     lab.wait_for_state("c", None);
     lab.ctr(&["image", "unmount", "--rm", "--snapshotter", lab.snapshotter(), target]).succeeds();
     fs::remove_dir(&rootfs).unwrap();
