@@ -136,6 +136,8 @@ pub struct Rootfs {
     pub cache_dir: PathBuf,
     /// Size in bytes beyond which packed images that no sandbox uses are removed; at least 1.
     pub cache_limit: u64,
+    /// Bytes that the files of an image may have together which is packed, holes counted in; at least 1.
+    pub image_limit: u64,
 }
 
 /// The `[snapshot]` table.
@@ -249,7 +251,7 @@ impl Default for Log {
 
 impl Default for Rootfs {
     fn default() -> Self {
-        Rootfs { cache_dir: "/var/lib/cube/rootfs".into(), cache_limit: 10 << 30 }
+        Rootfs { cache_dir: "/var/lib/cube/rootfs".into(), cache_limit: 10 << 30, image_limit: 64 << 30 }
     }
 }
 
@@ -379,6 +381,7 @@ impl Config {
         range("log.segment_bytes", log.segment_bytes, log.segment_bytes >= 64 << 10, "at least 65536")?;
         range("log.segments", log.segments.into(), log.segments >= 2, "at least 2")?;
         range("rootfs.cache_limit", rootfs.cache_limit, rootfs.cache_limit >= 1, "at least 1")?;
+        range("rootfs.image_limit", rootfs.image_limit, rootfs.image_limit >= 1, "at least 1")?;
         range("snapshot.import_limit", snapshot.import_limit, snapshot.import_limit >= 1, "at least 1")?;
         if let Some(pattern) = policy.meaningless() {
             let rule =
@@ -452,6 +455,7 @@ mod tests {
             ("[log]\nsegments = 0", "at least 2"),
             ("[log]\nsegment_bytes = 0", "at least 65536"),
             ("[rootfs]\ncache_limit = 0", "at least 1"),
+            ("[rootfs]\nimage_limit = 0", "at least 1"),
             ("[snapshot]\nimport_limit = 0", "at least 1"),
             ("[log]\ntemplate_dir = 'templates'", "an absolute path"),
             ("run_dir = 'run'", "an absolute path"),

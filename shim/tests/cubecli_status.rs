@@ -168,7 +168,10 @@ fn a_shim_that_says_nothing_is_named_with_what_to_do() {
     let begun = Instant::now();
     let status = |id| host.fails(&["cubebox", "status", id]);
     let (code, message) = status("gone");
-    assert!(code == 1 && message.contains("default/gone") && message.contains("cubebox gc"), "{message}");
+    assert!(
+        code == 1 && message.contains("default/gone") && message.contains("cubebox rm --force gone"),
+        "{message}"
+    );
     let (code, message) = status("hangs");
     let kill = format!("kill -KILL {}", std::process::id());
     assert!(code == 1 && message.contains("default/hangs") && message.contains(&kill), "{message}");

@@ -90,10 +90,10 @@ pub enum RootfsError {
     },
     /// More than may be packed.
     #[error(
-        "the rootfs has more than {limit} bytes, which is rootfs.cache_limit: raise that, or use cube.rootfs.mode=share"
+        "the rootfs has more than {limit} bytes, which is rootfs.image_limit: raise that, or use cube.rootfs.mode=share"
     )]
     TooLarge {
-        /// `rootfs.cache_limit`.
+        /// `rootfs.image_limit`.
         limit: u64,
     },
     /// No room for what is to be packed.

@@ -244,8 +244,11 @@ pub fn a_full_disk_keeps_no_container_from_being_deleted(backend: Backend) {
     assert!(poll(lab.limit(), || writer.is_stuck()), "the writer does not wait for the log");
     delete_in_time(&lab, "full disk");
     let text = fs::read_to_string(lab.dir().join("containerd.log")).unwrap();
-    let discarded = text.split("discarded_bytes: ").nth(1).and_then(|rest| rest.split(' ').next());
-    let discarded: u64 = discarded.and_then(|n| n.parse().ok()).expect("it is told what was discarded");
+    let discarded = text.split(" bytes of output were discarded").next().and_then(|told| {
+        let digits = told.rsplit(|c: char| !c.is_ascii_digit()).next()?;
+        digits.parse::<u64>().ok()
+    });
+    let discarded = discarded.expect("it is told what was discarded");
     assert!(discarded > 0);
     assert!(writer.compare_prefix() + discarded > 0);
     lab.nothing_is_left();

@@ -71,6 +71,8 @@ pub struct BlockRequest {
     pub cache_dir: PathBuf,
     /// `rootfs.cache_limit`, in bytes.
     pub cache_limit: u64,
+    /// `rootfs.image_limit`, in bytes.
+    pub image_limit: u64,
     /// `tools.mkfs_erofs`.
     pub mkfs_erofs: PathBuf,
     /// `tools.mke2fs`.
@@ -89,6 +91,7 @@ impl BlockRequest {
         BlockRequest {
             cache_dir: config.rootfs.cache_dir.clone(),
             cache_limit: config.rootfs.cache_limit,
+            image_limit: config.rootfs.image_limit,
             mkfs_erofs: config.tools.mkfs_erofs.clone(),
             mke2fs: config.tools.mke2fs.clone(),
             size,

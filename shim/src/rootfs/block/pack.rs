@@ -55,7 +55,7 @@ impl Packer<'_> {
             args,
             cgroup: &self.request.cgroup,
             mount: Some(self.mount(&layers.source, &tree)?),
-            file_limit: self.request.cache_limit,
+            file_limit: self.request.image_limit,
         };
         let mut told = Duration::ZERO;
         tool.run(self.limits, |elapsed| {
@@ -76,7 +76,7 @@ impl Packer<'_> {
     /// comes from whoever may run one, and a few kilobytes of it may unpack to terabytes, or be a sparse file that
     /// has them, for mkfs.erofs writes holes out.
     fn check_room(&self, source: &Source) -> Result<(), RootfsError> {
-        let limit = self.request.cache_limit;
+        let limit = self.request.image_limit;
         let mut measure = Measure { limit, ..Measure::default() };
         for dir in source.dirs() {
             measure.add(dir, self.limits)?;
@@ -183,10 +183,11 @@ mod tests {
 
     const LONG: u64 = 1 << 40;
 
-    fn request(dir: &Path, cache_limit: u64) -> BlockRequest {
+    fn request(dir: &Path, image_limit: u64) -> BlockRequest {
         BlockRequest {
             cache_dir: dir.join("cache"),
-            cache_limit,
+            cache_limit: 1,
+            image_limit,
             mkfs_erofs: "/nosuch/mkfs.erofs".into(),
             mke2fs: "mke2fs".into(),
             size: 1 << 20,
@@ -196,8 +197,8 @@ mod tests {
     }
 
     /// What comes of packing the directory `layer` in `dir`. There is no packer: no error here is its.
-    fn pack(dir: &Path, cache_limit: u64) -> RootfsError {
-        let request = request(dir, cache_limit);
+    fn pack(dir: &Path, image_limit: u64) -> RootfsError {
+        let request = request(dir, image_limit);
         let limits =
             Limits { deadline: Instant::now() + Duration::from_secs(60), cancel: request.cancel.clone() };
         let cache = Cache::open(&request.cache_dir).unwrap();
