@@ -65,7 +65,8 @@ impl Arena {
         let script = lab.dir().join("agent");
         let (honest, hostile) = (paths::agent(), env!("CARGO_BIN_EXE_cube-hostile-agent"));
         let text = format!(
-            "#!/bin/sh\nattack=$(cat '{}'/\"$(basename \"$(dirname \"$3\")\")\" 2> /dev/null) || exec '{}' \"$@\"\n\
+            "#!/bin/sh\nrun_dir=${{3%/*/*}}\n\
+             attack=$(cat '{}'/\"${{run_dir##*/}}\" 2> /dev/null) || exec '{}' \"$@\"\n\
              exec '{hostile}' \"$attack\" \"$@\"\n",
             attacks.display(),
             honest.display()
