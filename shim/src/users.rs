@@ -11,9 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
-
-use crate::{config::Users, files, state::RunDir};
+use crate::{
+    config::Users,
+    files::{self, LOCK_LIMIT, Lock},
+    state::RunDir,
+};
 
 /// Name of the directory of all claims.
 const DIR: &str = "users";
@@ -81,8 +83,7 @@ fn take(dir: &Path, uid: u32, run_dir: &RunDir) -> Result<bool, UserError> {
     }
     // Two that find it free must not take it from each other.
     let lock = File::open(dir).map_err(failed("cannot open", dir))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| failed("cannot lock", dir)(errno.into()))?;
+    let _lock = files::lock(lock, Lock::Exclusive, LOCK_LIMIT).map_err(failed("cannot lock", dir))?;
     if link.exists() {
         return Ok(false);
     }
@@ -94,8 +95,7 @@ fn take(dir: &Path, uid: u32, run_dir: &RunDir) -> Result<bool, UserError> {
     }
 }
 
-/// Gives back what the sandbox with this run directory had. May be repeated.
-pub fn release(uid: u32, run_dir: &RunDir) -> Result<(), UserError> {
+fn release(uid: u32, run_dir: &RunDir) -> Result<(), UserError> {
     let dir = claims(run_dir);
     let link = dir.join(uid.to_string());
     if fs::read_link(&link).is_ok_and(|of| of == Path::new("..").join(run_dir.key())) {
@@ -104,6 +104,17 @@ pub fn release(uid: u32, run_dir: &RunDir) -> Result<(), UserError> {
     // Unless there are others.
     let _ = fs::remove_dir(&dir);
     Ok(())
+}
+
+/// Gives back what the sandbox with this run directory had. Needs no state file. May be repeated.
+pub fn release_all(run_dir: &RunDir) -> Result<(), UserError> {
+    let dir = claims(run_dir);
+    let links = match files::entries(&dir) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        links => links.map_err(failed("cannot list", &dir))?,
+    };
+    let mut numbers = links.iter().filter_map(|link| link.file_name()?.to_str()?.parse().ok());
+    numbers.try_for_each(|uid: u32| release(uid, run_dir))
 }
 
 fn claims(run_dir: &RunDir) -> PathBuf {
@@ -138,6 +149,20 @@ mod tests {
         assert_eq!(claim(&USERS, &dirs[1]).unwrap(), uids[2]);
         uids.sort_unstable();
         assert_eq!(uids, [1001, 1003, 1005]);
+    }
+
+    #[test]
+    fn all_that_a_sandbox_had_is_given_back_without_its_state_and_nothing_of_others() {
+        let root = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|id| sandbox(root.path(), id));
+        release_all(&a).unwrap();
+        let (_, kept) = (claim(&USERS, &a).unwrap(), claim(&USERS, &b).unwrap());
+        release_all(&a).unwrap();
+        let left: Vec<_> =
+            fs::read_dir(root.path().join(DIR)).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, [kept.to_string().as_str()]);
+        release_all(&b).unwrap();
+        assert!(!root.path().join(DIR).exists());
     }
 
     #[test]

@@ -91,7 +91,7 @@ pub fn processes(dir: &Path) -> Vec<Process> {
 
 /// The VMM of the sandbox `key`, or its agent on the process backend, and its helpers.
 pub fn helpers(key: &str) -> Vec<Process> {
-    let pids = fs::read_to_string(cgroup2().join("cube").join(key).join("helpers/cgroup.procs")).unwrap();
+    let pids = fs::read_to_string(cgroup(key).join("vm/helpers/cgroup.procs")).unwrap();
     let line = |pid: i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).replace('\0', " ").trim_end().to_owned()

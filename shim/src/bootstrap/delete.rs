@@ -17,6 +17,7 @@ use containerd_shim_protos::{
     shim_async::TaskClient,
 };
 use tokio::{net::UnixStream, time::timeout};
+use tracing::warn;
 use ttrpc::{
     asynchronous::{Client, transport::Socket},
     context,
@@ -25,9 +26,11 @@ use ttrpc::{
 use super::{ADDRESS_FILE, BootstrapError, Flags, drain, io_error, load_config, ttrpc_address};
 use crate::{
     config::Config,
+    errors::chain,
     events::timestamp,
     sandbox::{Exit, Host, LinuxHost, spec},
     state::{RunDir, RunDirLock, StateError},
+    users,
 };
 
 /// How long another `delete` of the same sandbox is waited for.
@@ -133,6 +136,9 @@ fn remove_unused(run_dir: &RunDir) -> Result<(), BootstrapError> {
 pub(super) fn remove_if_unused(run_dir: &RunDir, _: &RunDirLock) -> Result<(), StateError> {
     let lives = std::os::unix::net::UnixStream::connect(run_dir.path().join("shim.sock")).is_ok();
     if !lives && run_dir.load()?.is_none() {
+        if let Err(e) = users::release_all(run_dir) {
+            warn!("cannot give back the users of a sandbox: {}", chain(&e));
+        }
         run_dir.remove()?;
     }
     Ok(())

@@ -216,9 +216,8 @@ impl Host for LinuxHost {
         cube_fault::point("destroy.disks_removed");
         Suspended::remove_of(run_dir)?;
         cube_fault::point("destroy.memory_removed");
-        if let Ok(Some(state)) = run_dir.load() {
-            users::release(state.user, run_dir)?;
-        }
+        users::release_all(run_dir)?;
+        cube_fault::point("destroy.users_released");
         run_dir.remove()?;
         cube_fault::point("destroy.run_dir_removed");
         Ok(())

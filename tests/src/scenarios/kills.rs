@@ -272,6 +272,7 @@ const DELETION: [&str; 14] = [
     "destroy.share_removed",
     "destroy.disks_removed",
     "destroy.memory_removed",
+    "destroy.users_released",
     "destroy.run_dir_removed",
     "delete.before_reply",
     "agent.delete.exec_forgotten",
@@ -313,6 +314,7 @@ const CLEANUP: [&str; 11] = [
     "destroy.share_removed",
     "destroy.disks_removed",
     "destroy.memory_removed",
+    "destroy.users_released",
     "destroy.run_dir_removed",
 ];
 

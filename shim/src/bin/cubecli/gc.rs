@@ -22,6 +22,7 @@ use cube_shim::{
     snapshot::{SnapshotError, Store, Suspended},
     state::{RunDir, StateError},
     text::printable,
+    users,
 };
 
 use crate::{
@@ -215,6 +216,8 @@ enum GcError {
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error(transparent)]
+    User(#[from] users::UserError),
     #[error("cannot write the output")]
     Output(#[from] io::Error),
 }
@@ -227,6 +230,7 @@ fn remove(dir: &RunDir) -> Result<(), GcError> {
         disks.remove()?;
     }
     Suspended::remove_of(dir)?;
+    users::release_all(dir)?;
     Ok(dir.remove()?)
 }
 
