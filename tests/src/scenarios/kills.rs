@@ -260,7 +260,7 @@ fn run_when_told(kills: &KillLab, id: &str, go: &Path) {
 }
 
 /// Points of Delete, in the shim and in the agent that it ends.
-const DELETION: [&str; 14] = [
+const DELETION: [&str; 15] = [
     "delete.drained",
     "agent.delete.killed",
     "agent.delete.unmounted",
@@ -303,7 +303,7 @@ pub fn a_deletion_killed_at_any_step_is_completed(backend: Backend) {
 }
 
 /// Points of `shim delete`.
-const CLEANUP: [&str; 11] = [
+const CLEANUP: [&str; 12] = [
     "cleanup.begun",
     "cleanup.containers_killed",
     "cleanup.log_recovered",
