@@ -145,10 +145,30 @@ async fn a_start_ends_with_its_container() {
     };
     let began = Instant::now();
     let (started, ()) = tokio::join!(agent.start_process("c1", "e1"), ended);
-    refused(started);
+    match started {
+        // Killed on its way into the program, which nobody can tell from killed right after.
+        Ok(_) => assert_eq!(agent.exit("c1", "e1").await.exit_status, 128 + libc::SIGKILL as u32),
+        started => drop(refused(started)),
+    }
     agent.delete("c1", "").await.unwrap();
     assert!(began.elapsed() < START_LIMIT);
     assert_eq!(agent.leftovers(), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_exec_that_ends_its_container_was_started() {
+    let agent = Agent::start().await;
+    for round in 0..300 {
+        let stop = agent.rootfs().join("stop");
+        agent.run("c1", &["/bin/sh", "-c", "until [ -e /stop ]; do :; done"]).await;
+        agent.exec("c1", "e1", &["/bin/sh", "-c", ": > /stop"]).await.unwrap();
+        let started = agent.start_process("c1", "e1").await;
+        assert!(started.is_ok(), "round {round}: {started:?}");
+        assert_eq!(agent.exit("c1", "").await.exit_status, 0);
+        agent.exit("c1", "e1").await;
+        agent.delete("c1", "").await.unwrap();
+        fs::remove_file(stop).unwrap();
+    }
 }
 
 /// CVE-2019-5736 and its like: the file must stay out of reach when no agent runs any more, too.

@@ -11,9 +11,15 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::oneshot, time::sleep};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 
 use crate::{errors::lock, server::error::Error, stdio::ProcessId};
+
+/// How long a start may take to come to its end by itself once every process of its container is killed.
+const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why the start of a process was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,15 +96,23 @@ impl Starts {
 }
 
 impl Start {
-    /// Carries out `work`, which is dropped if the start is given up.
+    /// Carries out `work`, which is dropped if the start is given up. A program that has made its container end
+    /// was started, though this process may hear of the end first.
     pub(super) async fn carry_out<T, E: Into<Error>>(
         mut self,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, Error> {
-        tokio::select! {
-            done = work => done.map_err(Into::into),
-            Ok(why) = &mut self.given_up => Err(Error::GivenUp { process: self.process.clone(), why }),
+        tokio::pin!(work);
+        let why = tokio::select! {
+            done = &mut work => return done.map_err(Into::into),
+            Ok(why) = &mut self.given_up => why,
+        };
+        if why == GivenUp::ContainerEnded
+            && let Ok(Ok(started)) = timeout(END_LIMIT, work).await
+        {
+            return Ok(started);
         }
+        Err(Error::GivenUp { process: self.process.clone(), why })
     }
 }
 
