@@ -320,7 +320,10 @@ async fn a_log_that_ends_in_another_timeline_than_the_guest_gets_nothing_more() 
     let flows = Flows::on(TIMELINE);
     let mut io = started_in(&flows, place.logged(), &agent).await;
     agent.write(Stream::STDOUT, b"both old");
+    agent.write(Stream::STDERR, b"x");
     acked(&agent, 8).await;
+    // Its log has been connected, too, and knows its timeline.
+    soon(agent.until(|agent| agent.acked(Stream::STDERR) == 1)).await;
     // The guest has gone back, and the shim dies before the log has: what follows 8 is another "old".
     rest(&flows, &agent).await;
     drop(io);
@@ -330,7 +333,7 @@ async fn a_log_that_ends_in_another_timeline_than_the_guest_gets_nothing_more() 
     // One that dies after the log has gone back leaves what its successor goes on with.
     io = ProcessIo::recover(place.logged(), TIMELINE).await.unwrap();
     io.start(Arc::new(agent.clone()), &flows);
-    let begin = Begin { stdout: 5, ..Begin::default() };
+    let begin = Begin { stdout: 5, stderr: 1, ..Begin::default() };
     soon(io.rewind(begin, NEXT)).await.unwrap();
     drop(io);
     soon(agent.until(|agent| agent.connections() == 0)).await;
