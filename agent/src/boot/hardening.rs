@@ -3,14 +3,16 @@
 use std::{fs, io, path::Path};
 
 /// Below /proc/sys. What a kernel does not have needs no setting.
-const SETTINGS: [(&str, &str); 12] = [
+const SETTINGS: [(&str, &str); 13] = [
     // Addresses of the kernel, and what it logs, are of use to nobody but its attackers.
     ("kernel/kptr_restrict", "2"),
     ("kernel/dmesg_restrict", "1"),
     // Only descendants are traced, unless with CAP_SYS_PTRACE.
     ("kernel/yama/ptrace_scope", "1"),
-    // The kernel that was booted is the one that runs. Neither can be undone.
+    // The kernel that was booted is the one that runs, with the modules that were loaded from the guest's image.
+    // Neither can be undone.
     ("kernel/kexec_load_disabled", "1"),
+    ("kernel/modules_disabled", "1"),
     ("kernel/unprivileged_bpf_disabled", "1"),
     ("kernel/perf_event_paranoid", "3"),
     ("kernel/sysrq", "0"),

@@ -157,6 +157,7 @@ pub fn the_kernel_of_a_guest_is_hardened(backend: Backend) {
         ("kernel/dmesg_restrict", "1"),
         ("kernel/yama/ptrace_scope", "1"),
         ("kernel/kexec_load_disabled", "1"),
+        ("kernel/modules_disabled", "1"),
         ("kernel/unprivileged_bpf_disabled", "1"),
         ("kernel/perf_event_paranoid", "3"),
         ("kernel/sysrq", "0"),
