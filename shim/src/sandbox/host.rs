@@ -8,11 +8,12 @@ use std::{
 use containerd_shim_protos::api::Mount;
 use cube_protocol::guest::SharedMount;
 use serde_json::Value;
+use tracing::warn;
 
 use crate::{
     cgroup::{Hierarchy, Limited, Limits, SandboxCgroup},
     config::Config,
-    errors::Error,
+    errors::{Error, chain},
     rootfs::{
         Plan, Prepared, Share,
         block::{self, BlockRequest, SandboxDisks, Staged},
@@ -208,6 +209,10 @@ impl Host for LinuxHost {
             SandboxCgroup::at(cgroup).destroy(KILL_LIMIT, home.as_deref())?;
         }
         cube_fault::point("destroy.cgroup_removed");
+        if let Err(e) = vmm::take_back(run_dir.path()) {
+            warn!(error = %chain(&e), "a disk stays with the user of its VMM");
+        }
+        cube_fault::point("destroy.disks_returned");
         Share::of(run_dir.path()).remove()?;
         cube_fault::point("destroy.share_removed");
         if let Some(disks) = SandboxDisks::of(run_dir.path())? {

@@ -3,12 +3,13 @@
 use std::{
     fs::{self, Metadata},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::{
-    Disk, VmmError,
-    helper::{Helper, give},
+    Disk, VmSpec, VmmError,
+    helper::Helper,
+    lent,
     wall::{Root, User, inside},
 };
 
@@ -16,16 +17,17 @@ use super::{
 const DEVICES: [(&str, u32); 3] = [("/dev/null", 0o666), ("/dev/urandom", 0o444), ("/dev/kvm", 0o600)];
 
 /// `root` with the devices that every VMM needs, and its disks.
-pub(super) fn with_devices_and_disks(mut root: Root, disks: &[Disk], user: User) -> Result<Root, VmmError> {
+pub(super) fn with_devices_and_disks(mut root: Root, spec: &VmSpec) -> Result<Root, VmmError> {
+    let user = spec.vmm_user();
     for (path, mode) in DEVICES {
         root = root.device(path.as_ref(), mode, user);
     }
-    for disk in disks {
+    for disk in &spec.disks {
         let meta = look_at(disk)?;
         root = if meta.file_type().is_block_device() {
             root.device(&disk.path, if disk.read_only { 0o400 } else { 0o600 }, user)
         } else {
-            open_to(disk, user)?;
+            open_to(disk, &spec.run_dir, user)?;
             if disk.read_only { root.read(&disk.path) } else { root.write(&disk.path) }
         };
     }
@@ -33,14 +35,14 @@ pub(super) fn with_devices_and_disks(mut root: Root, disks: &[Disk], user: User)
 }
 
 /// Lets a VMM that runs see one more disk.
-pub(super) fn show_disk(vmm: &Shown, disk: &Disk, user: User) -> Result<(), VmmError> {
+pub(super) fn show_disk(vmm: &Shown, disk: &Disk) -> Result<(), VmmError> {
     let meta = look_at(disk)?;
     if meta.file_type().is_block_device() {
         let mode = if disk.read_only { 0o400 } else { 0o600 };
-        let shown = inside::show_device(&vmm.0.pidfd(), &disk.path, mode, user);
+        let shown = inside::show_device(&vmm.helper.pidfd(), &disk.path, mode, vmm.user);
         return shown.map_err(|source| vmm.cannot(&disk.path, source));
     }
-    open_to(disk, user)?;
+    open_to(disk, &vmm.run_dir, vmm.user)?;
     vmm.show(&disk.path, disk.read_only)
 }
 
@@ -51,10 +53,10 @@ fn look_at(disk: &Disk) -> Result<Metadata, VmmError> {
 
 /// A writable disk belongs to the VMM that has it, for as long as that runs; one that is shared can be read by
 /// the group of all VMMs.
-fn open_to(disk: &Disk, user: User) -> Result<(), VmmError> {
+fn open_to(disk: &Disk, run_dir: &Path, user: User) -> Result<(), VmmError> {
     match disk.read_only {
         true => let_group_read(&disk.path, user.gid),
-        false => give(&disk.path, user),
+        false => lent::lend(run_dir, &disk.path, user),
     }
 }
 
@@ -72,32 +74,28 @@ pub(super) fn let_group_read(path: &Path, group: u32) -> Result<(), VmmError> {
     changed.map_err(failed)
 }
 
-/// The disks that a VMM has left belong to root again.
-pub(super) fn take_back(disks: &[Disk], user: u32) {
-    let ours = |disk: &&Disk| {
-        !disk.read_only && fs::symlink_metadata(&disk.path).is_ok_and(|m| m.is_file() && m.uid() == user)
-    };
-    for disk in disks.iter().filter(ours) {
-        if let Err(error) = give(&disk.path, User { uid: 0, gid: 0 }) {
-            tracing::warn!(%error, "a disk stays with the user of its VMM");
-        }
-    }
-}
-
 /// A VMM that runs, as far as files can be shown to it.
 #[derive(Debug, Clone)]
-pub(super) struct Shown(pub(super) Helper);
+pub(super) struct Shown {
+    helper: Helper,
+    pub(super) user: User,
+    run_dir: PathBuf,
+}
 
 impl Shown {
+    pub(super) fn new(vmm: &Helper, spec: &VmSpec) -> Shown {
+        Shown { helper: vmm.clone(), user: spec.vmm_user(), run_dir: spec.run_dir.clone() }
+    }
+
     fn cannot(&self, path: &Path, source: std::io::Error) -> VmmError {
-        VmmError::Show { program: self.0.program().into(), path: path.into(), source }
+        VmmError::Show { program: self.helper.program().into(), path: path.into(), source }
     }
 
     pub(super) fn show(&self, path: &Path, read_only: bool) -> Result<(), VmmError> {
-        inside::show(&self.0.pidfd(), path, read_only).map_err(|source| self.cannot(path, source))
+        inside::show(&self.helper.pidfd(), path, read_only).map_err(|source| self.cannot(path, source))
     }
 
     pub(super) fn hide(&self, path: &Path) -> Result<(), VmmError> {
-        inside::hide(&self.0.pidfd(), path).map_err(|source| self.cannot(path, source))
+        inside::hide(&self.helper.pidfd(), path).map_err(|source| self.cannot(path, source))
     }
 }

@@ -18,12 +18,13 @@ use tokio::{
 };
 
 use super::{
-    Disk, VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit, access,
+    Disk, VSOCK_SOCKET, VmSpec, Vmm, VmmError, VmmExit,
     console::Ring,
     helper::{Ended, Helper},
+    lent,
     wall::{User, keeper},
 };
-use crate::{agent::dial::HybridVsock, cgroup::SandboxCgroup};
+use crate::{agent::dial::HybridVsock, cgroup::SandboxCgroup, errors::chain};
 
 /// How long processes may take to die of SIGKILL. A VMM has guest memory to give back.
 pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -106,7 +107,10 @@ impl Machine {
         let processes = Processes { vmm, keeper, helpers, console, reason, events };
         tokio::spawn(async move {
             let exit = supervise(processes, SandboxCgroup::at(&spec.cgroup), &shutting_down).await;
-            let _ = spawn_blocking(move || access::take_back(&spec.disks, spec.user)).await;
+            let taken = spawn_blocking(move || lent::take_back(&spec.run_dir)).await;
+            if let Ok(Err(error)) = taken {
+                tracing::warn!(error = %chain(&error), "a disk stays with the user of its VMM");
+            }
             let _ = sender.send(Some(exit));
         });
         machine

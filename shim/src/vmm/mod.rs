@@ -11,6 +11,7 @@ mod error;
 mod helper;
 mod image;
 pub mod kvm;
+mod lent;
 mod machine;
 mod pidfd;
 mod process;
@@ -27,6 +28,7 @@ use std::{
 
 use async_trait::async_trait;
 
+pub(crate) use self::lent::take_back;
 pub use self::{
     cloud_hypervisor::size_in,
     error::{SnapshotDefect, SpawnError, VmmError},

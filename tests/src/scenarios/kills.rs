@@ -260,7 +260,7 @@ fn run_when_told(kills: &KillLab, id: &str, go: &Path) {
 }
 
 /// Points of Delete, in the shim and in the agent that it ends.
-const DELETION: [&str; 15] = [
+const DELETION: [&str; 16] = [
     "delete.drained",
     "agent.delete.killed",
     "agent.delete.unmounted",
@@ -269,6 +269,7 @@ const DELETION: [&str; 15] = [
     "destroy.processes_killed",
     "destroy.vm_cgroup_removed",
     "destroy.cgroup_removed",
+    "destroy.disks_returned",
     "destroy.share_removed",
     "destroy.disks_removed",
     "destroy.memory_removed",
@@ -303,7 +304,7 @@ pub fn a_deletion_killed_at_any_step_is_completed(backend: Backend) {
 }
 
 /// Points of `shim delete`.
-const CLEANUP: [&str; 12] = [
+const CLEANUP: [&str; 13] = [
     "cleanup.begun",
     "cleanup.containers_killed",
     "cleanup.log_recovered",
@@ -311,6 +312,7 @@ const CLEANUP: [&str; 12] = [
     "destroy.processes_killed",
     "destroy.vm_cgroup_removed",
     "destroy.cgroup_removed",
+    "destroy.disks_returned",
     "destroy.share_removed",
     "destroy.disks_removed",
     "destroy.memory_removed",

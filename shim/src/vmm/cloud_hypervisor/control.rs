@@ -10,7 +10,6 @@ use super::{
         Disk, VmSpec, VmmError,
         access::{self, Shown},
         machine::{CONTROL_LIMIT, Control},
-        wall::User,
     },
     api::Api,
     config,
@@ -25,7 +24,6 @@ pub(super) struct Controller {
     memory_bytes: u64,
     shares: bool,
     shown: Shown,
-    user: User,
 }
 
 impl Controller {
@@ -36,8 +34,7 @@ impl Controller {
         memory_bytes: u64,
         shown: Shown,
     ) -> Controller {
-        let (shares, user) = (spec.share.is_some(), spec.vmm_user());
-        Controller { api, version, memory_bytes, shares, shown, user }
+        Controller { api, version, memory_bytes, shares: spec.share.is_some(), shown }
     }
 
     /// Cloud Hypervisor refuses what is done already, as after a request whose answer was lost.
@@ -71,19 +68,19 @@ impl Control for Controller {
                          cube.rootfs.mode=block",
             });
         }
-        let place = Place { dir: dir.into(), shown: self.shown.clone(), user: self.user };
+        let place = Place { dir: dir.into(), shown: self.shown.clone() };
         let opening = place.clone();
         spawn_blocking(move || opening.open()).await??;
         let asked = snapshot::ask(&self.api, dir, self.memory_bytes).await;
         // Also after an error: nobody but root may change what is there.
         spawn_blocking(move || place.close()).await??;
         asked?;
-        snapshot::complete(&self.version, dir, self.memory_bytes, self.user.gid).await
+        snapshot::complete(&self.version, dir, self.memory_bytes, self.shown.user.gid).await
     }
 
     async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
-        let (shown, user, new) = (self.shown.clone(), self.user, disk.clone());
-        spawn_blocking(move || access::show_disk(&shown, &new, user)).await??;
+        let (shown, new) = (self.shown.clone(), disk.clone());
+        spawn_blocking(move || access::show_disk(&shown, &new)).await??;
         self.api.put("vm.add-disk", Some(&config::disk(disk)), CONTROL_LIMIT).await
     }
 }

@@ -66,7 +66,7 @@ enum Origin {
 impl CloudHypervisor {
     /// What Cloud Hypervisor sees of the host.
     fn root(&self, program: &Path, origin: &Origin) -> Result<Root, VmmError> {
-        let VmSpec { run_dir, disks, share, group, .. } = &self.spec;
+        let VmSpec { run_dir, share, group, .. } = &self.spec;
         let vsock = run_dir.join(VSOCK_SOCKET);
         let mut root = Root::new(&self.spec.root()).open().program(program).proc();
         root = root.write(vsock.parent().unwrap_or(&vsock));
@@ -80,7 +80,7 @@ impl CloudHypervisor {
                 Ok::<_, VmmError>(root.read(path))
             })?,
         };
-        access::with_devices_and_disks(root, disks, self.spec.vmm_user())
+        access::with_devices_and_disks(root, &self.spec)
     }
 
     fn origin(&self) -> Result<Origin, VmmError> {
@@ -186,7 +186,7 @@ impl Backend for CloudHypervisor {
                     version,
                     &self.spec,
                     origin.memory_bytes(),
-                    Shown(vmm.clone()),
+                    Shown::new(&vmm, &self.spec),
                 ));
                 Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
             }

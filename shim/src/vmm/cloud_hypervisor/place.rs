@@ -9,13 +9,12 @@ use super::super::{VmmError, access::Shown, helper::give, wall::User};
 pub(super) struct Place {
     pub(super) dir: PathBuf,
     pub(super) shown: Shown,
-    pub(super) user: User,
 }
 
 impl Place {
     /// Gives it to the VMM.
     pub(super) fn open(&self) -> Result<(), VmmError> {
-        give(&self.dir, self.user)?;
+        give(&self.dir, self.shown.user)?;
         self.shown.show(&self.dir, false)
     }
 

@@ -19,12 +19,11 @@ use tokio::{
 
 use super::{
     super::{
-        Disk, VmmError,
+        Disk, VmSpec, VmmError,
         access::{self, Shown},
         helper::Helper,
         machine::{CONTROL_LIMIT, Control},
         pidfd,
-        wall::User,
     },
     disk::Ports,
     qmp::Qmp,
@@ -46,15 +45,14 @@ pub(super) struct Controller {
     program: PathBuf,
     process: OwnedFd,
     shown: Shown,
-    user: User,
 }
 
 impl Controller {
-    pub(super) fn new(qmp: Qmp, vmm: &Helper, user: User) -> Result<Controller, VmmError> {
+    pub(super) fn new(qmp: Qmp, vmm: &Helper, spec: &VmSpec) -> Result<Controller, VmmError> {
         let program = vmm.program().to_owned();
         let process = vmm.pidfd().try_clone();
         let process = process.map_err(|source| cannot("cannot watch", &program, source))?;
-        Ok(Controller { qmp, ports: Ports::default(), program, process, shown: Shown(vmm.clone()), user })
+        Ok(Controller { qmp, ports: Ports::default(), program, process, shown: Shown::new(vmm, spec) })
     }
 
     fn send(&self, signal: Signal) -> Result<(), VmmError> {
@@ -99,8 +97,8 @@ impl Control for Controller {
     }
 
     async fn add_disk(&self, disk: &Disk) -> Result<(), VmmError> {
-        let (shown, user, new) = (self.shown.clone(), self.user, disk.clone());
-        spawn_blocking(move || access::show_disk(&shown, &new, user)).await??;
+        let (shown, new) = (self.shown.clone(), disk.clone());
+        spawn_blocking(move || access::show_disk(&shown, &new)).await??;
         self.ports.plug(&self.qmp, disk).await
     }
 }

@@ -83,7 +83,7 @@ impl Qemu {
 
     /// What QEMU sees of the host.
     fn root(&self, program: &Path) -> Result<Root, VmmError> {
-        let VmSpec { run_dir, disks, share, .. } = &self.spec;
+        let VmSpec { run_dir, share, .. } = &self.spec;
         let mut root = Root::new(&self.spec.root()).open().program(program);
         root = DATA.iter().fold(root, |root, dir| root.data(dir.as_ref()));
         root = root.read(&self.guest.kernel).read(&self.guest.initrd);
@@ -91,7 +91,7 @@ impl Qemu {
         if share.is_some() {
             root = root.write(&virtiofsd::socket(run_dir));
         }
-        access::with_devices_and_disks(root, disks, self.spec.vmm_user())
+        access::with_devices_and_disks(root, &self.spec)
     }
 
     fn cgroup(&self) -> SandboxCgroup {
@@ -153,7 +153,7 @@ impl Backend for Qemu {
             Ok(both) => both,
             Err(error) => return Err(culprit(&helpers, error).await),
         };
-        let control = Box::new(Controller::new(qmp, &vmm, self.spec.vmm_user())?);
+        let control = Box::new(Controller::new(qmp, &vmm, &self.spec)?);
         Ok(Parts { vmm, control, helpers, console, reason, events: Some(events) })
     }
 }
