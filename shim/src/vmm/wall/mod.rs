@@ -8,6 +8,7 @@
 mod filter;
 pub(crate) mod inside;
 pub mod keeper;
+pub(super) mod landlock;
 mod root;
 mod spawn;
 mod step;
@@ -68,6 +69,8 @@ struct Rights {
     user: User,
     capabilities: u64,
     files: u64,
+    /// Whether [Landlock](landlock) restricts it, where the kernel has that.
+    landlock: bool,
 }
 
 impl Wall {
@@ -78,7 +81,7 @@ impl Wall {
 
     /// For a process that serves a VM: what is in `root`, as `user`, without any capability.
     pub(crate) fn helper(root: Root, user: User) -> Wall {
-        let rights = Rights { user, capabilities: 0, files: FILES };
+        let rights = Rights { user, capabilities: 0, files: FILES, landlock: true };
         Wall { namespaces: NAMESPACES, root: Some(root), rights: Some(rights), system_calls: false }
     }
 
@@ -90,7 +93,7 @@ impl Wall {
     /// For virtiofsd, which acts as root on the files of others.
     pub(crate) fn file_server(root: Root, files: u64) -> Wall {
         let capabilities = FILE_CAPABILITIES.iter().fold(0, |mask, number| mask | 1 << number);
-        let rights = Rights { user: User { uid: 0, gid: 0 }, capabilities, files };
+        let rights = Rights { user: User { uid: 0, gid: 0 }, capabilities, files, landlock: false };
         Wall { namespaces: NAMESPACES, root: Some(root), rights: Some(rights), system_calls: false }
     }
 
@@ -110,8 +113,11 @@ impl Wall {
         }
         if let Some(root) = &self.root {
             steps.extend(root.steps()?);
+            if self.rights.as_ref().is_some_and(|rights| rights.landlock) && landlock::is_available() {
+                steps.push(Step::Landlock(root.rules()?));
+            }
         }
-        if let Some(Rights { user, capabilities, files }) = &self.rights {
+        if let Some(Rights { user, capabilities, files, .. }) = &self.rights {
             steps.push(Step::Limit { resource: libc::RLIMIT_CORE, name: "core", value: 0 });
             steps.push(Step::Limit { resource: libc::RLIMIT_NOFILE, name: "nofile", value: *files });
             steps.push(Step::Rights { user: *user, capabilities: *capabilities });

@@ -12,7 +12,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{SpawnError, User, step::Step};
+use super::{
+    SpawnError, User,
+    landlock::{self, Rules},
+    step::Step,
+};
 
 /// Where programs that are linked dynamically find their libraries. Whole directories, which everybody may
 /// read: what a program opens by itself later (QEMU's modules) is told by nobody.
@@ -30,6 +34,8 @@ struct Bind {
     path: PathBuf,
     attributes: u64,
     recursive: bool,
+    /// What [Landlock](landlock) lets be done there.
+    accesses: u64,
 }
 
 /// The list.
@@ -64,12 +70,13 @@ impl Root {
     /// A program, and the libraries of one that needs them.
     pub(crate) fn program(self, path: &Path) -> Root {
         let dynamic = needs_libraries(path);
-        let root = self.bind(path, READ_ONLY | PLAIN, false);
+        let root = self.bind(path, READ_ONLY | PLAIN, false, landlock::RUN);
         if !dynamic {
             return root;
         }
         LIBRARIES.iter().map(Path::new).fold(root, |root, path| match fs::read_link(path) {
             Ok(to) => root.link(path, to),
+            Err(_) if path.is_dir() => root.bind(path, READ_ONLY | PLAIN, false, landlock::RUN),
             Err(_) => root.data(path),
         })
     }
@@ -86,23 +93,24 @@ impl Root {
 
     /// A file or directory to read.
     pub(crate) fn read(self, path: &Path) -> Root {
-        self.bind(path, READ_ONLY | PLAIN | (libc::MOUNT_ATTR_NOEXEC * u64::from(path.is_file())), false)
+        let attributes = READ_ONLY | PLAIN | (libc::MOUNT_ATTR_NOEXEC * u64::from(path.is_file()));
+        self.bind(path, attributes, false, landlock::READ)
     }
 
     /// A file, socket or directory to write to.
     pub(crate) fn write(self, path: &Path) -> Root {
-        self.bind(path, PLAIN | libc::MOUNT_ATTR_NOEXEC, false)
+        self.bind(path, PLAIN | libc::MOUNT_ATTR_NOEXEC, false, landlock::WRITE)
     }
 
     /// A directory with what is mounted below it now and later, each with the access that it has.
     pub(crate) fn tree(self, path: &Path) -> Root {
-        self.bind(path, PLAIN, true)
+        self.bind(path, PLAIN, true, landlock::WRITE)
     }
 
-    fn bind(mut self, path: &Path, attributes: u64, recursive: bool) -> Root {
+    fn bind(mut self, path: &Path, attributes: u64, recursive: bool, accesses: u64) -> Root {
         let known = self.binds.iter().any(|bind| path.starts_with(&bind.path));
         if !known {
-            self.binds.push(Bind { path: path.into(), attributes, recursive });
+            self.binds.push(Bind { path: path.into(), attributes, recursive, accesses });
         }
         self
     }
@@ -126,7 +134,7 @@ impl Root {
             self.parents(at, &mut made, &mut steps)?;
             steps.push(Step::Link { at: self.inside(at)?, to: text(to)? });
         }
-        for Bind { path, attributes, recursive } in &self.binds {
+        for Bind { path, attributes, recursive, .. } in &self.binds {
             self.parents(path, &mut made, &mut steps)?;
             let at = self.inside(path)?;
             steps.push(match path.is_dir() {
@@ -137,15 +145,9 @@ impl Root {
             steps.push(Step::Bind { from: text(path)?, at, attributes, recursive });
         }
         for (path, mode, owner) in &self.nodes {
-            let Ok(meta) = fs::metadata(path) else { continue };
-            let kind = match meta.file_type() {
-                kind if kind.is_char_device() => libc::S_IFCHR,
-                kind if kind.is_block_device() => libc::S_IFBLK,
-                _ => continue,
-            };
+            let Some((kind, device)) = device(path) else { continue };
             self.parents(path, &mut made, &mut steps)?;
-            let (at, device) = (self.inside(path)?, meta.rdev());
-            steps.push(Step::Node { at, kind, device, mode: *mode, owner: *owner });
+            steps.push(Step::Node { at: self.inside(path)?, kind, device, mode: *mode, owner: *owner });
         }
         if self.proc {
             let at = self.inside(Path::new("/proc"))?;
@@ -156,6 +158,24 @@ impl Root {
             steps.push(Step::SealRoot);
         }
         Ok(steps)
+    }
+
+    /// What [Landlock](landlock) allows in it.
+    pub(super) fn rules(&self) -> Result<Rules, SpawnError> {
+        let mut rules = Rules::default();
+        for Bind { path, accesses, .. } in &self.binds {
+            rules.allow(text(path)?, *accesses, path.is_dir());
+        }
+        for (path, ..) in self.nodes.iter().filter(|(path, ..)| device(path).is_some()) {
+            rules.allow(text(path)?, landlock::WRITE, false);
+        }
+        if self.proc {
+            rules.allow(c"/proc".into(), landlock::READ, true);
+        }
+        if !self.sealed {
+            rules.allow(c"/".into(), landlock::LATER, true);
+        }
+        Ok(rules)
     }
 
     fn parents(
@@ -181,6 +201,16 @@ impl Root {
 
 pub(super) fn text(path: &Path) -> Result<CString, SpawnError> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| SpawnError::Name { name: path.into() })
+}
+
+/// Kind and number of a device that the host has.
+fn device(path: &Path) -> Option<(libc::mode_t, libc::dev_t)> {
+    let meta = fs::metadata(path).ok()?;
+    match meta.file_type() {
+        kind if kind.is_char_device() => Some((libc::S_IFCHR, meta.rdev())),
+        kind if kind.is_block_device() => Some((libc::S_IFBLK, meta.rdev())),
+        _ => None,
+    }
 }
 
 /// Whether a program names a loader. In doubt, and for a script, it does.

@@ -8,7 +8,7 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::User;
+use super::{User, landlock::Rules};
 
 /// `CAP_LAST_CAP` of any kernel is below: prctl(2) refuses those that it does not know.
 const CAPABILITIES: libc::c_ulong = 64;
@@ -59,6 +59,7 @@ pub(super) enum Step {
         root: CString,
     },
     SealRoot,
+    Landlock(Rules),
     Limit {
         resource: libc::__rlimit_resource_t,
         name: &'static str,
@@ -83,6 +84,7 @@ impl fmt::Display for Step {
             Step::Proc { at } => write!(f, "mount proc on {}", text(at)),
             Step::Pivot { root } => write!(f, "make {} its root", text(root)),
             Step::SealRoot => write!(f, "make its root read-only"),
+            Step::Landlock(_) => write!(f, "restrict itself with Landlock"),
             Step::Limit { name, .. } => write!(f, "set its {name} limit"),
             Step::Rights { user, .. } => write!(f, "become user {} without capabilities", user.uid),
             Step::Filter(_) => write!(f, "install its system call filter"),
@@ -130,6 +132,7 @@ impl Step {
                 let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID;
                 mount(None, c"/", None, flags | libc::MS_NOEXEC, None)
             }
+            Step::Landlock(rules) => rules.apply(),
             Step::Limit { resource, value, .. } => limit(*resource, *value),
             Step::Rights { user, capabilities } => rights(*user, *capabilities),
             Step::Filter(program) => filter(program),
