@@ -121,7 +121,13 @@ impl End<'_> {
                 (None, None) => {}
             }
         }
-        drop(shim);
+        if let (Some(shim), false) = (shim, others) {
+            // With its last container it has removed its socket: nobody else could tell it.
+            let request = api::ShutdownRequest::new();
+            let call = shim.task(CALL_LIMIT, |c, context| async move { c.shutdown(context, &request).await });
+            // It ends before its answer is out, or after; what is left then is seen below.
+            let _ = call.await;
+        }
         self.clean_up(ids).await?;
         match self.connect().await {
             Some(containerd) => self.forget(&containerd, ids).await,
