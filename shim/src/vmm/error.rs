@@ -153,10 +153,11 @@ pub enum VmmError {
 }
 
 impl VmmError {
-    /// Whether the connection to the VMM failed, or a file did.
+    /// Whether the connection to the VMM failed, or a file did, or its namespaces could not be entered: none of
+    /// it works once the VMM has ended.
     pub(crate) fn is_io(&self) -> bool {
         match self {
-            VmmError::Io { .. } => true,
+            VmmError::Io { .. } | VmmError::Show { .. } => true,
             VmmError::Snapshot { source, .. } => source.is_io(),
             _ => false,
         }

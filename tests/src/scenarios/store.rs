@@ -70,7 +70,8 @@ pub fn an_imported_snapshot_goes_on_without_its_image_and_its_original(backend: 
     lab.cubecli(&["cubebox", "export", "one", path]).fails_with(&["exists"]);
     lab.cubecli(&["cubebox", "import", path]).fails_with(&["\"one\" exists", "snapshots --rm one"]);
     lab.cubecli(&["cubebox", "snapshots", "--rm", "one"]).succeeds();
-    let imported = lab.cubecli(&["cubebox", "import", path, "two"]).succeeds();
+    let imported =
+        lab.cubecli(&["cubebox", "import", "--namespace", lab.namespace(), path, "two"]).succeeds();
     assert_eq!((imported.out().as_str(), imported.err().as_str()), ("two\n", ""));
     lab.cubecli(&["cubebox", "snapshots", "--verify", "two"]).succeeds();
     let bytes = archive.metadata().unwrap().len();
